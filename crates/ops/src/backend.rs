@@ -1,0 +1,87 @@
+//! The trait a vendor implements: memory, operations, waiting.
+//!
+//! A backend owns its buffers and streams, runs operations in the order they are launched, and
+//! never panics on bad input. It checks no shapes: [`Op::check`] has run before `launch`.
+
+use std::time::Duration;
+
+use crate::dtype::DType;
+use crate::error::DeviceError;
+use crate::op::Op;
+use crate::view::BufferId;
+
+/// What a device is, for reports, snapshots and placement.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceInfo {
+    /// The device as the user names it, such as `cpu`.
+    pub device: String,
+    /// The class within which equal inputs give equal bits: vendor, chip and kernel set.
+    pub numeric_class: String,
+    /// The chip's own name.
+    pub chip: String,
+    /// Whether the device is emulated; reports and docs repeat it.
+    pub emulated: bool,
+    /// Bytes of device memory.
+    pub memory_bytes: u64,
+    /// Threads, streaming multiprocessors or cores that work on one operation.
+    pub compute_units: usize,
+    /// Element types with a fast matrix path.
+    pub matrix_dtypes: Vec<DType>,
+}
+
+/// Whether a backend can run an operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Support {
+    /// It can, in the given dtypes and shapes.
+    Yes,
+    /// It cannot, for the stated reason (also in its `waivers.toml`).
+    No(&'static str),
+}
+
+/// One device of one vendor.
+///
+/// Work is ordered: an operation sees the effects of everything launched before it, and of every
+/// upload. `download` waits for what it reads.
+pub trait Backend: Send {
+    /// What this device is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// Allocates `bytes` zeroed bytes, aligned for every dtype and vector width of the device.
+    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError>;
+
+    /// Gives a buffer back. Using it afterwards is a `BadArgument`.
+    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError>;
+
+    /// Copies host bytes into a buffer from `byte_offset` on.
+    fn upload(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), DeviceError>;
+
+    /// Copies from a buffer into host bytes, after all launched work that writes them.
+    fn download(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: &mut [u8],
+    ) -> Result<(), DeviceError>;
+
+    /// Whether `op` can run here.
+    fn supports(&self, op: &Op) -> Support;
+
+    /// Starts one operation.
+    fn launch(&mut self, op: &Op) -> Result<(), DeviceError>;
+
+    /// Starts a list of operations in order; a backend may capture it as a graph.
+    fn launch_all(&mut self, ops: &[Op]) -> Result<(), DeviceError> {
+        ops.iter().try_for_each(|op| self.launch(op))
+    }
+
+    /// Waits until all launched work is done, at most `deadline`; past it the error is a `Hang`.
+    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError>;
+
+    /// Bytes the device holds for buffers and for its own scratch.
+    fn memory_used(&self) -> usize;
+}
