@@ -1,0 +1,258 @@
+//! The unsafe corners that are not instructions: disjoint writes from several threads, and lending a
+//! closure to worker threads. Each is wrapped so that its users are safe code.
+//!
+//! Disjointness is checked at run time, with one bit per part. Scheduling is in `pool.rs`.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+/// Most parts one slice or matrix can be cut into: one bit each, small enough to live on the stack.
+pub const PARTS_MAX: usize = 4096;
+
+/// One bit per part: set once the part was handed out.
+struct Claims([AtomicU64; PARTS_MAX / 64]);
+
+impl Claims {
+    fn new(count: usize) -> Self {
+        assert!(count <= PARTS_MAX, "{count} parts; at most {PARTS_MAX} can be handed out");
+        Self([const { AtomicU64::new(0) }; PARTS_MAX / 64])
+    }
+
+    fn claim(&self, index: usize) {
+        let bit = 1 << (index % 64);
+        let before = self.0[index / 64].fetch_or(bit, Ordering::Relaxed);
+        assert!(before & bit == 0, "part {index} was taken twice");
+    }
+}
+
+/// Consecutive parts of one slice, to be taken by the tasks of a parallel run, each once.
+pub struct Parts<'a, T> {
+    base: *mut T,
+    len: usize,
+    part_len: usize,
+    claims: Claims,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the only access through a shared `Parts` is `take`, which hands out non-overlapping parts,
+// so sharing it is like sending the parts.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    /// Cuts `slice` into parts of `part_len` elements; the last may be shorter.
+    ///
+    /// Panics if that gives more than [`PARTS_MAX`] parts or `part_len` is zero.
+    pub fn new(slice: &'a mut [T], part_len: usize) -> Self {
+        assert!(part_len > 0, "a part needs at least one element");
+        let claims = Claims::new(slice.len().div_ceil(part_len));
+        let (base, len) = (slice.as_mut_ptr(), slice.len());
+        Self { base, len, part_len, claims, slice: PhantomData }
+    }
+
+    /// How many parts there are.
+    pub fn count(&self) -> usize {
+        self.len.div_ceil(self.part_len)
+    }
+
+    /// Takes a part. Panics if it was taken before.
+    // The parts do not overlap: see the claim below.
+    pub fn take(&self, index: usize) -> &'a mut [T] {
+        assert!(index < self.count(), "part {index} of {}", self.count());
+        self.claims.claim(index);
+        let start = index * self.part_len;
+        let len = self.part_len.min(self.len - start);
+        // SAFETY: the range lies in the slice, which is borrowed for 'a, and the claim makes this the
+        // only reference to it.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(start), len) }
+    }
+}
+
+/// How a matrix is cut into tiles.
+#[derive(Clone, Copy, Debug)]
+pub struct Grid {
+    /// Rows of the matrix.
+    pub rows: usize,
+    /// Columns of the matrix.
+    pub columns: usize,
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+    /// Rows of a tile; the last tile may have fewer.
+    pub tile_rows: usize,
+    /// Columns of a tile; the last tile may have fewer.
+    pub tile_columns: usize,
+}
+
+/// Rectangular tiles of a row-major matrix, to be taken by the tasks of a parallel run, each once.
+pub struct Tiles<'a, T> {
+    base: *mut T,
+    grid: Grid,
+    claims: Claims,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: as for `Parts`: `take` hands out non-overlapping tiles.
+unsafe impl<T: Send> Sync for Tiles<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for Tiles<'_, T> {}
+
+impl<'a, T> Tiles<'a, T> {
+    /// Cuts a matrix into tiles. Panics if it does not fit the slice or has too many tiles.
+    pub fn new(slice: &'a mut [T], grid: Grid) -> Self {
+        assert!(grid.tile_rows > 0 && grid.tile_columns > 0, "empty tiles");
+        let rows = grid.rows.div_ceil(grid.tile_rows);
+        let columns = grid.columns.div_ceil(grid.tile_columns);
+        if grid.rows > 0 {
+            assert!(grid.row_stride >= grid.columns, "rows overlap: {grid:?}");
+            let last = (grid.rows - 1).checked_mul(grid.row_stride);
+            let end = last.and_then(|last| last.checked_add(grid.columns));
+            assert!(end.is_some_and(|end| end <= slice.len()), "{grid:?} in {}", slice.len());
+        }
+        let claims = Claims::new(rows * columns);
+        Self { base: slice.as_mut_ptr(), grid, claims, slice: PhantomData }
+    }
+
+    /// Takes the tile at a place in the grid. Panics if it was taken before.
+    pub fn take(&self, tile_row: usize, tile_column: usize) -> Tile<'a, T> {
+        let grid = self.grid;
+        let tiles_across = grid.columns.div_ceil(grid.tile_columns);
+        let (row, column) = (tile_row * grid.tile_rows, tile_column * grid.tile_columns);
+        assert!(row < grid.rows && column < grid.columns, "tile ({tile_row}, {tile_column})");
+        self.claims.claim(tile_row * tiles_across + tile_column);
+        // SAFETY: (row, column) is inside the matrix, which `new` checked to lie in the slice.
+        let base = unsafe { self.base.add(row * grid.row_stride + column) };
+        Tile {
+            base,
+            row_stride: grid.row_stride,
+            rows: grid.tile_rows.min(grid.rows - row),
+            columns: grid.tile_columns.min(grid.columns - column),
+            slice: PhantomData,
+        }
+    }
+}
+
+/// One tile of a matrix, owned by one task.
+pub struct Tile<'a, T> {
+    base: *mut T,
+    row_stride: usize,
+    rows: usize,
+    columns: usize,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+impl<T> Tile<'_, T> {
+    /// Rows of this tile.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns of this tile.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// A row's part inside the tile.
+    #[inline(always)]
+    pub fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: the tile lies in the slice and no other tile overlaps it (`Tiles::take`); the
+        // returned borrow keeps this tile borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(row * self.row_stride), self.columns) }
+    }
+}
+
+/// A closure lent to worker threads, with its captured borrows hidden.
+struct Task {
+    data: *const (),
+    call: unsafe fn(*const ()),
+}
+
+/// Counts a worker inside the slot's job until it is dropped.
+struct Entry<'a> {
+    slot: &'a JobSlot,
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        self.slot.state.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// The one place where a caller offers a job and workers join it.
+///
+/// `state` is (job number << 16) | OPEN? | workers inside. A worker may use the job only between a
+/// successful join and its leave, and the caller returns only after closing and counting zero inside.
+pub(crate) struct JobSlot {
+    state: AtomicU64,
+    task: AtomicPtr<Task>,
+}
+
+const INSIDE_MASK: u64 = 0x7fff;
+const OPEN: u64 = 0x8000;
+const NUMBER: u64 = 0x1_0000;
+
+impl JobSlot {
+    pub(crate) fn new() -> Self {
+        Self { state: AtomicU64::new(0), task: AtomicPtr::new(std::ptr::null_mut()) }
+    }
+
+    /// Whether a job can be joined, given the state last seen: its number if it is a new one.
+    #[inline]
+    pub(crate) fn open_job(&self) -> Option<u64> {
+        let state = self.state.load(Ordering::SeqCst);
+        (state & OPEN != 0).then_some(state / NUMBER)
+    }
+
+    /// Joins job `number` if it is still open, runs it on this thread and leaves.
+    pub(crate) fn join(&self, number: u64) {
+        let mut state = self.state.load(Ordering::Acquire);
+        loop {
+            if state & OPEN == 0 || state / NUMBER != number {
+                return;
+            }
+            let next = state + 1;
+            let swapped =
+                self.state.compare_exchange_weak(state, next, Ordering::AcqRel, Ordering::Acquire);
+            match swapped {
+                Ok(_) => break,
+                Err(now) => state = now,
+            }
+        }
+        let _entry = Entry { slot: self };
+        let task = self.task.load(Ordering::Acquire);
+        // SAFETY: the job is open with this worker counted inside, so `offer` has not returned and
+        // `task` and the closure behind it live until the entry is dropped.
+        unsafe { ((*task).call)((*task).data) };
+    }
+
+    /// Offers `work` to the workers, runs `own` here, then waits until every worker that joined has
+    /// left. Only one thread may offer at a time: the pool holds a lock. `work` must not unwind.
+    pub(crate) fn offer<W: Fn() + Sync>(&self, work: &W, own: impl FnOnce(), wait: impl Fn(usize)) {
+        unsafe fn call<W: Fn()>(data: *const ()) {
+            // SAFETY: `data` is the `&W` below, alive while a worker is inside.
+            let work = unsafe { &*data.cast::<W>() };
+            work();
+        }
+        struct Close<'a, F: Fn(usize)>(&'a JobSlot, F);
+        impl<F: Fn(usize)> Drop for Close<'_, F> {
+            // Runs on unwinding too: the closure must not be freed while a worker uses it.
+            fn drop(&mut self) {
+                self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
+                let mut tries = 0;
+                while self.0.state.load(Ordering::Acquire) & INSIDE_MASK != 0 {
+                    (self.1)(tries);
+                    tries += 1;
+                }
+            }
+        }
+        let mut task = Task { data: std::ptr::from_ref(work).cast(), call: call::<W> };
+        self.task.store(&raw mut task, Ordering::Release);
+        let state = self.state.load(Ordering::Relaxed);
+        debug_assert!(state & (OPEN | INSIDE_MASK) == 0, "two jobs at once");
+        let close = Close(self, wait);
+        self.state.store((state & !(OPEN | INSIDE_MASK)) + NUMBER + OPEN, Ordering::SeqCst);
+        own();
+        drop(close);
+    }
+}

@@ -1,0 +1,184 @@
+//! Products of few rows with an `[n, k]` matrix, as in decoding: the matrix is streamed once, in place.
+//!
+//! A square of `LANES` weight rows by `LANES` units is transposed in registers, so that lanes are
+//! columns of C and every column keeps its own chain over ascending k: the bits are those of the
+//! blocked product.
+
+use super::pack::{PackRows, Source, units_square};
+use super::{DataMut, MatrixMut, Product, Store, Unit};
+use crate::ffi::{Grid, Tile, Tiles};
+use crate::pool::Pool;
+use crate::scratch::Scratch;
+use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
+
+/// Ranges of columns per thread: a few, so that a thread that is held up can be helped out.
+const RANGES_PER_THREAD: usize = 4;
+
+/// Computes a product with at most `GEMV_ROWS_MAX` rows.
+pub(super) fn run<T: Unit>(
+    pool: &Pool,
+    isa: Isa,
+    scratch: &mut Scratch,
+    product: &Product<'_, T>,
+    mut c: MatrixMut<'_>,
+) {
+    let (m, n, units) = (product.m, product.n, product.units);
+    let lanes = isa.geometry().lanes;
+    let row_words = units.next_multiple_of(lanes);
+    let rows_padded = m.next_power_of_two();
+    let bias_words = if product.bias.is_some() { n } else { 0 };
+    let [left, bias] = scratch.words([rows_padded * row_words, bias_words]);
+    let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
+    super::fill_bias(product.bias, bias);
+    left[m * row_words..].fill(0);
+    let source = |data, stride, first, count| Source {
+        data,
+        stride,
+        first,
+        count,
+        k: product.k,
+        units,
+        dot: product.dot,
+    };
+    let to = &mut left[..m * row_words];
+    dispatch(isa, PackRows { from: source(product.a, product.a_stride, 0, m), row_words, to });
+    let range = n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(2 * lanes);
+    let grid =
+        Grid { rows: m, columns: n, row_stride: c.row_stride, tile_rows: m, tile_columns: range };
+    let shared = Shared {
+        left: bytemuck::cast_slice(left),
+        row_words,
+        right: source(product.b, product.b_stride, 0, n),
+        bias: if bias.is_empty() { None } else { Some(bias) },
+        store: product.store,
+    };
+    match c.data.from(0) {
+        DataMut::F32(c) => stream(pool, isa, &shared, Tiles::new(c, grid), range),
+        DataMut::Bf16(c) => stream(pool, isa, &shared, Tiles::new(c, grid), range),
+        DataMut::F16(c) => stream(pool, isa, &shared, Tiles::new(c, grid), range),
+    }
+}
+
+/// What all ranges of columns share.
+struct Shared<'a, T> {
+    /// The left operand's rows of units, as many as the next power of two.
+    left: &'a [f32],
+    row_words: usize,
+    right: Source<'a, T>,
+    bias: Option<&'a [f32]>,
+    store: Store,
+}
+
+fn stream<T: Unit, C: Element>(
+    pool: &Pool,
+    isa: Isa,
+    shared: &Shared<'_, T>,
+    tiles: Tiles<'_, C>,
+    range: usize,
+) {
+    let ranges = shared.right.count.div_ceil(range);
+    pool.run(ranges, |index| {
+        let first = index * range;
+        let count = range.min(shared.right.count - first);
+        let right = Source { first, count, ..shared.right };
+        dispatch(isa, Range { shared, right, tile: tiles.take(0, index) });
+    });
+}
+
+/// A range of columns of C.
+struct Range<'a, T, C> {
+    shared: &'a Shared<'a, T>,
+    right: Source<'a, T>,
+    tile: Tile<'a, C>,
+}
+
+impl<T: Unit, C: Element> Kernel for Range<'_, T, C> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        if S::BF16_DOT && self.right.dot {
+            self.rows::<S, true>(simd);
+        } else {
+            self.rows::<S, false>(simd);
+        }
+    }
+}
+
+impl<T: Unit, C: Element> Range<'_, T, C> {
+    /// Chooses how many rows and column vectors are in registers.
+    #[inline(always)]
+    fn rows<S: Simd, const DOT: bool>(self, simd: S) {
+        match self.tile.rows() {
+            1 => self.columns::<S, DOT, 1, 2>(simd),
+            2 => self.columns::<S, DOT, 2, 2>(simd),
+            3 | 4 => self.columns::<S, DOT, 4, 1>(simd),
+            _ => self.columns::<S, DOT, 8, 1>(simd),
+        }
+    }
+
+    #[inline(always)]
+    fn columns<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
+        mut self,
+        simd: S,
+    ) {
+        for column in (0..self.right.count).step_by(VECTORS * S::LANES) {
+            let sums = self.sums::<S, DOT, ROWS, VECTORS>(simd, column);
+            for row in 0..self.tile.rows() {
+                for vector in 0..VECTORS {
+                    let column = column + vector * S::LANES;
+                    if column < self.right.count {
+                        self.write(simd, row, column, sums[row][vector]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The chains of `ROWS` rows and `VECTORS` vectors of columns.
+    #[inline(always)]
+    fn sums<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        simd: S,
+        column: usize,
+    ) -> [[S::F32; VECTORS]; ROWS] {
+        let mut sums = [[simd.zero(); VECTORS]; ROWS];
+        let (shared, units) = (self.shared, self.right.units);
+        for unit in (0..units).step_by(S::LANES) {
+            let left: [&[f32]; ROWS] =
+                std::array::from_fn(|row| &shared.left[row * shared.row_words + unit..][..S::LANES]);
+            for vector in 0..VECTORS {
+                let first = column + vector * S::LANES;
+                if first >= self.right.count {
+                    break;
+                }
+                let square = units_square::<S, T, DOT>(simd, &self.right, first, unit);
+                let square = simd.transpose(square);
+                let steps = S::LANES.min(units - unit);
+                for (step, weights) in square.as_ref().iter().enumerate() {
+                    // A chain ends at the last unit: further zero products could change its sign.
+                    if step >= steps {
+                        break;
+                    }
+                    for row in 0..ROWS {
+                        let value = simd.splat(left[row][step]);
+                        let sum = &mut sums[row][vector];
+                        *sum = if DOT {
+                            simd.dot_pairs(*sum, value, *weights)
+                        } else {
+                            simd.fma(value, *weights, *sum)
+                        };
+                    }
+                }
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn write<S: Simd>(&mut self, simd: S, row: usize, column: usize, sums: S::F32) {
+        let (first, count) = (self.right.first + column, S::LANES.min(self.right.count - column));
+        let bias = self.shared.bias.map(|bias| &bias[first..][..count]);
+        let to = &mut self.tile.row(row)[column..][..count];
+        super::write_vector(simd, sums, bias, self.shared.store, to);
+    }
+}

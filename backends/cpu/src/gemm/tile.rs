@@ -1,0 +1,371 @@
+//! The blocked product: pack the right operand once, then compute tiles of C on all threads.
+//!
+//! A tile of C is one task. Inside it a right panel stays in the first-level cache while the tile's
+//! rows pass, and the tile's rows stay in the second level while the panels pass. Long chains are cut
+//! at `CHAIN_UNITS_MAX`, with the f32 sums kept in the thread's scratch between the cuts.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
+use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
+use crate::ffi::{Grid, Parts, Tile, Tiles};
+use crate::pool::Pool;
+use crate::scratch::Scratch;
+use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
+use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
+
+/// Rows of a task's tile: a multiple of every set's register tile, small enough to share out evenly.
+const TILE_ROWS: usize = 48;
+/// Columns of a task's tile.
+const TILE_COLUMNS: usize = 256;
+/// Longest stretch of a chain between two visits to the sums: a right panel of this many units is
+/// 32 KB with AVX-512, the size of the first-level cache.
+const CHAIN_UNITS_MAX: usize = 256;
+/// Packed right operand at a time: half of the smallest third-level cache worth tuning for.
+const RIGHT_WORDS_MAX: usize = 2 << 20;
+/// Packed left operand at a time.
+const LEFT_WORDS_MAX: usize = 1 << 20;
+/// Rows of C at a time; with `COLUMNS_MAX` it keeps the tiles below `PARTS_MAX`.
+const ROWS_MAX: usize = 48 * 64;
+/// Columns of C at a time.
+const COLUMNS_MAX: usize = 256 * 64;
+/// Panels that one packing task takes, so that it reads several cache lines of a row at once.
+const PANELS_PER_TASK: usize = 4;
+
+/// The left operand in units.
+#[derive(Clone, Copy)]
+enum Left<'a> {
+    /// Rows of units, `row_bytes` apart: the caller's memory or a converted copy.
+    Rows { bytes: &'a [u8], row_bytes: usize },
+    /// Panels of `MICRO_ROWS` rows.
+    Panels { bytes: &'a [u8], panel_bytes: usize },
+}
+
+impl Left<'_> {
+    /// The units from (row, unit) on; `row` is a multiple of `micro_rows`.
+    #[inline(always)]
+    fn at(&self, row: usize, unit: usize, micro_rows: usize) -> LeftUnits<'_> {
+        match *self {
+            Left::Rows { bytes, row_bytes } => {
+                LeftUnits { bytes, start: row * row_bytes + unit * 4, row_bytes, unit_bytes: 4 }
+            }
+            Left::Panels { bytes, panel_bytes } => LeftUnits {
+                bytes,
+                start: row / micro_rows * panel_bytes + unit * 4 * micro_rows,
+                row_bytes: 4,
+                unit_bytes: 4 * micro_rows,
+            },
+        }
+    }
+}
+
+/// How the left operand gets into units.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LeftForm {
+    /// It is rows of units already.
+    InPlace,
+    /// It is converted row by row.
+    Converted,
+    /// It is packed into panels.
+    Packed,
+}
+
+/// Sizes of the blocks of one product.
+struct Blocks {
+    rows: usize,
+    columns: usize,
+    left: LeftForm,
+    panel_words: usize,
+    left_words: usize,
+    right_words: usize,
+    chain_units: usize,
+    sums_words: usize,
+}
+
+impl Blocks {
+    fn new<T: Unit>(product: &Product<'_, T>, geometry: Geometry) -> Self {
+        let units = product.units;
+        let in_place = T::KIND == UnitKind::F32 || (product.dot && product.k.is_multiple_of(2));
+        let left = match product.layout {
+            Layout::Tn => LeftForm::Packed,
+            Layout::Nt | Layout::Nn if in_place => LeftForm::InPlace,
+            Layout::Nt | Layout::Nn => LeftForm::Converted,
+        };
+        let fitting = |words: usize, step: usize, most: usize, have: usize| {
+            (words / units.max(1) / step * step).clamp(step, most).min(have.next_multiple_of(step))
+        };
+        let columns = fitting(RIGHT_WORDS_MAX, TILE_COLUMNS, COLUMNS_MAX, product.n);
+        let rows = match left {
+            LeftForm::InPlace => ROWS_MAX.min(product.m.next_multiple_of(TILE_ROWS)),
+            _ => fitting(LEFT_WORDS_MAX, TILE_ROWS, ROWS_MAX, product.m),
+        };
+        let panel_words =
+            (units * geometry.micro_rows + geometry.lanes).next_multiple_of(geometry.lanes);
+        let left_words = match left {
+            LeftForm::InPlace => 0,
+            LeftForm::Converted => rows.min(product.m) * units,
+            LeftForm::Packed => rows / geometry.micro_rows * panel_words,
+        };
+        let columns_packed = columns.min(product.n.next_multiple_of(geometry.micro_columns));
+        let stretches = units.div_ceil(CHAIN_UNITS_MAX).max(1);
+        let micro_words = geometry.micro_rows * geometry.micro_columns;
+        let sums_words = if stretches == 1 { micro_words } else { TILE_ROWS * TILE_COLUMNS };
+        Self {
+            rows,
+            columns,
+            left,
+            panel_words,
+            left_words,
+            right_words: columns_packed * units,
+            chain_units: units.div_ceil(stretches),
+            sums_words,
+        }
+    }
+}
+
+/// Computes a product by tiles.
+pub(super) fn run<T: Unit>(
+    pool: &Pool,
+    isa: Isa,
+    scratch: &mut Scratch,
+    product: &Product<'_, T>,
+    mut c: MatrixMut<'_>,
+) {
+    let geometry = isa.geometry();
+    let blocks = Blocks::new(product, geometry);
+    let (threads, n) = (pool.threads(), product.n);
+    let bias_words = if product.bias.is_some() { n } else { 0 };
+    let [right, left, sums, bias] = scratch.words([
+        blocks.right_words,
+        blocks.left_words,
+        blocks.sums_words * threads,
+        bias_words,
+    ]);
+    let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
+    super::fill_bias(product.bias, bias);
+    let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
+    for column in (0..n).step_by(blocks.columns) {
+        let columns = blocks.columns.min(n - column);
+        pack_right(pool, isa, product, (column, columns), right);
+        for row in (0..product.m).step_by(blocks.rows) {
+            let rows = blocks.rows.min(product.m - row);
+            let left = pack_left(pool, isa, product, &blocks, (row, rows), left);
+            let grid = Grid {
+                rows,
+                columns,
+                row_stride: c.row_stride,
+                tile_rows: TILE_ROWS,
+                tile_columns: TILE_COLUMNS,
+            };
+            let region = Region {
+                left,
+                right,
+                units: product.units,
+                chain_units: blocks.chain_units,
+                dot: product.dot,
+                bias: if bias.is_empty() { None } else { Some(&bias[column..][..columns]) },
+                store: product.store,
+            };
+            match c.data.from(row * c.row_stride + column) {
+                DataMut::F32(c) => compute(pool, isa, &region, Tiles::new(c, grid), grid, sums),
+                DataMut::Bf16(c) => compute(pool, isa, &region, Tiles::new(c, grid), grid, sums),
+                DataMut::F16(c) => compute(pool, isa, &region, Tiles::new(c, grid), grid, sums),
+            }
+        }
+    }
+}
+
+/// Packs columns `first..first + count` of B into panels.
+fn pack_right<T: Unit>(
+    pool: &Pool,
+    isa: Isa,
+    product: &Product<'_, T>,
+    (first, count): (usize, usize),
+    to: &mut [u32],
+) {
+    let width = isa.geometry().micro_columns;
+    let panel_words = product.units * width;
+    if panel_words == 0 {
+        return;
+    }
+    let per_task = PANELS_PER_TASK.min(count.div_ceil(width).div_ceil(pool.threads()));
+    let parts = Parts::new(&mut to[..count.div_ceil(width) * panel_words], per_task * panel_words);
+    pool.run(parts.count(), |task| {
+        let to = parts.take(task);
+        let offset = task * per_task * width;
+        let from = Source {
+            data: product.b,
+            stride: product.b_stride,
+            first: first + offset,
+            count: (per_task * width).min(count - offset),
+            k: product.k,
+            units: product.units,
+            dot: product.dot,
+        };
+        match product.layout {
+            Layout::Nt => dispatch(isa, PackRowsAsColumns { from, to }),
+            Layout::Nn | Layout::Tn => dispatch(isa, PackColumns { from, width, panel_words, to }),
+        }
+    });
+}
+
+/// Brings rows `first..first + count` of A (columns, in TN) into units.
+fn pack_left<'a, T: Unit>(
+    pool: &Pool,
+    isa: Isa,
+    product: &Product<'a, T>,
+    blocks: &Blocks,
+    (first, count): (usize, usize),
+    to: &'a mut [u32],
+) -> Left<'a> {
+    let (units, stride) = (product.units, product.a_stride);
+    let source = |offset: usize, most: usize| Source {
+        data: product.a,
+        stride,
+        first: first + offset,
+        count: most.min(count - offset),
+        k: product.k,
+        units,
+        dot: product.dot,
+    };
+    match blocks.left {
+        LeftForm::InPlace => {
+            let bytes = bytemuck::cast_slice(&product.a[(first * stride).min(product.a.len())..]);
+            Left::Rows { bytes, row_bytes: stride * size_of::<T>() }
+        }
+        _ if units == 0 => Left::Rows { bytes: &[], row_bytes: 0 },
+        LeftForm::Converted => {
+            let parts = Parts::new(&mut to[..count * units], TILE_ROWS * units);
+            pool.run(parts.count(), |task| {
+                let from = source(task * TILE_ROWS, TILE_ROWS);
+                dispatch(isa, PackRows { from, row_words: units, to: parts.take(task) });
+            });
+            Left::Rows { bytes: bytemuck::cast_slice(to), row_bytes: units * 4 }
+        }
+        LeftForm::Packed => {
+            let width = isa.geometry().micro_rows;
+            let panel_words = blocks.panel_words;
+            let panels = count.div_ceil(width);
+            let per_task = TILE_ROWS / width;
+            let parts = Parts::new(&mut to[..panels * panel_words], per_task * panel_words);
+            pool.run(parts.count(), |task| {
+                let from = source(task * TILE_ROWS, TILE_ROWS);
+                let to = parts.take(task);
+                dispatch(isa, PackColumns { from, width, panel_words, to });
+            });
+            Left::Panels { bytes: bytemuck::cast_slice(to), panel_bytes: panel_words * 4 }
+        }
+    }
+}
+
+/// The packed operands of a part of C that is computed in one parallel run.
+struct Region<'a> {
+    left: Left<'a>,
+    right: &'a [u32],
+    units: usize,
+    chain_units: usize,
+    dot: bool,
+    bias: Option<&'a [f32]>,
+    store: Store,
+}
+
+/// Computes all tiles of a region.
+fn compute<C: Element>(
+    pool: &Pool,
+    isa: Isa,
+    region: &Region<'_>,
+    tiles: Tiles<'_, C>,
+    grid: Grid,
+    sums: &mut [f32],
+) {
+    let tile_rows = grid.rows.div_ceil(TILE_ROWS);
+    let count = tile_rows * grid.columns.div_ceil(TILE_COLUMNS);
+    let workers = pool.threads().min(count);
+    let sums = Parts::new(sums, sums.len() / pool.threads());
+    let next = AtomicUsize::new(0);
+    pool.run(workers, |worker| {
+        let sums = sums.take(worker);
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= count {
+                break;
+            }
+            // Neighbouring tasks share their columns, so the right panels stay in the cache.
+            let (row, column) = (index % tile_rows, index / tile_rows);
+            let task = TileTask {
+                region,
+                tile: tiles.take(row, column),
+                row: row * TILE_ROWS,
+                column: column * TILE_COLUMNS,
+                sums,
+            };
+            dispatch(isa, task);
+        }
+    });
+}
+
+/// One tile of C.
+struct TileTask<'a, C> {
+    region: &'a Region<'a>,
+    tile: Tile<'a, C>,
+    row: usize,
+    column: usize,
+    sums: &'a mut [f32],
+}
+
+impl<C: Element> Kernel for TileTask<'_, C> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let (width, region) = (2 * S::LANES, self.region);
+        let units = region.units;
+        let micro_words = S::MICRO_ROWS * width;
+        let mut unit = 0;
+        loop {
+            let stretch = region.chain_units.min(units - unit);
+            let start = if unit == 0 { Start::Zero } else { Start::Resume };
+            let is_last = unit + stretch == units;
+            let mut slot = 0;
+            for column in (0..self.tile.columns()).step_by(width) {
+                let panel = (self.column + column) / width * units * width;
+                let right = &region.right[panel + unit * width..][..stretch * width];
+                for row in (0..self.tile.rows()).step_by(S::MICRO_ROWS) {
+                    let rows = S::MICRO_ROWS.min(self.tile.rows() - row);
+                    let left = region.left.at(self.row + row, unit, S::MICRO_ROWS);
+                    let sums = &mut self.sums[slot..][..micro_words];
+                    let tile = MicroTile { left, right, units: stretch, sums, start };
+                    if S::BF16_DOT && region.dot {
+                        micro_tile::<S, true>(simd, rows, tile);
+                    } else {
+                        micro_tile::<S, false>(simd, rows, tile);
+                    }
+                    if is_last {
+                        self.write(simd, row, rows, column, slot);
+                    }
+                    if stretch < units {
+                        slot += micro_words;
+                    }
+                }
+            }
+            unit += stretch;
+            if unit >= units {
+                break;
+            }
+        }
+    }
+}
+
+impl<C: Element> TileTask<'_, C> {
+    /// Rounds the sums of one register tile into C.
+    #[inline(always)]
+    fn write<S: Simd>(&mut self, simd: S, row: usize, rows: usize, column: usize, slot: usize) {
+        let width = 2 * S::LANES;
+        let columns = width.min(self.tile.columns() - column);
+        let bias = self.region.bias.map(|bias| &bias[self.column + column..][..columns]);
+        for index in 0..rows {
+            let sums = &self.sums[slot + index * width..][..columns];
+            let to = &mut self.tile.row(row + index)[column..][..columns];
+            super::write_row(simd, sums, bias, self.region.store, to);
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! A fork/join pool for loops of a few microseconds: workers spin for a while before they sleep.
+//!
+//! Which thread runs which task is left to chance, so a task must write only its own part of the
+//! result (`ffi::Parts`, `ffi::Tiles`). There are no futures, priorities or stealing.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{JoinHandle, Thread};
+
+use crate::ffi::JobSlot;
+
+/// Polls before an idle worker sleeps: roughly 0.2 ms, longer than the serial work between two ops
+/// of a decode step, shorter than anything a user would notice on the power meter.
+const POLLS_BEFORE_SLEEP: usize = 6_000;
+
+/// Polls before a caller that waits for the last workers gives its core away: a worker that was
+/// descheduled in the middle of a task may need it.
+const POLLS_BEFORE_YIELD: usize = 2_000;
+
+thread_local! {
+    /// Set while this thread runs a task, so that a nested run is done inline.
+    static INSIDE_A_TASK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Keeps the counter of tasks on a cache line of its own (two, for the adjacent-line prefetcher).
+#[repr(align(128))]
+struct Padded<T>(T);
+
+struct Shared {
+    slot: Padded<JobSlot>,
+    sleeping: Vec<AtomicBool>,
+    stop: AtomicBool,
+}
+
+/// A fixed set of worker threads plus the calling thread.
+pub struct Pool {
+    shared: Arc<Shared>,
+    /// Held while a job runs: a second caller waits.
+    turn: Mutex<()>,
+    workers: Vec<JoinHandle<()>>,
+    handles: Vec<Thread>,
+}
+
+impl Pool {
+    /// Starts `threads - 1` workers; the caller of [`Pool::run`] is the last one.
+    ///
+    /// Panics if `threads` is zero or the system refuses a thread.
+    pub fn new(threads: usize) -> Self {
+        assert!(threads > 0, "a pool needs at least one thread");
+        let shared = Arc::new(Shared {
+            slot: Padded(JobSlot::new()),
+            sleeping: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            stop: AtomicBool::new(false),
+        });
+        let start = |index: usize| {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name(format!("cpu-worker-{index}"))
+                .spawn(move || work(&shared, index))
+                .expect("the system has room for the configured number of threads")
+        };
+        let workers: Vec<_> = (0..threads - 1).map(start).collect();
+        let handles = workers.iter().map(|worker| worker.thread().clone()).collect();
+        Self { shared, turn: Mutex::new(()), workers, handles }
+    }
+
+    /// Threads that take part in a run, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `task(0)`, ..., `task(tasks - 1)`, each once, on any thread, and returns when all are done.
+    ///
+    /// A run from inside a task is done inline. If a task panics, the rest may or may not run and the
+    /// panic continues in the caller.
+    pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
+        if self.workers.is_empty() || tasks <= 1 || INSIDE_A_TASK.get() {
+            (0..tasks).for_each(task);
+            return;
+        }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = Padded(AtomicUsize::new(0));
+        let panic = Mutex::new(None);
+        let drain = || {
+            let before = INSIDE_A_TASK.replace(true);
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                loop {
+                    let index = next.0.fetch_add(1, Ordering::Relaxed);
+                    if index >= tasks {
+                        break;
+                    }
+                    task(index);
+                }
+            }));
+            INSIDE_A_TASK.set(before);
+            if let Err(payload) = result {
+                next.0.store(tasks, Ordering::Relaxed);
+                *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
+            }
+        };
+        let own = || {
+            self.wake();
+            drain();
+        };
+        self.shared.slot.0.offer(&drain, own, |polls| {
+            if polls < POLLS_BEFORE_YIELD {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        });
+        let payload = panic.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(payload) = payload {
+            resume_unwind(payload);
+        }
+    }
+
+    /// Wakes the workers that sleep. The job was published before, in the same total order as the
+    /// flags, so a worker either sees the job after setting its flag or is seen here.
+    fn wake(&self) {
+        for (sleeping, handle) in self.shared.sleeping.iter().zip(&self.handles) {
+            if sleeping.load(Ordering::SeqCst) {
+                handle.unpark();
+            }
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for handle in &self.handles {
+            handle.unpark();
+        }
+        for worker in self.workers.drain(..) {
+            // A worker catches the panics of its tasks, so an error here has been reported before.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// A worker's life: wait for a job that it has not done yet, join it, repeat.
+fn work(shared: &Shared, index: usize) {
+    let mut done = 0;
+    let mut polls = 0;
+    while !shared.stop.load(Ordering::SeqCst) {
+        if let Some(number) = shared.slot.0.open_job()
+            && number != done
+        {
+            shared.slot.0.join(number);
+            done = number;
+            polls = 0;
+            continue;
+        }
+        if polls < POLLS_BEFORE_SLEEP {
+            polls += 1;
+            std::hint::spin_loop();
+            continue;
+        }
+        shared.sleeping[index].store(true, Ordering::SeqCst);
+        let idle = shared.slot.0.open_job().is_none_or(|number| number == done);
+        if idle && !shared.stop.load(Ordering::SeqCst) {
+            std::thread::park();
+        }
+        shared.sleeping[index].store(false, Ordering::SeqCst);
+        polls = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ffi::Parts;
+
+    #[test]
+    fn every_task_runs_once_at_any_thread_count() {
+        for threads in 1..5 {
+            let pool = Pool::new(threads);
+            for tasks in [0, 1, 2, 7, 100, 1000] {
+                let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, |task| {
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn many_short_runs_write_disjoint_parts() {
+        let pool = Pool::new(3);
+        let mut values = vec![0u32; 1000];
+        for round in 1..2000 {
+            let parts = Parts::new(&mut values, 100);
+            pool.run(parts.count(), |task| parts.take(task).iter_mut().for_each(|v| *v += 1));
+            assert_eq!(values[round % 1000], round as u32);
+        }
+        assert!(values.iter().all(|&value| value == 1999));
+    }
+
+    #[test]
+    fn nested_run_is_done_inline() {
+        let pool = Pool::new(2);
+        let count = AtomicUsize::new(0);
+        pool.run(4, |_| {
+            pool.run(5, |_| {
+                count.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(count.load(Ordering::Relaxed), 20);
+    }
+
+    #[test]
+    fn panic_in_a_task_reaches_the_caller_and_the_pool_survives() {
+        let pool = Pool::new(2);
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(64, |task| assert!(task != 40, "task forty"));
+        }));
+        assert!(result.is_err());
+        let count = AtomicUsize::new(0);
+        pool.run(10, |_| {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(count.load(Ordering::Relaxed), 10);
+    }
+
+    #[test]
+    fn two_callers_take_turns() {
+        let pool = Pool::new(2);
+        let count = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        pool.run(3, |_| {
+                            count.fetch_add(1, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(count.load(Ordering::Relaxed), 1200);
+    }
+
+    #[test]
+    #[should_panic(expected = "taken twice")]
+    fn a_part_cannot_be_taken_twice() {
+        let mut values = [0u8; 4];
+        let parts = Parts::new(&mut values, 2);
+        parts.take(1);
+        parts.take(1);
+    }
+}

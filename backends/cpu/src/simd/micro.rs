@@ -1,0 +1,154 @@
+//! The inner loops of matrix products: a register tile of rows by two vectors of columns.
+//!
+//! Operands are 32-bit *units*: one f32, or a pair of bf16 that are neighbours in k. Every element
+//! of the tile is one chain of fused multiply-adds (or pair dot products) over ascending units,
+//! whatever the number of rows, so the result's bits do not depend on how the matrix was tiled.
+//! Packing, blocking and the rounding of results are in `gemm/`.
+
+use super::Simd;
+
+/// Left operand: a window of `ROWS` rows of units inside `bytes`.
+#[derive(Clone, Copy)]
+pub(crate) struct LeftUnits<'a> {
+    /// Memory that holds the window.
+    pub(crate) bytes: &'a [u8],
+    /// Where its first unit starts.
+    pub(crate) start: usize,
+    /// Bytes from one row to the next.
+    pub(crate) row_bytes: usize,
+    /// Bytes from one unit to the next.
+    pub(crate) unit_bytes: usize,
+}
+
+/// What the tile's accumulators start from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// Zero: the chain begins here.
+    Zero,
+    /// The stored partial sums: the chain continues.
+    Resume,
+}
+
+/// One tile's work.
+pub(crate) struct MicroTile<'a> {
+    /// Rows of the left operand.
+    pub(crate) left: LeftUnits<'a>,
+    /// Packed right operand: per unit, two vectors of columns.
+    pub(crate) right: &'a [u32],
+    /// Units of this stretch of the chain.
+    pub(crate) units: usize,
+    /// Partial sums, two vectors per row.
+    pub(crate) sums: &'a mut [f32],
+    /// What the sums start from.
+    pub(crate) start: Start,
+}
+
+/// Runs a tile of `rows` (at most `MICRO_ROWS`) rows. `DOT` says that units are bf16 pairs.
+#[inline(always)]
+pub(crate) fn micro_tile<S: Simd, const DOT: bool>(simd: S, rows: usize, mut tile: MicroTile<'_>) {
+    assert!(rows <= S::MICRO_ROWS && tile.right.len() >= tile.units * 2 * S::LANES);
+    assert!(tile.sums.len() >= rows * 2 * S::LANES);
+    let mut done = 0;
+    while done < rows {
+        let left = rows - done;
+        let step = match left {
+            12.. => micro_rows::<S, DOT, 12>(simd, &mut tile),
+            8.. => micro_rows::<S, DOT, 8>(simd, &mut tile),
+            6.. => micro_rows::<S, DOT, 6>(simd, &mut tile),
+            4.. => micro_rows::<S, DOT, 4>(simd, &mut tile),
+            2.. => micro_rows::<S, DOT, 2>(simd, &mut tile),
+            _ => micro_rows::<S, DOT, 1>(simd, &mut tile),
+        };
+        done += step;
+        tile.left.start += step * tile.left.row_bytes;
+        tile.sums = &mut std::mem::take(&mut tile.sums)[step * 2 * S::LANES..];
+    }
+}
+
+/// Runs `ROWS` rows; returns how many that were.
+#[inline(always)]
+fn micro_rows<S: Simd, const DOT: bool, const ROWS: usize>(
+    simd: S,
+    tile: &mut MicroTile<'_>,
+) -> usize {
+    if ROWS > S::MICRO_ROWS {
+        unreachable!("more rows than the tile has");
+    }
+    let packed = tile.left.row_bytes == 4 && tile.left.unit_bytes == 4 * S::MICRO_ROWS;
+    if packed {
+        micro_loop::<S, DOT, ROWS, true>(simd, tile);
+    } else {
+        assert_eq!(tile.left.unit_bytes, 4, "units of a row follow each other");
+        micro_loop::<S, DOT, ROWS, false>(simd, tile);
+    }
+    ROWS
+}
+
+/// The loop over units. `PACKED` fixes the left operand's strides at compile time.
+#[inline(always)]
+fn micro_loop<S: Simd, const DOT: bool, const ROWS: usize, const PACKED: bool>(
+    simd: S,
+    tile: &mut MicroTile<'_>,
+) {
+    let LeftUnits { bytes, start, row_bytes, .. } = tile.left;
+    let (row_bytes, unit_bytes) =
+        if PACKED { (4, 4 * S::MICRO_ROWS) } else { (row_bytes, 4) };
+    let units = tile.units;
+    assert!(tile.right.len() >= units * 2 * S::LANES && tile.sums.len() >= ROWS * 2 * S::LANES);
+    if units > 0 {
+        let end = start + (ROWS - 1) * row_bytes + (units - 1) * unit_bytes + 4;
+        assert!(end <= bytes.len(), "left window ends at {end} of {}", bytes.len());
+    }
+    let mut sums = [[simd.zero(); 2]; ROWS];
+    if tile.start == Start::Resume {
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let from = &tile.sums[row * 2 * S::LANES..][..2 * S::LANES];
+            *sums = [simd.load(from), simd.load(&from[S::LANES..])];
+        }
+    }
+    // SAFETY: the assertions above bound every address: row < ROWS and unit < units.
+    unsafe {
+        let mut left = bytes.as_ptr().add(start);
+        let mut right = tile.right.as_ptr().cast::<u8>();
+        for _ in 0..units {
+            let columns = [simd.load_raw(right), simd.load_raw(right.add(4 * S::LANES))];
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let value = simd.splat_raw(left.add(row * row_bytes));
+                for (sum, column) in sums.iter_mut().zip(columns) {
+                    *sum = if DOT {
+                        simd.dot_pairs(*sum, value, column)
+                    } else {
+                        simd.fma(value, column, *sum)
+                    };
+                }
+            }
+            left = left.wrapping_add(unit_bytes);
+            right = right.add(8 * S::LANES);
+        }
+    }
+    for (row, sums) in sums.iter().enumerate() {
+        let to = &mut tile.sums[row * 2 * S::LANES..][..2 * S::LANES];
+        simd.store(sums[0], to);
+        simd.store(sums[1], &mut to[S::LANES..]);
+    }
+}
+
+/// Reads `LANES` rows of `LANES` raw units, without conversion.
+///
+/// Panics unless the whole square lies in `bytes`.
+#[inline(always)]
+pub(crate) fn load_square<S: Simd>(
+    simd: S,
+    bytes: &[u8],
+    start: usize,
+    row_bytes: usize,
+) -> S::Square {
+    let end = start + (S::LANES - 1) * row_bytes + 4 * S::LANES;
+    assert!(end <= bytes.len(), "square ends at {end} of {}", bytes.len());
+    let mut square = simd.square();
+    for (row, vector) in square.as_mut().iter_mut().enumerate() {
+        // SAFETY: the last row's last byte was checked above.
+        *vector = unsafe { simd.load_raw(bytes.as_ptr().add(start + row * row_bytes)) };
+    }
+    square
+}
