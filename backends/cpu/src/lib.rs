@@ -4,6 +4,7 @@
 
 pub mod ffi;
 pub mod gemm;
+pub mod peak;
 pub mod pool;
 pub mod scratch;
 pub mod simd;
