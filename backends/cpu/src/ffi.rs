@@ -158,7 +158,9 @@ impl<T> Tile<'_, T> {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: the tile lies in the slice and no other tile overlaps it (`Tiles::take`); the
         // returned borrow keeps this tile borrowed.
-        unsafe { std::slice::from_raw_parts_mut(self.base.add(row * self.row_stride), self.columns) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.base.add(row * self.row_stride), self.columns)
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use super::{DataMut, MatrixMut, Product, Store, Unit};
 use crate::ffi::{Grid, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
+use crate::simd::micro::{Stream, stream_squares};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Ranges of columns per thread: a few, so that a thread that is held up can be helped out.
@@ -123,11 +124,11 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
     ) {
         for column in (0..self.right.count).step_by(VECTORS * S::LANES) {
             let sums = self.sums::<S, DOT, ROWS, VECTORS>(simd, column);
-            for row in 0..self.tile.rows() {
-                for vector in 0..VECTORS {
+            for (row, sums) in sums.iter().enumerate().take(self.tile.rows()) {
+                for (vector, sums) in sums.iter().enumerate() {
                     let column = column + vector * S::LANES;
                     if column < self.right.count {
-                        self.write(simd, row, column, sums[row][vector]);
+                        self.write(simd, row, column, *sums);
                     }
                 }
             }
@@ -142,36 +143,61 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         column: usize,
     ) -> [[S::F32; VECTORS]; ROWS] {
         let mut sums = [[simd.zero(); VECTORS]; ROWS];
-        let (shared, units) = (self.shared, self.right.units);
-        for unit in (0..units).step_by(S::LANES) {
-            let left: [&[f32]; ROWS] =
-                std::array::from_fn(|row| &shared.left[row * shared.row_words + unit..][..S::LANES]);
-            for vector in 0..VECTORS {
-                let first = column + vector * S::LANES;
-                if first >= self.right.count {
-                    break;
-                }
-                let square = units_square::<S, T, DOT>(simd, &self.right, first, unit);
-                let square = simd.transpose(square);
-                let steps = S::LANES.min(units - unit);
-                for (step, weights) in square.as_ref().iter().enumerate() {
-                    // A chain ends at the last unit: further zero products could change its sign.
-                    if step >= steps {
-                        break;
-                    }
-                    for row in 0..ROWS {
-                        let value = simd.splat(left[row][step]);
-                        let sum = &mut sums[row][vector];
-                        *sum = if DOT {
-                            simd.dot_pairs(*sum, value, *weights)
-                        } else {
-                            simd.fma(value, *weights, *sum)
-                        };
-                    }
+        let (shared, right) = (self.shared, &self.right);
+        let raw = DOT || size_of::<T>() == 4;
+        let whole_units = if DOT { right.k / 2 } else { right.k };
+        let mut unit = 0;
+        if raw && right.count - column >= VECTORS * S::LANES {
+            let squares = whole_units / S::LANES;
+            let stream = Stream {
+                left: shared.left,
+                left_stride: shared.row_words,
+                right: bytemuck::cast_slice(right.data),
+                right_start: (right.first + column) * right.stride * size_of::<T>(),
+                right_row_bytes: right.stride * size_of::<T>(),
+                squares,
+            };
+            stream_squares::<S, DOT, ROWS, VECTORS>(simd, &stream, &mut sums);
+            unit = squares * S::LANES;
+        }
+        while unit < right.units {
+            self.edge::<S, DOT, ROWS, VECTORS>(simd, column, unit, &mut sums);
+            unit += S::LANES;
+        }
+        sums
+    }
+
+    /// Continues the chains by one square that may be cut off by the matrix's end or need conversion.
+    #[inline(always)]
+    fn edge<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
+        &self,
+        simd: S,
+        column: usize,
+        unit: usize,
+        sums: &mut [[S::F32; VECTORS]; ROWS],
+    ) {
+        let (shared, right) = (self.shared, &self.right);
+        // A chain ends at the last unit: further zero products could change a zero's sign.
+        let steps = S::LANES.min(right.units - unit);
+        for vector in 0..VECTORS {
+            let first = column + vector * S::LANES;
+            if first >= right.count {
+                break;
+            }
+            let square = units_square::<S, T, DOT>(simd, right, first, unit);
+            let square = simd.transpose(square);
+            for (step, weights) in square.as_ref().iter().enumerate().take(steps) {
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let value = simd.splat(shared.left[row * shared.row_words + unit + step]);
+                    let sum = &mut sums[vector];
+                    *sum = if DOT {
+                        simd.dot_pairs(*sum, value, *weights)
+                    } else {
+                        simd.fma(value, *weights, *sum)
+                    };
                 }
             }
         }
-        sums
     }
 
     #[inline(always)]

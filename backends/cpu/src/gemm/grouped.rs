@@ -51,9 +51,7 @@ pub fn grouped_gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, mut args: Grou
         }
         let rows_of_a = skip(args.a.data, start, args.a.row_stride, end - start);
         let (b, c_start) = match args.layout {
-            Layout::Nt | Layout::Nn => {
-                (skip(args.b.data, matrix, 1, k), start * args.c.row_stride)
-            }
+            Layout::Nt | Layout::Nn => (skip(args.b.data, matrix, 1, k), start * args.c.row_stride),
             Layout::Tn => (skip(args.b.data, start, args.b.row_stride, k), matrix),
         };
         let one = GemmArgs {

@@ -154,9 +154,7 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
         }
         match self.store {
             Store::Overwrite => C::from_f32(sum),
-            Store::Accumulate => {
-                C::from_f32(self.c[row * self.c_stride + column].to_f32() + sum)
-            }
+            Store::Accumulate => C::from_f32(self.c[row * self.c_stride + column].to_f32() + sum),
         }
     }
 

@@ -255,6 +255,29 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_ps(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn load_columns(self, from: *const u8, row_bytes: usize) -> [__m256; 4] {
+        // SAFETY: the caller promises the rows.
+        unsafe {
+            let quad = |row: usize| _mm_loadu_ps(from.add(row * row_bytes).cast());
+            let rows =
+                |i: usize| _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(quad(i)), quad(4 + i));
+            let (a, b, c, d) = (rows(0), rows(1), rows(2), rows(3));
+            let (low_ab, high_ab) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let (low_cd, high_cd) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            [
+                _mm256_shuffle_ps::<0x44>(low_ab, low_cd),
+                _mm256_shuffle_ps::<0xee>(low_ab, low_cd),
+                _mm256_shuffle_ps::<0x44>(high_ab, high_cd),
+                _mm256_shuffle_ps::<0xee>(high_ab, high_cd),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_raw(self, value: __m256, to: *mut u8) {
+        // SAFETY: the caller promises 32 writable bytes.
+        unsafe { _mm256_storeu_ps(to.cast(), value) };
+    }
+    #[inline(always)]
     unsafe fn splat_raw(self, from: *const u8) -> __m256 {
         // SAFETY: the caller promises 4 readable bytes.
         unsafe { _mm256_set1_ps(from.cast::<f32>().read_unaligned()) }

@@ -296,6 +296,35 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         unsafe { _mm512_loadu_ps(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn load_columns(self, from: *const u8, row_bytes: usize) -> [__m512; 4] {
+        // Each quad of lanes takes 4 values of one row, then quads are transposed where they are: half
+        // the shuffles of a full transpose, and few registers.
+        // SAFETY: the caller promises the rows.
+        unsafe {
+            let quad = |row: usize| _mm_loadu_ps(from.add(row * row_bytes).cast());
+            let rows = |i: usize| {
+                let all = _mm512_castps128_ps512(quad(i));
+                let all = _mm512_mask_broadcast_f32x4(all, 0x00f0, quad(4 + i));
+                let all = _mm512_mask_broadcast_f32x4(all, 0x0f00, quad(8 + i));
+                _mm512_mask_broadcast_f32x4(all, 0xf000, quad(12 + i))
+            };
+            let (a, b, c, d) = (rows(0), rows(1), rows(2), rows(3));
+            let (low_ab, high_ab) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let (low_cd, high_cd) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            [
+                _mm512_shuffle_ps::<0x44>(low_ab, low_cd),
+                _mm512_shuffle_ps::<0xee>(low_ab, low_cd),
+                _mm512_shuffle_ps::<0x44>(high_ab, high_cd),
+                _mm512_shuffle_ps::<0xee>(high_ab, high_cd),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_raw(self, value: __m512, to: *mut u8) {
+        // SAFETY: the caller promises 64 writable bytes.
+        unsafe { _mm512_storeu_ps(to.cast(), value) };
+    }
+    #[inline(always)]
     unsafe fn splat_raw(self, from: *const u8) -> __m512 {
         // SAFETY: the caller promises 4 readable bytes.
         unsafe { _mm512_set1_ps(from.cast::<f32>().read_unaligned()) }

@@ -7,7 +7,7 @@ use super::Simd;
 /// log2(e).
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 /// ln(2) in two parts: the high part has 15 trailing zero bits, so `n * LN2_HIGH` is exact.
-const LN2_HIGH: f32 = 0.693_359_375;
+const LN2_HIGH: f32 = 355.0 / 512.0;
 /// The rest of ln(2).
 const LN2_LOW: f32 = -2.121_944_4e-4;
 /// Above this the result is infinite; the power stays within what two factors can express.

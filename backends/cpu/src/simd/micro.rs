@@ -91,8 +91,7 @@ fn micro_loop<S: Simd, const DOT: bool, const ROWS: usize, const PACKED: bool>(
     tile: &mut MicroTile<'_>,
 ) {
     let LeftUnits { bytes, start, row_bytes, .. } = tile.left;
-    let (row_bytes, unit_bytes) =
-        if PACKED { (4, 4 * S::MICRO_ROWS) } else { (row_bytes, 4) };
+    let (row_bytes, unit_bytes) = if PACKED { (4, 4 * S::MICRO_ROWS) } else { (row_bytes, 4) };
     let units = tile.units;
     assert!(tile.right.len() >= units * 2 * S::LANES && tile.sums.len() >= ROWS * 2 * S::LANES);
     if units > 0 {
@@ -151,4 +150,78 @@ pub(crate) fn load_square<S: Simd>(
         *vector = unsafe { simd.load_raw(bytes.as_ptr().add(start + row * row_bytes)) };
     }
     square
+}
+
+/// Bytes of a cache line, for prefetching.
+const LINE_BYTES: usize = 64;
+
+/// Whole squares of a right operand that is streamed in place, with few rows on the left.
+pub(crate) struct Stream<'a> {
+    /// Rows of units.
+    pub(crate) left: &'a [f32],
+    /// Units from one left row to the next.
+    pub(crate) left_stride: usize,
+    /// Memory that holds the rows of the right operand; they become columns of the result.
+    pub(crate) right: &'a [u8],
+    /// Where the first of them starts.
+    pub(crate) right_start: usize,
+    /// Bytes from one of them to the next.
+    pub(crate) right_row_bytes: usize,
+    /// How many squares follow each other along the rows.
+    pub(crate) squares: usize,
+}
+
+/// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
+///
+/// As many bytes as are used are prefetched from the right rows that come next: the hardware does not
+/// foresee this many short streams.
+#[inline(always)]
+pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    stream: &Stream<'_>,
+    sums: &mut [[S::F32; VECTORS]; ROWS],
+) {
+    let Stream { left, left_stride, right, right_start, right_row_bytes, squares } = *stream;
+    if squares == 0 {
+        return;
+    }
+    let square_bytes = 4 * S::LANES;
+    let end = right_start + (VECTORS * S::LANES - 1) * right_row_bytes + squares * square_bytes;
+    assert!(end <= right.len(), "squares end at {end} of {}", right.len());
+    assert!((ROWS - 1) * left_stride + squares * S::LANES <= left.len());
+    let mut values = *sums;
+    let ahead = VECTORS * S::LANES * right_row_bytes;
+    // SAFETY: the assertions bound every address that is read; prefetches may go anywhere.
+    unsafe {
+        let mut left = left.as_ptr().cast::<u8>();
+        let mut right = right.as_ptr().add(right_start);
+        let mut next = right.wrapping_add(ahead);
+        for _ in 0..squares {
+            for vector in 0..VECTORS {
+                let rows = right.add(vector * S::LANES * right_row_bytes);
+                for quad in 0..S::LANES / 4 {
+                    for line in 0..S::LANES * 16 / LINE_BYTES {
+                        simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                    }
+                    next = next.wrapping_add(S::LANES * 16);
+                    let columns = simd.load_columns(rows.add(quad * 16), right_row_bytes);
+                    for (step, weights) in columns.into_iter().enumerate() {
+                        let left = left.add((quad * 4 + step) * 4);
+                        for (row, values) in values.iter_mut().enumerate() {
+                            let value = simd.splat_raw(left.add(row * left_stride * 4));
+                            let sum = &mut values[vector];
+                            *sum = if DOT {
+                                simd.dot_pairs(*sum, value, weights)
+                            } else {
+                                simd.fma(value, weights, *sum)
+                            };
+                        }
+                    }
+                }
+            }
+            left = left.wrapping_add(square_bytes);
+            right = right.wrapping_add(square_bytes);
+        }
+    }
+    *sums = values;
 }

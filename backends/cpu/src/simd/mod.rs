@@ -27,7 +27,7 @@
 //! }
 //!
 //! let mut row = vec![1.0f32; 37];
-//! dispatch(Isa::detect().unwrap(), Scale { row: &mut row, factor: 2.0 });
+//! dispatch(Isa::detect().expect("a known set"), Scale { row: &mut row, factor: 2.0 });
 //! assert!(row.iter().all(|&value| value == 2.0));
 //! ```
 //!
@@ -155,6 +155,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `from` must be readable for `LANES * 4` bytes; any alignment.
     unsafe fn load_raw(self, from: *const u8) -> Self::F32;
+    /// Writes `LANES` raw 32-bit lanes.
+    ///
+    /// # Safety
+    /// `to` must be writable for `LANES * 4` bytes; any alignment.
+    unsafe fn store_raw(self, value: Self::F32, to: *mut u8);
+    /// Reads 4 raw 32-bit values from each of `LANES` rows, transposed: lanes of the results are rows.
+    ///
+    /// # Safety
+    /// 16 bytes must be readable at `from + row * row_bytes` for every row; any alignment.
+    unsafe fn load_columns(self, from: *const u8, row_bytes: usize) -> [Self::F32; 4];
     /// Reads one raw 32-bit value into all lanes.
     ///
     /// # Safety

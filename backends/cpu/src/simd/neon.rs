@@ -249,6 +249,29 @@ impl Simd for Neon {
         unsafe { vreinterpretq_f32_u8(vld1q_u8(from)) }
     }
     #[inline(always)]
+    unsafe fn load_columns(self, from: *const u8, row_bytes: usize) -> [float32x4_t; 4] {
+        // SAFETY: the caller promises the rows.
+        unsafe {
+            let row = |row: usize| self.load_raw(from.add(row * row_bytes));
+            let (a, b, c, d) = (row(0), row(1), row(2), row(3));
+            let (even_ab, odd_ab) = (vtrn1q_f32(a, b), vtrn2q_f32(a, b));
+            let (even_cd, odd_cd) = (vtrn1q_f32(c, d), vtrn2q_f32(c, d));
+            let low = |a, b| vcombine_f32(vget_low_f32(a), vget_low_f32(b));
+            let high = |a, b| vcombine_f32(vget_high_f32(a), vget_high_f32(b));
+            [
+                low(even_ab, even_cd),
+                low(odd_ab, odd_cd),
+                high(even_ab, even_cd),
+                high(odd_ab, odd_cd),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_raw(self, value: float32x4_t, to: *mut u8) {
+        // SAFETY: the caller promises 16 writable bytes.
+        unsafe { vst1q_u8(to, vreinterpretq_u8_f32(value)) };
+    }
+    #[inline(always)]
     unsafe fn splat_raw(self, from: *const u8) -> float32x4_t {
         // SAFETY: the caller promises 4 readable bytes; the set is present.
         unsafe { vdupq_n_f32(from.cast::<f32>().read_unaligned()) }

@@ -162,6 +162,23 @@ impl Simd for Portable {
         unsafe { from.cast::<V>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn load_columns(self, from: *const u8, row_bytes: usize) -> [V; 4] {
+        let mut columns = [[0.0; LANES]; 4];
+        for row in 0..LANES {
+            // SAFETY: the caller promises the rows.
+            let quad = unsafe { from.add(row * row_bytes).cast::<[f32; 4]>().read_unaligned() };
+            for (column, value) in columns.iter_mut().zip(quad) {
+                column[row] = value;
+            }
+        }
+        columns
+    }
+    #[inline(always)]
+    unsafe fn store_raw(self, value: V, to: *mut u8) {
+        // SAFETY: the caller promises 32 writable bytes.
+        unsafe { to.cast::<V>().write_unaligned(value) };
+    }
+    #[inline(always)]
     unsafe fn splat_raw(self, from: *const u8) -> V {
         // SAFETY: the caller promises 4 readable bytes.
         [unsafe { from.cast::<f32>().read_unaligned() }; LANES]

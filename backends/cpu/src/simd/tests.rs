@@ -193,10 +193,10 @@ fn lanes_are_transposed_reduced_and_paired_in_order() {
 
 #[test]
 fn an_unknown_or_missing_set_is_named() {
-    let error = Isa::from_name("mmx").unwrap_err().to_string();
+    let error = Isa::from_name("mmx").expect_err("not a set").to_string();
     assert!(error.contains("`mmx`") && error.contains("portable"), "{error}");
     let missing = if cfg!(target_arch = "x86_64") { "neon" } else { "avx2" };
-    let error = Isa::from_name(missing).unwrap_err().to_string();
+    let error = Isa::from_name(missing).expect_err("of another architecture").to_string();
     assert!(error.contains("this CPU has no"), "{error}");
     assert_eq!(Isa::from_name("portable"), Ok(Isa::PORTABLE));
 }
