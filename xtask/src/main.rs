@@ -1,0 +1,40 @@
+//! Repository chores: `cargo xtask tidy` (the style rules) and `cargo xtask test` (everything CI
+//! checks).
+//!
+//! Builds no part of the product. Read next: `tidy.rs`, then one file of `rules/`.
+
+mod report;
+mod rules;
+mod source;
+mod suite;
+mod tidy;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: cargo xtask COMMAND
+
+  tidy   check the rules marked [t] in the style guide and the directions between crates
+  test   formatting, clippy, tidy, then every test; ends with `N passed, N failed`";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let root = repository_root();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["tidy"] => tidy::run(&root),
+        ["test"] => suite::run(&root),
+        ["--help" | "-h" | "help"] => {
+            println!("{USAGE}");
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The folder of the workspace: the parent of this crate's.
+fn repository_root() -> std::path::PathBuf {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().expect("xtask lies one folder below the root").to_path_buf()
+}
