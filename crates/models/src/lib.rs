@@ -1,0 +1,34 @@
+//! Model families as Hugging Face folders: configuration, weights, tokenizer and chat template.
+//!
+//! A folder is read in four steps, each of which can fail with one [`ModelError`] that says what
+//! is wrong: [`ModelConfig::from_folder`], [`Weights::open`], [`Tokenizer::from_folder`] and
+//! [`ChatTemplate::from_folder`]. This crate knows no vendor. Read next: `config.rs`.
+
+mod chat_json;
+mod chat_syntax;
+mod chat_template;
+mod config;
+mod error;
+mod export;
+#[cfg(test)]
+mod golden;
+mod keys;
+mod layout;
+mod map;
+mod presets;
+mod rope;
+mod tokenizer;
+mod weights;
+
+pub use chat_template::{ChatRequest, ChatTemplate};
+pub use config::{
+    Bias, Deepseek, Family, Head, LayerKind, MODEL_TYPES, ModelConfig, Qwen3Experts, RotaryPairs,
+    RouterWeights,
+};
+pub use error::ModelError;
+pub use export::{COMPANION_FILES, ExportTarget, ExportTensor, companions, export};
+pub use layout::{Role, TensorSpec};
+pub use presets::{PRESETS, preset};
+pub use rope::{Frequencies, RampEnds, Rope, RopeScaling, Yarn};
+pub use tokenizer::{SpecialTokens, StreamDecoder, Tokenizer};
+pub use weights::{INDEX_FILE, SINGLE_FILE, TensorView, Weights};
