@@ -1,9 +1,10 @@
 //! Prints the speed of matrix products against the machine's measured peaks.
 //!
-//! Run with `cargo run --release -p pontoon-cpu --example gemm_bench [-- MODE [THREADS]]`, MODE one of
-//! `all`, `gemm`, `gemv`, `pool`. Times are the best of many runs, because others may share the cores.
-//! Results are not checked here: `gemm/tests.rs` does that.
+//! Run with `cargo run --release -p pontoon-cpu --example gemm_bench [-- MODE [THREADS]]`, MODE one
+//! of `all`, `gemm`, `gemv`, `pool`. Times are the best of many runs, because others may share the
+//! cores. Results are not checked here: `gemm/tests.rs` does that.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -13,8 +14,11 @@ use pontoon_cpu::pool::Pool;
 use pontoon_cpu::scratch::Scratch;
 use pontoon_cpu::simd::Isa;
 
-/// (m, n, k) of the three layouts in a step of a 30M-parameter model with 2048 tokens.
-const SHAPES: [(Layout, [(usize, usize, usize); 4]); 3] = [
+/// Rows, columns and length of the sums: m, n, k.
+type Shape = (usize, usize, usize);
+
+/// The shapes of the three layouts in a step of a 30M-parameter model with 2048 tokens.
+const SHAPES: [(Layout, [Shape; 4]); 3] = [
     (Layout::Nt, [(2048, 512, 512), (2048, 1376, 512), (2048, 512, 1376), (2048, 8192, 512)]),
     (Layout::Nn, [(2048, 512, 512), (2048, 512, 1376), (2048, 1376, 512), (2048, 512, 8192)]),
     (Layout::Tn, [(512, 512, 2048), (1376, 512, 2048), (512, 1376, 2048), (8192, 512, 2048)]),
@@ -45,7 +49,7 @@ impl Bench {
         best
     }
 
-    fn gemm(&mut self, kind: PeakType, layout: Layout, (m, n, k): (usize, usize, usize)) -> f64 {
+    fn gemm(&mut self, kind: PeakType, layout: Layout, (m, n, k): Shape) -> f64 {
         let (a_stride, b_stride) = match layout {
             Layout::Nt => (k, k),
             Layout::Nn => (k, n),
@@ -141,14 +145,23 @@ impl Bench {
 
     fn print_pool(&mut self) {
         const RUNS: u32 = 1000;
+        let threads = self.pool.threads();
         let time = self.best(|bench| {
             for _ in 0..RUNS {
-                bench.pool.run(bench.pool.threads(), |task| {
-                    std::hint::black_box(task);
+                // Each task waits for the others, so that no thread can do the work of two.
+                let arrived = AtomicUsize::new(0);
+                bench.pool.run(threads, |_| {
+                    arrived.fetch_add(1, Ordering::Relaxed);
+                    while arrived.load(Ordering::Relaxed) < threads {
+                        std::hint::spin_loop();
+                    }
                 });
             }
         });
-        println!("empty parallel run: {:.2} us", time.as_secs_f64() * 1e6 / f64::from(RUNS));
+        println!(
+            "parallel run that all threads join: {:.2} us",
+            time.as_secs_f64() * 1e6 / f64::from(RUNS)
+        );
     }
 }
 

@@ -1,5 +1,5 @@
-//! The unsafe corners that are not instructions: disjoint writes from several threads, and lending a
-//! closure to worker threads. Each is wrapped so that its users are safe code.
+//! The unsafe corners that are not instructions: disjoint writes from several threads, and lending
+//! a closure to worker threads. Each is wrapped so that its users are safe code.
 //!
 //! Disjointness is checked at run time, with one bit per part. Scheduling is in `pool.rs`.
 
@@ -34,8 +34,8 @@ pub struct Parts<'a, T> {
     slice: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the only access through a shared `Parts` is `take`, which hands out non-overlapping parts,
-// so sharing it is like sending the parts.
+// SAFETY: the only access through a shared `Parts` is `take`, which hands out non-overlapping
+// parts, so sharing it is like sending the parts.
 unsafe impl<T: Send> Sync for Parts<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Send for Parts<'_, T> {}
@@ -63,8 +63,8 @@ impl<'a, T> Parts<'a, T> {
         self.claims.claim(index);
         let start = index * self.part_len;
         let len = self.part_len.min(self.len - start);
-        // SAFETY: the range lies in the slice, which is borrowed for 'a, and the claim makes this the
-        // only reference to it.
+        // SAFETY: the range lies in the slice, which is borrowed for 'a, and the claim makes this
+        // the only reference to it.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(start), len) }
     }
 }
@@ -184,7 +184,8 @@ impl Drop for Entry<'_> {
 /// The one place where a caller offers a job and workers join it.
 ///
 /// `state` is (job number << 16) | OPEN? | workers inside. A worker may use the job only between a
-/// successful join and its leave, and the caller returns only after closing and counting zero inside.
+/// successful join and its leave, and the caller returns only after closing and counting zero
+/// inside.
 pub(crate) struct JobSlot {
     state: AtomicU64,
     task: AtomicPtr<Task>,

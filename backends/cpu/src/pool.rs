@@ -71,10 +71,11 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `task(0)`, ..., `task(tasks - 1)`, each once, on any thread, and returns when all are done.
+    /// Runs `task(0)`, ..., `task(tasks - 1)`, each once, on any thread, and returns when all are
+    /// done.
     ///
-    /// A run from inside a task is done inline. If a task panics, the rest may or may not run and the
-    /// panic continues in the caller.
+    /// A run from inside a task is done inline. If a task panics, the rest may or may not run and
+    /// the panic continues in the caller.
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
         if self.workers.is_empty() || tasks <= 1 || INSIDE_A_TASK.get() {
             (0..tasks).for_each(task);

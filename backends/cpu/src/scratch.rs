@@ -1,7 +1,7 @@
 //! Working memory that is grown once and reused, aligned to cache lines.
 //!
-//! Fresh pages cost a fault each, which is dear next to the work done on them. The memory keeps what
-//! the last user left there: nobody may rely on its contents.
+//! Fresh pages cost a fault each, which is dear next to the work done on them. The memory keeps
+//! what the last user left there: nobody may rely on its contents.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -1,4 +1,5 @@
-//! Products of few rows with an `[n, k]` matrix, as in decoding: the matrix is streamed once, in place.
+//! Products of few rows with an `[n, k]` matrix, as in decoding: the matrix is streamed once, in
+//! place.
 //!
 //! A square of `LANES` weight rows by `LANES` units is transposed in registers, so that lanes are
 //! columns of C and every column keeps its own chain over ascending k: the bits are those of the
@@ -167,7 +168,8 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         sums
     }
 
-    /// Continues the chains by one square that may be cut off by the matrix's end or need conversion.
+    /// Continues the chains by one square that may be cut off by the matrix's end or need
+    /// conversion.
     #[inline(always)]
     fn edge<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
         &self,

@@ -69,8 +69,8 @@ pub fn grouped_gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, mut args: Grou
     }
 }
 
-/// The elements from row `row` on; nothing when no row is read, so that an empty last group may start
-/// at the end of an operand without trailing padding.
+/// The elements from row `row` on; nothing when no row is read, so that an empty last group may
+/// start at the end of an operand without trailing padding.
 fn skip(data: Data<'_>, row: usize, row_stride: usize, rows: usize) -> Data<'_> {
     if rows == 0 { data } else { data.from(row * row_stride) }
 }

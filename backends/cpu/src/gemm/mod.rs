@@ -1,10 +1,10 @@
 //! Matrix products `C = A B` in three layouts, with the bits rule of this backend.
 //!
-//! Each element of C is one chain over ascending k in f32: one fused multiply-add per k, or for bf16
-//! on CPUs with a dot product of pairs one such instruction per two k (an odd last k is paired with
-//! zero). Blocking only cuts the chain and stores the f32 sum between the parts. So an element's bits
-//! depend on its row of A, its column of B and the instruction set, and on nothing else: not on m,
-//! n, the thread count, or whether the product ran as matrix times vector.
+//! Each element of C is one chain over ascending k in f32: one fused multiply-add per k, or for
+//! bf16 on CPUs with a dot product of pairs one such instruction per two k (an odd last k is paired
+//! with zero). Blocking only cuts the chain and stores the f32 sum between the parts. So an
+//! element's bits depend on its row of A, its column of B and the instruction set, and on nothing
+//! else: not on m, n, the thread count, or whether the product ran as matrix times vector.
 //!
 //! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows,
 //! `grouped.rs` for experts, and `simd/micro.rs` for the inner loop. Shapes are checked by the

@@ -1,4 +1,5 @@
-//! Bringing operands into the inner loop's format: 32-bit units, panels as wide as the register tile.
+//! Bringing operands into the inner loop's format: 32-bit units, panels as wide as the register
+//! tile.
 //!
 //! Right panels hold, per unit, `2 * LANES` columns; left panels hold, per unit, `MICRO_ROWS` rows.
 //! Left operands whose memory already is rows of units are not packed at all. Columns and rows past

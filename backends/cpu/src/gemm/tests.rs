@@ -231,8 +231,8 @@ fn mixed_result_types_are_rounded_once() {
     check_types::<bf16, f16>(7);
 }
 
-/// A row alone (matrix times vector), in ranges of rows and of columns, and with more threads: always
-/// the bits of the whole product.
+/// A row alone (matrix times vector), in ranges of rows and of columns, and with more threads:
+/// always the bits of the whole product.
 fn check_invariance<T: Wrap, C: Wrap>(seed: u64) {
     let (mut random, one, two) = (Random(seed), Pool::new(1), Pool::new(2));
     for isa in Isa::available() {

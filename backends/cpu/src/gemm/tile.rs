@@ -1,8 +1,8 @@
 //! The blocked product: pack the right operand once, then compute tiles of C on all threads.
 //!
 //! A tile of C is one task. Inside it a right panel stays in the first-level cache while the tile's
-//! rows pass, and the tile's rows stay in the second level while the panels pass. Long chains are cut
-//! at `CHAIN_UNITS_MAX`, with the f32 sums kept in the thread's scratch between the cuts.
+//! rows pass, and the tile's rows stay in the second level while the panels pass. Long chains are
+//! cut at `CHAIN_UNITS_MAX`, with the f32 sums kept in the thread's scratch between the cuts.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -14,7 +14,8 @@ use crate::scratch::Scratch;
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
 
-/// Rows of a task's tile: a multiple of every set's register tile, small enough to share out evenly.
+/// Rows of a task's tile: a multiple of every set's register tile, small enough to share out
+/// evenly.
 const TILE_ROWS: usize = 48;
 /// Columns of a task's tile.
 const TILE_COLUMNS: usize = 256;

@@ -69,8 +69,8 @@ fn put<T: Copy>(all: [T; 8], to: &mut [T]) {
     }
 }
 
-// SAFETY of every block below: a value of `Avx2` exists only inside `enter`, whose caller checked the
-// CPU; memory is touched through arrays of the vector's size.
+// SAFETY of every block below: a value of `Avx2` exists only inside `enter`, whose caller checked
+// the CPU; memory is touched through arrays of the vector's size.
 impl Simd for Avx2 {
     type F32 = __m256;
     type Square = Square;

@@ -72,8 +72,9 @@ fn first(count: usize) -> __mmask16 {
     ((1u32 << count) - 1) as __mmask16
 }
 
-// SAFETY of every block below: a value of `Avx512` exists only inside `enter` and `enter_bf16`, whose
-// callers checked the CPU; loads and stores stay within the slices, by the length or by a mask.
+// SAFETY of every block below: a value of `Avx512` exists only inside `enter` and `enter_bf16`,
+// whose callers checked the CPU; loads and stores stay within the slices, by the length or by a
+// mask.
 impl<const DOT: bool> Avx512<DOT> {
     /// Round to nearest even by integer arithmetic; NaN keeps its top bits and becomes quiet.
     #[inline(always)]
@@ -282,8 +283,8 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     #[inline(always)]
     fn dot_pairs(self, acc: __m512, a: __m512, b: __m512) -> __m512 {
         assert!(DOT, "this set was entered without the dot product of pairs");
-        // SAFETY: see the first impl block; `DOT` is true only inside `enter_bf16`. The three vector
-        // types have one size and no invalid bits.
+        // SAFETY: see the first impl block; `DOT` is true only inside `enter_bf16`. The three
+        // vector types have one size and no invalid bits.
         unsafe {
             let a = core::mem::transmute::<__m512, __m512bh>(a);
             let b = core::mem::transmute::<__m512, __m512bh>(b);
@@ -297,8 +298,8 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     }
     #[inline(always)]
     unsafe fn load_columns(self, from: *const u8, row_bytes: usize) -> [__m512; 4] {
-        // Each quad of lanes takes 4 values of one row, then quads are transposed where they are: half
-        // the shuffles of a full transpose, and few registers.
+        // Each quad of lanes takes 4 values of one row, then quads are transposed where they are:
+        // half the shuffles of a full transpose, and few registers.
         // SAFETY: the caller promises the rows.
         unsafe {
             let quad = |row: usize| _mm_loadu_ps(from.add(row * row_bytes).cast());

@@ -173,8 +173,8 @@ pub(crate) struct Stream<'a> {
 
 /// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
 ///
-/// As many bytes as are used are prefetched from the right rows that come next: the hardware does not
-/// foresee this many short streams.
+/// As many bytes as are used are prefetched from the right rows that come next: the hardware does
+/// not foresee this many short streams.
 #[inline(always)]
 pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
     simd: S,

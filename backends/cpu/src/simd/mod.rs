@@ -32,8 +32,8 @@
 //! ```
 //!
 //! The files here are the only ones besides `ffi.rs` that hold `unsafe`: an instruction set plays
-//! the part a vendor's library plays for other chips. No algorithm lives here except the inner loops
-//! in [`micro`]; matrix products are in `gemm/`.
+//! the part a vendor's library plays for other chips. No algorithm lives here except the inner
+//! loops in [`micro`]; matrix products are in `gemm/`.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -64,9 +64,9 @@ pub trait Kernel {
 
 /// An instruction set's vectors of f32, and how to work on them.
 ///
-/// A value of this type proves that the CPU has the instructions, so the methods are safe. Loads read
-/// `LANES` elements when the slice has them; a shorter slice fills the missing lanes with zero.
-/// Stores write `min(LANES, slice length)` lanes.
+/// A value of this type proves that the CPU has the instructions, so the methods are safe. Loads
+/// read `LANES` elements when the slice has them; a shorter slice fills the missing lanes with
+/// zero. Stores write `min(LANES, slice length)` lanes.
 pub trait Simd: Copy + Send + Sync + 'static {
     /// A vector of `LANES` f32 values.
     type F32: Copy + Send + Sync;
@@ -160,7 +160,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `to` must be writable for `LANES * 4` bytes; any alignment.
     unsafe fn store_raw(self, value: Self::F32, to: *mut u8);
-    /// Reads 4 raw 32-bit values from each of `LANES` rows, transposed: lanes of the results are rows.
+    /// Reads 4 raw 32-bit values from each of `LANES` rows, transposed: lanes of the results are
+    /// rows.
     ///
     /// # Safety
     /// 16 bytes must be readable at `from + row * row_bytes` for every row; any alignment.

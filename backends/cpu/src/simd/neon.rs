@@ -1,6 +1,9 @@
 //! NEON on 64-bit Arm. Not tuned: the generic kernels over four-lane vectors.
 //!
-//! f16 goes through scalar conversion, because the vector conversion's types are not stable in Rust.
+//! f16 goes through scalar conversion, because the vector conversion's types are not stable in
+//! Rust.
+
+#![allow(unused_unsafe, reason = "the intrinsics are safe where NEON is part of the target")]
 
 use core::arch::aarch64::*;
 
@@ -67,17 +70,17 @@ fn put<T: Copy>(all: [T; 4], to: &mut [T]) {
     }
 }
 
-// SAFETY of every block below: a value of `Neon` exists only inside `enter`, whose caller checked the
-// CPU; memory is touched through arrays of the vector's size.
+// SAFETY of every block below: a value of `Neon` exists only inside `enter`, whose caller checked
+// the CPU; memory is touched through arrays of the vector's size.
 impl Neon {
     #[inline(always)]
-    fn from_array(self, all: [f32; 4]) -> float32x4_t {
+    fn vector(self, all: [f32; 4]) -> float32x4_t {
         // SAFETY: see above.
         unsafe { vld1q_f32(all.as_ptr()) }
     }
 
     #[inline(always)]
-    fn to_array(self, value: float32x4_t) -> [f32; 4] {
+    fn array(self, value: float32x4_t) -> [f32; 4] {
         let mut all = [0.0; 4];
         // SAFETY: see above.
         unsafe { vst1q_f32(all.as_mut_ptr(), value) };
@@ -99,11 +102,11 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn load(self, from: &[f32]) -> float32x4_t {
-        self.from_array(four(from))
+        self.vector(four(from))
     }
     #[inline(always)]
     fn store(self, value: float32x4_t, to: &mut [f32]) {
-        put(self.to_array(value), to);
+        put(self.array(value), to);
     }
     #[inline(always)]
     fn load_bf16(self, from: &[bf16]) -> float32x4_t {
@@ -127,11 +130,11 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn load_f16(self, from: &[f16]) -> float32x4_t {
-        self.from_array(four(from).map(|value| Element::to_f32(value)))
+        self.vector(four(from).map(|value| Element::to_f32(value)))
     }
     #[inline(always)]
     fn store_f16(self, value: float32x4_t, to: &mut [f16]) {
-        put(self.to_array(value).map(f16::from_f32), to);
+        put(self.array(value).map(f16::from_f32), to);
     }
     #[inline(always)]
     fn add(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
@@ -208,17 +211,17 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn reduce_sum(self, a: float32x4_t) -> f32 {
-        let a = self.to_array(a);
+        let a = self.array(a);
         (a[0] + a[2]) + (a[1] + a[3])
     }
     #[inline(always)]
     fn reduce_max(self, a: float32x4_t) -> f32 {
-        self.to_array(a).into_iter().fold(f32::NEG_INFINITY, f32::max)
+        self.array(a).into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
     fn transpose(self, square: Square) -> Square {
-        let rows = square.0.map(|row| self.to_array(row));
-        let column = |i: usize| self.from_array([rows[0][i], rows[1][i], rows[2][i], rows[3][i]]);
+        let rows = square.0.map(|row| self.array(row));
+        let column = |i: usize| self.vector([rows[0][i], rows[1][i], rows[2][i], rows[3][i]]);
         Square([column(0), column(1), column(2), column(3)])
     }
     #[inline(always)]
@@ -229,7 +232,7 @@ impl Simd for Neon {
     fn load_pairs(self, from: &[bf16]) -> float32x4_t {
         let bits = |index: usize| from.get(index).map_or(0, |value| u32::from(value.to_bits()));
         let pair = |lane: usize| f32::from_bits(bits(2 * lane) | bits(2 * lane + 1) << 16);
-        self.from_array([pair(0), pair(1), pair(2), pair(3)])
+        self.vector([pair(0), pair(1), pair(2), pair(3)])
     }
     #[inline(always)]
     fn merge_pairs(self, even: float32x4_t, odd: float32x4_t) -> float32x4_t {
