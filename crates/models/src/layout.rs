@@ -59,7 +59,8 @@ impl ModelConfig {
     /// 2 for every weight the token is multiplied with (of routed experts, only those it is sent
     /// to; the embedding's look-up is free; the head counts whether tied or not), plus attention:
     /// in each layer 2 × heads × (key width + value width) × (tokens + 1) / 2, as a token
-    /// attends to itself and those before it. A training step is three times this, without recomputation.
+    /// attends to itself and those before it. A training step is three times this, without
+    /// recomputation.
     pub fn forward_flops_per_token(&self, tokens: usize) -> f64 {
         let (chosen, all) = match &self.family {
             Family::Llama | Family::Qwen3 => (1, 1),
