@@ -185,6 +185,29 @@ impl View {
         View { shape: Shape::new(&dims[..self.shape.rank()]), strides, ..*self }
     }
 
+    /// Leaves out a dimension of extent 1.
+    pub fn drop_axis(&self, axis: usize) -> Self {
+        assert_eq!(self.dim(axis), 1, "only a dimension of extent 1 can be left out");
+        let rank = self.shape.rank();
+        let mut dims = self.shape.dims;
+        let mut strides = self.strides;
+        dims.copy_within(axis + 1..rank, axis);
+        strides.copy_within(axis + 1..rank, axis);
+        View { shape: Shape::new(&dims[..rank - 1]), strides, ..*self }
+    }
+
+    /// The extent-1 form of each repeated dimension: what a broadcast was made from.
+    pub fn unbroadcast(&self) -> Self {
+        let rank = self.shape.rank();
+        let mut dims = self.shape.dims;
+        for (extent, stride) in dims.iter_mut().zip(self.strides) {
+            if stride == 0 {
+                *extent = (*extent).min(1);
+            }
+        }
+        View { shape: Shape::new(&dims[..rank]), ..*self }
+    }
+
     /// Swaps two dimensions without moving memory.
     pub fn transpose(&self, first: usize, second: usize) -> Self {
         let mut dims = self.shape.dims;
