@@ -4,6 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use pontoon_program::ProgramError;
+
 /// What can be wrong with a model folder, its configuration, tokenizer or chat template.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -172,6 +174,28 @@ pub enum ModelError {
         /// The names present, comma-separated, or "none".
         known: String,
     },
+    /// More tokens than the model or the cache was made for.
+    #[error(
+        "prompt {prompt} has {got} tokens, but at most {most} fit with room for one more \
+         (the model's max_position_embeddings or the cache's size); shorten it"
+    )]
+    PromptTooLong {
+        /// Which prompt.
+        prompt: usize,
+        /// Its length.
+        got: usize,
+        /// The longest that fits.
+        most: usize,
+    },
+    /// A request that cannot be run as it stands.
+    #[error("generation: {what}")]
+    Request {
+        /// What is wrong and what would do.
+        what: String,
+    },
+    /// A program could not be built or run.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
 }
 
 impl ModelError {

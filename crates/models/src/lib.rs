@@ -2,22 +2,27 @@
 //!
 //! A folder is read in four steps, each of which can fail with one [`ModelError`] that says what
 //! is wrong: [`ModelConfig::from_folder`], [`Weights::open`], [`Tokenizer::from_folder`] and
-//! [`ChatTemplate::from_folder`]. This crate knows no vendor. Read next: `config.rs`.
+//! [`ChatTemplate::from_folder`]. A [`Model`] turns a configuration into programs. This crate knows
+//! no vendor. Read next: `config.rs`, then `model.rs` and `families/mod.rs`.
 
+mod block;
 mod chat_json;
 mod chat_syntax;
 mod chat_template;
 mod config;
 mod error;
 mod export;
+mod families;
 #[cfg(test)]
 mod golden;
 mod keys;
 mod layout;
 mod map;
+mod model;
 mod presets;
 mod rope;
 mod tokenizer;
+mod values;
 mod weights;
 
 pub use chat_template::{ChatRequest, ChatTemplate};
@@ -28,7 +33,9 @@ pub use config::{
 pub use error::ModelError;
 pub use export::{COMPANION_FILES, ExportTarget, ExportTensor, companions, export};
 pub use layout::{Role, TensorSpec};
+pub use model::{BatchShape, Model, PagedHead, PagedShape};
 pub use presets::{PRESETS, preset};
 pub use rope::{Frequencies, RampEnds, Rope, RopeScaling, Yarn};
 pub use tokenizer::{SpecialTokens, StreamDecoder, Tokenizer};
+pub use values::{Constant, HostWeights, compute_bytes};
 pub use weights::{INDEX_FILE, SINGLE_FILE, TensorView, Weights};
