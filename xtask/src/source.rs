@@ -129,6 +129,10 @@ impl Source {
     }
 
     fn mark_tests(&mut self) {
+        if !self.pieces("#![cfg(test)]").is_empty() {
+            self.in_test.fill(true);
+            return;
+        }
         for piece in ["#[cfg(test)]", "#[cfg(all(test,"] {
             for start in self.pieces(piece) {
                 let attribute_end = self.closing(start + 1).unwrap_or(start);
@@ -150,8 +154,8 @@ fn is_word(character: char) -> bool {
 /// Whether all of a file is test code.
 fn is_test_file(path: &str) -> bool {
     let folders = ["tests/", "benches/", "examples/"];
-    let inside = |folder: &&str| path.starts_with(*folder) || path.contains(&format!("/{folder}"));
-    folders.iter().any(|folder| inside(&folder)) || path.ends_with("/tests.rs")
+    let inside = |folder: &str| path.starts_with(folder) || path.contains(&format!("/{folder}"));
+    folders.iter().any(|folder| inside(folder)) || path.ends_with("/tests.rs")
 }
 
 /// Splits a file into the code and the comment text of each line.
@@ -290,6 +294,7 @@ mod tests {
         let source = Source::new("a.rs", text);
         assert_eq!(source.in_test, [false, true, true, true, true, false]);
         assert!(Source::new("crates/a/tests/x.rs", "fn a() {}\n").in_test[0]);
+        assert!(Source::new("a.rs", "fn a() {}\n#![cfg(test)]\n").in_test[0]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! Disjointness is checked at run time, with one bit per part. Scheduling is in `pool.rs`.
 
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Most parts one slice or matrix can be cut into: one bit each, small enough to live on the stack.
 pub const PARTS_MAX: usize = 4096;
@@ -257,5 +257,122 @@ impl JobSlot {
         self.state.store((state & !(OPEN | INSIDE_MASK)) + NUMBER + OPEN, Ordering::SeqCst);
         own();
         drop(close);
+    }
+}
+
+/// Bytes to which allocations are aligned: a page that the system can map at once.
+const ALLOCATION_ALIGNMENT: usize = 4096;
+
+/// Zeroed memory of one device buffer.
+pub(crate) struct Allocation {
+    base: std::ptr::NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to this value alone, like a boxed slice.
+unsafe impl Send for Allocation {}
+// SAFETY: shared access reads only; writing through `exclusive` is argued there.
+unsafe impl Sync for Allocation {}
+
+impl Allocation {
+    /// `len` zeroed bytes, or none if the system has no room.
+    pub(crate) fn zeroed(len: usize) -> Option<Self> {
+        let size = len.max(1);
+        let layout = std::alloc::Layout::from_size_align(size, ALLOCATION_ALIGNMENT).ok()?;
+        // SAFETY: the layout has a size above zero.
+        let base = std::ptr::NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+        Some(Allocation { base, len })
+    }
+
+    /// Its size.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// All bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the allocation holds `len` initialised bytes.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+
+    /// All bytes, to be written.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
+    }
+
+    fn place<T>(&self, byte_start: usize, len: usize) -> *mut T {
+        let end = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(byte_start));
+        assert!(end.is_some_and(|end| end <= self.len), "{len} at {byte_start} of {}", self.len);
+        assert!(byte_start.is_multiple_of(align_of::<T>()), "unaligned elements");
+        // SAFETY: the start lies in the allocation, as checked.
+        unsafe { self.base.as_ptr().add(byte_start).cast() }
+    }
+
+    /// Elements to be read while nothing writes them.
+    pub(crate) fn shared<T: bytemuck::Pod>(&self, byte_start: usize, len: usize) -> &[T] {
+        // SAFETY: `place` has checked the range; any bytes are a valid T; `memory::Operands`, the
+        // only caller, refuses ranges that it handed out for writing.
+        unsafe { std::slice::from_raw_parts(self.place(byte_start, len), len) }
+    }
+
+    /// Elements to be written by one operation.
+    #[expect(clippy::mut_from_ref, reason = "ranges are kept apart by memory::Operands")]
+    pub(crate) fn exclusive<T: bytemuck::Pod>(&self, byte_start: usize, len: usize) -> &mut [T] {
+        // SAFETY: as in `shared`; `memory::Operands` holds the device's buffers exclusively and
+        // hands out a range for writing only if it overlaps no other range it handed out.
+        unsafe { std::slice::from_raw_parts_mut(self.place(byte_start, len), len) }
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        let layout = std::alloc::Layout::from_size_align(self.len.max(1), ALLOCATION_ALIGNMENT)
+            .expect("the layout was valid when it was allocated");
+        // SAFETY: allocated in `zeroed` with this layout, freed once.
+        unsafe { std::alloc::dealloc(self.base.as_ptr(), layout) };
+    }
+}
+
+/// An output whose rows are scattered over tasks in a pattern too fine for [`Parts`]: elements are
+/// stored one by one as relaxed atomics, so that even a wrong pattern would be no data race.
+pub(crate) struct Scattered<'a, T> {
+    wide: &'a [AtomicU32],
+    narrow: &'a [AtomicU16],
+    element: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T: crate::simd::Element> Scattered<'a, T> {
+    /// Takes over a slice for the time of a parallel run.
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        let (base, len) = (slice.as_mut_ptr(), slice.len());
+        let is_wide = size_of::<T>() == size_of::<u32>();
+        assert!(is_wide || size_of::<T>() == size_of::<u16>(), "an element has 2 or 4 bytes");
+        let (wide_len, narrow_len) = if is_wide { (len, 0) } else { (0, len) };
+        // SAFETY: the slice is borrowed exclusively for 'a and given up here; atomics have the
+        // size and alignment of the elements, and exactly one of the two views is not empty.
+        unsafe {
+            Scattered {
+                wide: std::slice::from_raw_parts(base.cast(), wide_len),
+                narrow: std::slice::from_raw_parts(base.cast(), narrow_len),
+                element: PhantomData,
+            }
+        }
+    }
+
+    /// Rounds and stores consecutive elements from `start` on.
+    #[inline(always)]
+    pub(crate) fn store(&self, start: usize, values: &[f32]) {
+        if !self.wide.is_empty() {
+            for (to, value) in self.wide[start..][..values.len()].iter().zip(values) {
+                to.store(value.to_bits(), Ordering::Relaxed);
+            }
+            return;
+        }
+        for (to, value) in self.narrow[start..][..values.len()].iter().zip(values) {
+            let rounded = T::from_f32(*value);
+            let bytes = bytemuck::bytes_of(&rounded);
+            to.store(u16::from_ne_bytes([bytes[0], bytes[1]]), Ordering::Relaxed);
+        }
     }
 }

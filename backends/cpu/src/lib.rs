@@ -1,10 +1,243 @@
-//! The CPU backend: SIMD kernels behind the waist, deterministic at any thread count.
+//! The CPU backend: every operation of the waist on SIMD kernels, deterministic at any thread
+//! count and independent of the batch.
 //!
-//! Kernels are generic over `simd::Simd`; matrix products are in `gemm`.
+//! This file is the device: memory, and the `match` over operations. Kernels are in `kernels/`,
+//! generic over `simd::Simd`; matrix products are in `gemm`. Another backend's author reads this
+//! crate first. It checks no shapes (the waist has) and knows no model.
 
 pub mod ffi;
 pub mod gemm;
+pub mod group;
+mod kernels;
+mod memory;
 pub mod peak;
 pub mod pool;
 pub mod scratch;
 pub mod simd;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pontoon_ops::{
+    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName, Support, View,
+};
+
+use crate::group::Rendezvous;
+use crate::kernels::Context;
+use crate::memory::{Buffers, Operands};
+use crate::pool::Pool;
+use crate::scratch::Scratch;
+use crate::simd::Isa;
+
+/// How to open the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Threads that work on one operation; all cores if absent.
+    pub threads: Option<usize>,
+    /// The instruction set; the fastest if absent.
+    pub isa: Option<Isa>,
+}
+
+/// The host's CPU as a device.
+pub struct CpuBackend {
+    info: DeviceInfo,
+    isa: Isa,
+    pool: Pool,
+    buffers: Buffers,
+    gemm_scratch: Scratch,
+    work: Scratch,
+    /// Holds inputs that share memory with an output.
+    aside: Option<(BufferId, usize)>,
+    group: Option<Arc<Rendezvous>>,
+}
+
+impl CpuBackend {
+    /// Opens the device.
+    pub fn new(options: CpuOptions) -> Result<Self, DeviceError> {
+        let isa = match options.isa {
+            Some(isa) => isa,
+            None => Isa::detect()
+                .map_err(|e| DeviceError::new(DeviceErrorKind::BadArgument, e.to_string()))?,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options.threads.unwrap_or(cores);
+        if threads == 0 {
+            let text = "threads should be at least 1";
+            return Err(DeviceError::new(DeviceErrorKind::BadArgument, text));
+        }
+        let info = DeviceInfo {
+            device: "cpu".to_owned(),
+            numeric_class: format!("cpu/{}", isa.name()),
+            chip: chip_name(),
+            emulated: false,
+            memory_bytes: host_memory_bytes(),
+            compute_units: threads,
+            matrix_dtypes: vec![DType::F32, DType::Bf16],
+        };
+        Ok(CpuBackend {
+            info,
+            isa,
+            pool: Pool::new(threads),
+            buffers: Buffers::default(),
+            gemm_scratch: Scratch::new(),
+            work: Scratch::new(),
+            aside: None,
+            group: None,
+        })
+    }
+
+    /// `count` devices in this process that can exchange with one another as group 0.
+    pub fn group(count: u16, options: CpuOptions) -> Result<Vec<Self>, DeviceError> {
+        let rendezvous = Arc::new(Rendezvous::new(count));
+        let join = |_| {
+            let mut device = CpuBackend::new(options)?;
+            device.group = Some(Arc::clone(&rendezvous));
+            Ok(device)
+        };
+        (0..count).map(join).collect()
+    }
+
+    /// The pool that runs operations, for measuring what it can reach.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Copies inputs whose range overlaps an output's (in-place operations, interleaved slices)
+    /// aside, so that no kernel sees the same memory twice.
+    fn set_apart(&mut self, op: &Op) -> Result<Option<Op>, DeviceError> {
+        let operands = op.operands();
+        let spans_meet = |a: &View, b: &View| {
+            a.buffer == b.buffer
+                && a.byte_offset < b.byte_offset + b.span_bytes()
+                && b.byte_offset < a.byte_offset + a.span_bytes()
+        };
+        let shared =
+            |view: &View| operands.iter().any(|o| o.access.writes() && spans_meet(&o.view, view));
+        let reads = || operands.iter().filter(|o| !o.access.writes());
+        if !reads().any(|o| shared(&o.view)) || kernels::handles_in_place(op) {
+            return Ok(None);
+        }
+        let mut offset = 0;
+        let mut moved = Vec::new();
+        for operand in reads().filter(|o| shared(&o.view)) {
+            moved.push((operand.view, offset));
+            offset += operand.view.dtype.bytes(operand.view.elements()).next_multiple_of(64);
+        }
+        let buffer = self.aside_buffer(offset)?;
+        let mut apart = op.clone();
+        for (view, offset) in moved {
+            let dst = View::contiguous(buffer, view.dtype, view.shape).rebased(buffer, offset);
+            self.run(&Op::Copy(pontoon_ops::Copy { src: view, dst }))?;
+            let written = |name: &str| operands.iter().any(|o| o.name == name && o.access.writes());
+            let names: Vec<&str> = operands.iter().map(|o| o.name).collect();
+            for (target, name) in apart.views_mut().into_iter().zip(names) {
+                if *target == view && !written(name) {
+                    *target = dst;
+                }
+            }
+        }
+        Ok(Some(apart))
+    }
+
+    fn aside_buffer(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
+        if let Some((buffer, had)) = self.aside {
+            if had >= bytes {
+                return Ok(buffer);
+            }
+            self.buffers.free(buffer)?;
+        }
+        let buffer = self.buffers.alloc(bytes)?;
+        self.aside = Some((buffer, bytes));
+        Ok(buffer)
+    }
+
+    fn run(&mut self, op: &Op) -> Result<(), DeviceError> {
+        let mut context = Context {
+            pool: &self.pool,
+            isa: self.isa,
+            gemm_scratch: &mut self.gemm_scratch,
+            work: &mut self.work,
+            operands: Operands::new(&mut self.buffers),
+            group: self.group.as_deref(),
+        };
+        kernels::run(&mut context, op)
+    }
+}
+
+impl Backend for CpuBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
+        self.buffers.alloc(bytes)
+    }
+
+    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
+        self.buffers.free(buffer)
+    }
+
+    fn upload(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: &[u8],
+    ) -> Result<(), DeviceError> {
+        self.buffers.write(buffer, byte_offset, bytes)
+    }
+
+    fn download(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: &mut [u8],
+    ) -> Result<(), DeviceError> {
+        self.buffers.read(buffer, byte_offset, bytes)
+    }
+
+    fn supports(&self, op: &Op) -> Support {
+        match op.name() {
+            OpName::AllReduce | OpName::AllGather | OpName::ReduceScatter
+                if self.group.is_none() =>
+            {
+                Support::No("the device was opened alone, not as a member of a group")
+            }
+            _ => Support::Yes,
+        }
+    }
+
+    fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
+        match self.set_apart(op)? {
+            Some(apart) => self.run(&apart),
+            None => self.run(op),
+        }
+    }
+
+    fn wait(&mut self, _deadline: Duration) -> Result<(), DeviceError> {
+        // Operations have finished when `launch` returns.
+        Ok(())
+    }
+
+    fn memory_used(&self) -> usize {
+        self.buffers.bytes() + self.gemm_scratch.bytes() + self.work.bytes()
+    }
+}
+
+fn chip_name() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find_map(|line| line.strip_prefix("model name"));
+    let name = model.and_then(|line| line.split_once(':')).map(|(_, name)| name.trim().to_owned());
+    name.unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
+
+fn host_memory_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

@@ -1,0 +1,178 @@
+//! Matrix products on views: dense, grouped by expert, and with quantised weights.
+
+use half::{bf16, f16};
+use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, DeviceErrorKind, View};
+
+use super::{Context, Done, row_stride, unsupported};
+use crate::gemm::{
+    Data, DataMut, GemmArgs, GroupedGemmArgs, Layout, Matrix, MatrixMut, Store, gemm, grouped_gemm,
+};
+use crate::memory::Operands;
+
+pub(super) fn layout(layout: ops::Layout) -> Layout {
+    match layout {
+        ops::Layout::Nt => Layout::Nt,
+        ops::Layout::Nn => Layout::Nn,
+        ops::Layout::Tn => Layout::Tn,
+    }
+}
+
+pub(super) fn store(accumulate: Accumulate) -> Store {
+    match accumulate {
+        Accumulate::Overwrite => Store::Overwrite,
+        Accumulate::Add => Store::Accumulate,
+    }
+}
+
+/// A view's elements, by dtype.
+pub(super) fn data<'a>(operands: &Operands<'a>, view: &View) -> Result<Data<'a>, DeviceError> {
+    Ok(match view.dtype {
+        DType::F32 => Data::F32(operands.read::<f32>(view)?),
+        DType::Bf16 => Data::Bf16(operands.read::<bf16>(view)?),
+        DType::F16 => Data::F16(operands.read::<f16>(view)?),
+        other => return Err(unsupported(other)),
+    })
+}
+
+fn data_mut<'a>(operands: &Operands<'a>, view: &View) -> Result<DataMut<'a>, DeviceError> {
+    Ok(match view.dtype {
+        DType::F32 => DataMut::F32(operands.write::<f32>(view)?),
+        DType::Bf16 => DataMut::Bf16(operands.write::<bf16>(view)?),
+        DType::F16 => DataMut::F16(operands.write::<f16>(view)?),
+        other => return Err(unsupported(other)),
+    })
+}
+
+fn matrix<'a>(operands: &Operands<'a>, view: &View) -> Result<Matrix<'a>, DeviceError> {
+    Ok(Matrix { data: data(operands, view)?, row_stride: row_stride(view) })
+}
+
+pub(super) fn matmul(context: &mut Context<'_>, op: &ops::Matmul) -> Done {
+    let ops::Extents { m, n, k } = op.extents();
+    let args = GemmArgs {
+        layout: layout(op.layout),
+        m,
+        n,
+        k,
+        a: matrix(&context.operands, &op.a)?,
+        b: matrix(&context.operands, &op.b)?,
+        bias: op.bias.map(|bias| data(&context.operands, &bias)).transpose()?,
+        c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: row_stride(&op.c) },
+        store: store(op.accumulate),
+    };
+    gemm(context.pool, context.isa, context.gemm_scratch, args);
+    Ok(())
+}
+
+/// Group bounds as the host may have got them wrong: ascending and within the rows.
+fn bounds(offsets: &[i32], rows: usize) -> Result<Vec<usize>, DeviceError> {
+    let bounds: Vec<usize> =
+        offsets.iter().map(|&o| usize::try_from(o).unwrap_or(usize::MAX)).collect();
+    let ascending = bounds.windows(2).all(|pair| pair[0] <= pair[1]);
+    if ascending && bounds.last().is_none_or(|&end| end <= rows) {
+        return Ok(bounds);
+    }
+    let text = format!("offsets {offsets:?} should ascend from 0 to at most {rows}");
+    Err(DeviceError::new(DeviceErrorKind::BadArgument, text))
+}
+
+pub(super) fn grouped_matmul(context: &mut Context<'_>, op: &ops::GroupedMatmul) -> Done {
+    let offsets = bounds(context.operands.read::<i32>(&op.offsets)?, op.a.dim(0))?;
+    let width = op.a.dim(1);
+    let n = op.c.dim(op.c.shape.rank() - 1);
+    let (m, k, group_stride) = match op.layout {
+        ops::Layout::Tn => (width, 0, width * n),
+        ops::Layout::Nt | ops::Layout::Nn => (0, width, width * n),
+    };
+    // In the stacked operand a matrix's own rows follow one another.
+    let rows_of = |view: &View| if view.shape.rank() == 3 { view.dim(2) } else { row_stride(view) };
+    let b = Matrix { data: data(&context.operands, &op.b)?, row_stride: rows_of(&op.b) };
+    let args = GroupedGemmArgs {
+        layout: layout(op.layout),
+        offsets: &offsets,
+        m,
+        n,
+        k,
+        a: matrix(&context.operands, &op.a)?,
+        b,
+        group_stride,
+        c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: rows_of(&op.c) },
+        store: store(op.accumulate),
+    };
+    grouped_gemm(context.pool, context.isa, context.gemm_scratch, args);
+    Ok(())
+}
+
+/// Rows of a quantised weight that are widened together: a panel that stays in cache.
+const QUANT_ROWS: usize = 64;
+
+/// The value of an e4m3 byte: 4 exponent bits (bias 7), 3 fraction bits, no infinity.
+fn e4m3(byte: u8) -> f32 {
+    let (exponent, fraction) = (i32::from(byte >> 3 & 15), f32::from(byte & 7));
+    let magnitude = match (exponent, byte & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => fraction / 8.0 * 2f32.powi(-6),
+        _ => (1.0 + fraction / 8.0) * 2f32.powi(exponent - 7),
+    };
+    if byte & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+pub(super) fn matmul_quant(context: &mut Context<'_>, op: &ops::MatmulQuant) -> Done {
+    let (m, n, k) = (op.x.dim(0), op.weight.dim(0), op.x.dim(1));
+    let bytes = match op.weight.dtype {
+        // Four-bit views count half bytes; their bytes are read as a packed view.
+        DType::I4 => {
+            let packed = View::contiguous(op.weight.buffer, DType::I8, [n * k / 2]);
+            context.operands.read::<u8>(&packed.rebased(op.weight.buffer, op.weight.byte_offset))?
+        }
+        _ => context.operands.read::<u8>(&op.weight)?,
+    };
+    let scales = context.operands.read::<f32>(&op.scales)?;
+    let x = matrix(&context.operands, &op.x)?;
+    let mut c = data_mut(&context.operands, &op.c)?;
+    let blocks = k.div_ceil(op.block_k);
+    let widened_x = widen(x, m, k);
+    let mut panel = vec![0.0_f32; QUANT_ROWS.min(n) * k];
+    for start in (0..n).step_by(QUANT_ROWS) {
+        let rows = QUANT_ROWS.min(n - start);
+        for row in 0..rows {
+            let scale_row = &scales[(start + row) / op.block_n * blocks..][..blocks];
+            for (column, value) in panel[row * k..][..k].iter_mut().enumerate() {
+                let index = (start + row) * k + column;
+                let quantised = match op.weight.dtype {
+                    DType::F8e4m3 => e4m3(bytes[index]),
+                    DType::I8 => f32::from(bytes[index] as i8),
+                    _ => {
+                        let pair = bytes[index / 2];
+                        let nibble = if index.is_multiple_of(2) { pair << 4 } else { pair & 0xf0 };
+                        f32::from((nibble as i8) >> 4)
+                    }
+                };
+                *value = quantised * scale_row[column / op.block_k];
+            }
+        }
+        let args = GemmArgs {
+            layout: Layout::Nt,
+            m,
+            n: rows,
+            k,
+            a: Matrix { data: Data::F32(&widened_x), row_stride: k.max(1) },
+            b: Matrix { data: Data::F32(&panel[..rows * k]), row_stride: k.max(1) },
+            bias: None,
+            c: MatrixMut { data: c.from(start), row_stride: row_stride(&op.c) },
+            store: Store::Overwrite,
+        };
+        gemm(context.pool, context.isa, context.gemm_scratch, args);
+    }
+    Ok(())
+}
+
+fn widen(x: Matrix<'_>, rows: usize, width: usize) -> Vec<f32> {
+    let at = |index: usize| match x.data {
+        Data::F32(data) => data[index],
+        Data::Bf16(data) => data[index].to_f32(),
+        Data::F16(data) => data[index].to_f32(),
+    };
+    let row = |row: usize| (0..width).map(move |column| at(row * x.row_stride + column));
+    (0..rows).flat_map(row).collect()
+}

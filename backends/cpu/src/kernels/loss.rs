@@ -1,0 +1,396 @@
+//! Losses fused with the output head: logits exist for a chunk of rows at a time.
+//!
+//! The head's products run through `gemm`, so a row's logits have the same bits here, in sampling
+//! and in any batch.
+
+use pontoon_ops::{self as ops, Accumulate, IGNORED, View};
+
+use super::linear::data;
+use super::{Context, Done, row_stride, with_float};
+use crate::ffi::Parts;
+use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
+use crate::simd::{Element, Kernel, Simd, dispatch};
+
+/// Logits held at a time: 16 MB, so that a chunk's second pass finds part of it in cache.
+const CHUNK_LOGITS: usize = 4 << 20;
+/// Most rows of a chunk: more would not make the products faster.
+const CHUNK_ROWS_MAX: usize = 512;
+
+/// Rows per chunk: a function of the vocabulary alone, because it fixes the order of sums.
+fn chunk_rows(vocabulary: usize) -> usize {
+    (CHUNK_LOGITS / vocabulary.max(1)).clamp(16, CHUNK_ROWS_MAX)
+}
+
+/// What one row's logits come to.
+#[derive(Clone, Copy, Default)]
+struct RowSums {
+    /// Logarithm of the sum of exponentials, of logits divided by the temperature.
+    lse: f32,
+    entropy: f32,
+}
+
+/// The sums of one row, in vector lanes, added by a fixed tree.
+struct SumRow<'a> {
+    logits: &'a [f32],
+    /// One over the temperature.
+    sharpness: f32,
+}
+
+impl Kernel for SumRow<'_> {
+    type Output = RowSums;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> RowSums {
+        let sharpness = simd.splat(self.sharpness);
+        let mut best = simd.splat(f32::NEG_INFINITY);
+        let whole = self.logits.len() / S::LANES * S::LANES;
+        let (body, tail) = self.logits.split_at(whole);
+        for logits in body.chunks_exact(S::LANES) {
+            best = simd.max(simd.load(logits), best);
+        }
+        let peak = tail.iter().fold(simd.reduce_max(best), |peak, &l| peak.max(l));
+        let shift = simd.splat(peak);
+        let (mut total, mut weighted) = (simd.zero(), simd.zero());
+        for logits in body.chunks_exact(S::LANES) {
+            let apart = simd.mul(simd.sub(simd.load(logits), shift), sharpness);
+            let e = simd.exp(apart);
+            total = simd.add(total, e);
+            weighted = simd.fma(e, apart, weighted);
+        }
+        let (mut total, mut weighted) = (simd.reduce_sum(total), simd.reduce_sum(weighted));
+        for &logit in tail {
+            let apart = (logit - peak) * self.sharpness;
+            let e = apart.exp();
+            total += e;
+            // e * apart is 0 * -inf where a logit is -inf; it contributes nothing.
+            weighted += if e == 0.0 { 0.0 } else { e * apart };
+        }
+        let log_total = total.ln();
+        RowSums { lse: peak * self.sharpness + log_total, entropy: log_total - weighted / total }
+    }
+}
+
+/// `dlogits = factor * (softmax(logits) - onehot(target))`, rounded to the storage type.
+struct GradRow<'a, T> {
+    logits: &'a [f32],
+    sharpness: f32,
+    lse: f32,
+    factor: f32,
+    target: usize,
+    dlogits: &'a mut [T],
+}
+
+impl<T: Element> Kernel for GradRow<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (sharpness, lse) = (simd.splat(self.sharpness), simd.splat(self.lse));
+        let factor = simd.splat(self.factor);
+        let rows = self.logits.chunks(S::LANES).zip(self.dlogits.chunks_mut(S::LANES));
+        for (logits, dlogits) in rows {
+            let log_p = simd.sub(simd.mul(simd.load(logits), sharpness), lse);
+            T::store(simd, simd.mul(factor, simd.exp(log_p)), dlogits);
+        }
+        let log_p = self.logits[self.target] * self.sharpness - self.lse;
+        self.dlogits[self.target] = T::from_f32(self.factor * (log_p.exp() - 1.0));
+    }
+}
+
+/// What all four operations read.
+struct Head<'a> {
+    x: &'a View,
+    head: &'a View,
+    targets: &'a View,
+    temperature: f32,
+}
+
+/// Where gradients go.
+struct Gradients<'a> {
+    /// Gradient of each row's `-log p`, up to `sign`.
+    upstream: &'a View,
+    sign: f32,
+    dx: &'a View,
+    dhead: &'a View,
+    accumulate: Accumulate,
+}
+
+fn logits_of(
+    context: &mut Context<'_>,
+    head: &Head<'_>,
+    (x, weight): (Data<'_>, Data<'_>),
+    (first, rows): (usize, usize),
+    logits: &mut [f32],
+) {
+    let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
+    let args = GemmArgs {
+        layout: Layout::Nt,
+        m: rows,
+        n: vocabulary,
+        k: width,
+        a: Matrix { data: x.from(first * row_stride(head.x)), row_stride: row_stride(head.x) },
+        b: Matrix { data: weight, row_stride: width },
+        bias: None,
+        c: MatrixMut { data: DataMut::F32(logits), row_stride: vocabulary },
+        store: Store::Overwrite,
+    };
+    gemm(context.pool, context.isa, context.gemm_scratch, args);
+}
+
+/// The row's target, or none if it is ignored or does not exist.
+fn target_of(target: i32, vocabulary: usize) -> Option<usize> {
+    usize::try_from(target).ok().filter(|&target| target < vocabulary)
+}
+
+/// `log p` of the target: 0 where ignored, NaN where there is no such token.
+fn log_prob(logits: &[f32], target: i32, sharpness: f32, lse: f32) -> f32 {
+    match target_of(target, logits.len()) {
+        Some(target) => logits[target] * sharpness - lse,
+        None if target == IGNORED => 0.0,
+        None => f32::NAN,
+    }
+}
+
+/// Computes logits chunk by chunk and hands each row's `(log p, sums)` to `each`.
+fn forward(
+    context: &mut Context<'_>,
+    head: &Head<'_>,
+    mut each: impl FnMut(usize, f32, RowSums),
+) -> Done {
+    let x = data(&context.operands, head.x)?;
+    let weight = data(&context.operands, head.head)?;
+    let targets = context.operands.read::<i32>(head.targets)?;
+    let (rows, vocabulary) = (head.x.dim(0), head.head.dim(0));
+    let sharpness = 1.0 / head.temperature;
+    let chunk = chunk_rows(vocabulary).min(rows.max(1));
+    let mut work = std::mem::take(context.work);
+    let [logits, results] = work.floats([chunk * vocabulary, 3 * chunk]);
+    for first in (0..rows).step_by(chunk) {
+        let count = chunk.min(rows - first);
+        let logits = &mut logits[..count * vocabulary];
+        logits_of(context, head, (x, weight), (first, count), logits);
+        let parts = Parts::new(&mut results[..3 * count], 3);
+        let isa = context.isa;
+        context.pool.run(count, |row| {
+            let logits = &logits[row * vocabulary..][..vocabulary];
+            let sums = dispatch(isa, SumRow { logits, sharpness });
+            let log_p = log_prob(logits, targets[first + row], sharpness, sums.lse);
+            parts.take(row).copy_from_slice(&[log_p, sums.lse, sums.entropy]);
+        });
+        for (row, result) in results[..3 * count].chunks(3).enumerate() {
+            each(first + row, result[0], RowSums { lse: result[1], entropy: result[2] });
+        }
+    }
+    *context.work = work;
+    Ok(())
+}
+
+pub(super) fn cross_entropy(context: &mut Context<'_>, op: &ops::CrossEntropy) -> Done {
+    let loss = context.operands.write::<f32>(&op.loss)?;
+    let lse = context.operands.write::<f32>(&op.lse)?;
+    let head = Head { x: &op.x, head: &op.head, targets: &op.targets, temperature: 1.0 };
+    forward(context, &head, |row, log_p, sums| {
+        loss[row] = -log_p;
+        lse[row] = sums.lse;
+    })
+}
+
+pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) -> Done {
+    let logprob = context.operands.write::<f32>(&op.logprob)?;
+    let entropy = context.operands.write::<f32>(&op.entropy)?;
+    let (x, temperature) = (&op.x, op.temperature);
+    let head = Head { x, head: &op.head, targets: &op.targets, temperature };
+    forward(context, &head, |row, log_p, sums| {
+        logprob[row] = log_p;
+        entropy[row] = sums.entropy;
+    })
+}
+
+pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntropyBwd) -> Done {
+    let loss = context.operands.write::<f32>(&op.loss)?;
+    let lse = context.operands.write::<f32>(&op.lse)?;
+    let head = Head { x: &op.x, head: &op.head, targets: &op.targets, temperature: 1.0 };
+    let gradients = Gradients {
+        upstream: &op.dloss,
+        sign: 1.0,
+        dx: &op.dx,
+        dhead: &op.dhead,
+        accumulate: op.accumulate,
+    };
+    with_float!(op.x.dtype, T => backward::<T>(context, &head, &gradients, |row, log_p, sum| {
+        loss[row] = -log_p;
+        lse[row] = sum;
+    }))
+}
+
+pub(super) fn token_log_prob_bwd(context: &mut Context<'_>, op: &ops::TokenLogProbBwd) -> Done {
+    let (x, temperature) = (&op.x, op.temperature);
+    let head = Head { x, head: &op.head, targets: &op.targets, temperature };
+    let gradients = Gradients {
+        upstream: &op.dlogprob,
+        sign: -1.0,
+        dx: &op.dx,
+        dhead: &op.dhead,
+        accumulate: op.accumulate,
+    };
+    with_float!(op.x.dtype, T => backward::<T>(context, &head, &gradients, |_, _, _| {}))
+}
+
+/// A storage type's slices as the operands of a product.
+trait Storage: Element {
+    fn data(slice: &[Self]) -> Data<'_>;
+    fn data_mut(slice: &mut [Self]) -> DataMut<'_>;
+}
+
+impl Storage for f32 {
+    fn data(slice: &[Self]) -> Data<'_> {
+        Data::F32(slice)
+    }
+    fn data_mut(slice: &mut [Self]) -> DataMut<'_> {
+        DataMut::F32(slice)
+    }
+}
+
+impl Storage for half::bf16 {
+    fn data(slice: &[Self]) -> Data<'_> {
+        Data::Bf16(slice)
+    }
+    fn data_mut(slice: &mut [Self]) -> DataMut<'_> {
+        DataMut::Bf16(slice)
+    }
+}
+
+impl Storage for half::f16 {
+    fn data(slice: &[Self]) -> Data<'_> {
+        Data::F16(slice)
+    }
+    fn data_mut(slice: &mut [Self]) -> DataMut<'_> {
+        DataMut::F16(slice)
+    }
+}
+
+fn backward<T: Storage>(
+    context: &mut Context<'_>,
+    head: &Head<'_>,
+    gradients: &Gradients<'_>,
+    mut each: impl FnMut(usize, f32, f32),
+) -> Done {
+    let x = data(&context.operands, head.x)?;
+    let weight = data(&context.operands, head.head)?;
+    let targets = context.operands.read::<i32>(head.targets)?;
+    let upstream = context.operands.read::<f32>(gradients.upstream)?;
+    let dx = context.operands.write::<T>(gradients.dx)?;
+    let dhead = context.operands.write::<f32>(gradients.dhead)?;
+    let (rows, vocabulary) = (head.x.dim(0), head.head.dim(0));
+    if gradients.accumulate == Accumulate::Overwrite && rows == 0 {
+        dhead.fill(0.0);
+    }
+    let chunk = chunk_rows(vocabulary).min(rows.max(1));
+    let mut work = std::mem::take(context.work);
+    let element_words = size_of::<T>().div_ceil(2);
+    let [logits, results, dlogits] =
+        work.words([chunk * vocabulary, 2 * chunk, chunk * vocabulary * element_words / 2 + 1]);
+    let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
+    let results: &mut [f32] = bytemuck::cast_slice_mut(results);
+    let dlogits: &mut [T] = bytemuck::cast_slice_mut(dlogits);
+    for first in (0..rows).step_by(chunk) {
+        let count = chunk.min(rows - first);
+        let logits = &mut logits[..count * vocabulary];
+        logits_of(context, head, (x, weight), (first, count), logits);
+        let chunk_rows = Chunk {
+            logits,
+            targets: &targets[first..][..count],
+            upstream: &upstream[first..][..count],
+            sharpness: 1.0 / head.temperature,
+            sign: gradients.sign,
+        };
+        let dlogits = &mut dlogits[..count * vocabulary];
+        let results = &mut results[..2 * count];
+        chunk_rows.differentiate(context, dlogits, results);
+        for (row, result) in results.chunks(2).enumerate() {
+            each(first + row, result[0], result[1]);
+        }
+        let overwrite = first == 0 && gradients.accumulate == Accumulate::Overwrite;
+        let store = if overwrite { Store::Overwrite } else { Store::Accumulate };
+        let to = &mut dx[first * row_stride(gradients.dx)..];
+        let outputs = (T::data_mut(to), row_stride(gradients.dx), &mut *dhead, store);
+        let rows_of_x = x.from(first * row_stride(head.x));
+        products(context, head, (T::data(dlogits), rows_of_x, weight), count, outputs);
+    }
+    *context.work = work;
+    Ok(())
+}
+
+/// `dx = dlogits head` and `dhead (+)= dlogits^T x` for one chunk.
+fn products(
+    context: &mut Context<'_>,
+    head: &Head<'_>,
+    (dlogits, x, weight): (Data<'_>, Data<'_>, Data<'_>),
+    rows: usize,
+    (dx, dx_stride, dhead, store): (DataMut<'_>, usize, &mut [f32], Store),
+) {
+    let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
+    let dlogits = Matrix { data: dlogits, row_stride: vocabulary };
+    let input = GemmArgs {
+        layout: Layout::Nn,
+        m: rows,
+        n: width,
+        k: vocabulary,
+        a: dlogits,
+        b: Matrix { data: weight, row_stride: width },
+        bias: None,
+        c: MatrixMut { data: dx, row_stride: dx_stride },
+        store: Store::Overwrite,
+    };
+    gemm(context.pool, context.isa, context.gemm_scratch, input);
+    let parameter = GemmArgs {
+        layout: Layout::Tn,
+        m: vocabulary,
+        n: width,
+        k: rows,
+        a: dlogits,
+        b: Matrix { data: x, row_stride: row_stride(head.x) },
+        bias: None,
+        c: MatrixMut { data: DataMut::F32(dhead), row_stride: width },
+        store,
+    };
+    gemm(context.pool, context.isa, context.gemm_scratch, parameter);
+}
+
+/// A chunk of rows whose logits stand in memory.
+struct Chunk<'a> {
+    logits: &'a [f32],
+    targets: &'a [i32],
+    upstream: &'a [f32],
+    sharpness: f32,
+    sign: f32,
+}
+
+impl Chunk<'_> {
+    /// Writes each row's gradient, and its `(log p, lse)`.
+    fn differentiate<T: Element>(
+        &self,
+        context: &Context<'_>,
+        dlogits: &mut [T],
+        results: &mut [f32],
+    ) {
+        let vocabulary = self.logits.len() / self.targets.len();
+        let gradients = Parts::new(dlogits, vocabulary);
+        let results = Parts::new(results, 2);
+        let isa = context.isa;
+        context.pool.run(self.targets.len(), |row| {
+            let logits = &self.logits[row * vocabulary..][..vocabulary];
+            let sharpness = self.sharpness;
+            let RowSums { lse, .. } = dispatch(isa, SumRow { logits, sharpness });
+            let log_p = log_prob(logits, self.targets[row], sharpness, lse);
+            results.take(row).copy_from_slice(&[log_p, lse]);
+            let dlogits = gradients.take(row);
+            match target_of(self.targets[row], vocabulary) {
+                Some(target) => {
+                    let factor = self.sign * self.upstream[row] * sharpness;
+                    dispatch(isa, GradRow { logits, sharpness, lse, factor, target, dlogits });
+                }
+                None if self.targets[row] == IGNORED => dlogits.fill(T::from_f32(0.0)),
+                None => dlogits.fill(T::from_f32(f32::NAN)),
+            }
+        });
+    }
+}

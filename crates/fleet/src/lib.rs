@@ -1,0 +1,11 @@
+//! Keeping a run alive and its state safe: snapshots, the run folder, and the world they live in.
+//!
+//! Knows tensors only as named bytes: no model, no operation, no device. Read next: `world.rs`, the
+//! traits through which everything here reaches the outside; then `snapshot.rs`.
+
+pub mod error;
+pub mod run_dir;
+pub mod snapshot;
+pub mod world;
+
+pub use error::FleetError;

@@ -1,0 +1,251 @@
+//! Reading snapshots: each byte is checked against its hash before it is handed out.
+//!
+//! Files are read plainly and never mapped, so a truncated one is an error and not a crash. Nothing
+//! on disk is changed: a viewer may read while a run writes. Read next: `testing.rs`, how crashes
+//! and full disks are tried.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Metadata, TensorInfo};
+
+use super::manifest::{Manifest, PlainFile, TensorFile};
+use super::{
+    CHUNK_BYTES, ElementType, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, State, Tensor, folder_name,
+    step_of, weights_blake3,
+};
+use crate::error::FleetError;
+use crate::world::{Disk, EntryKind};
+
+/// How much of a snapshot to read and to check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parts {
+    /// Everything, to go on training.
+    All,
+    /// Everything but the optimiser's state, to use the model.
+    Model,
+}
+
+/// A snapshot in memory, checked.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Where it lies.
+    pub folder: PathBuf,
+    /// Where the run stood.
+    pub state: State,
+    /// The hash over all weights.
+    pub weights_blake3: String,
+    /// The weights, in the order of the file.
+    pub model: Vec<Tensor>,
+    /// The optimiser's state; empty where only the model was asked for.
+    pub optimizer: Vec<Tensor>,
+    /// The other files.
+    pub files: BTreeMap<String, Vec<u8>>,
+}
+
+/// A snapshot that was passed over.
+#[derive(Debug)]
+pub struct Rejected {
+    /// Its step.
+    pub step: u64,
+    /// Why; names the file, and the tensor where it is one tensor.
+    pub reason: FleetError,
+}
+
+/// The newest usable snapshot and the newer ones that are not usable.
+#[derive(Debug)]
+pub struct Newest {
+    /// Nothing where no usable one exists.
+    pub snapshot: Option<Snapshot>,
+    /// Newest first.
+    pub rejected: Vec<Rejected>,
+}
+
+/// Reads the snapshots of one run.
+pub struct SnapshotReader<'d> {
+    disk: &'d dyn Disk,
+    dir: PathBuf,
+}
+
+impl<'d> SnapshotReader<'d> {
+    /// Looks at a folder of snapshots, which need not exist yet.
+    pub fn new(disk: &'d dyn Disk, dir: &Path) -> Self {
+        SnapshotReader { disk, dir: dir.to_path_buf() }
+    }
+
+    /// The steps that have a snapshot, newest first. Not checked yet.
+    pub fn list(&self) -> Result<Vec<u64>, FleetError> {
+        let entries = match self.disk.list(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(FleetError::io("list", &self.dir)(error)),
+        };
+        let folders = entries.iter().filter(|entry| entry.kind == EntryKind::Folder);
+        let mut steps: Vec<u64> = folders.filter_map(|entry| step_of(&entry.name)).collect();
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(steps)
+    }
+
+    /// Reads and checks the snapshot of one step.
+    pub fn read(&self, step: u64, parts: Parts) -> Result<Snapshot, FleetError> {
+        let snapshot = read_folder(self.disk, &self.dir.join(folder_name(step)), parts)?;
+        if snapshot.state.step != step {
+            let problem = format!("belongs to step {}", snapshot.state.step);
+            let folder = snapshot.folder;
+            return Err(FleetError::Damaged { folder, part: STATE_FILE.to_owned(), problem });
+        }
+        Ok(snapshot)
+    }
+
+    /// Reads the newest snapshot that passes all checks, and says which were passed over and why.
+    pub fn read_newest(&self, parts: Parts) -> Result<Newest, FleetError> {
+        let mut rejected = Vec::new();
+        for step in self.list()? {
+            match self.read(step, parts) {
+                Ok(snapshot) => return Ok(Newest { snapshot: Some(snapshot), rejected }),
+                Err(reason) => rejected.push(Rejected { step, reason }),
+            }
+        }
+        Ok(Newest { snapshot: None, rejected })
+    }
+}
+
+/// Reads and checks a snapshot folder, wherever it lies.
+pub fn read_folder(disk: &dyn Disk, folder: &Path, parts: Parts) -> Result<Snapshot, FleetError> {
+    let folder = Folder { disk, path: folder };
+    let manifest = folder.manifest()?;
+    let mut files = BTreeMap::new();
+    for (name, plain) in &manifest.files {
+        files.insert(name.clone(), folder.plain_file(name, plain)?);
+    }
+    let model = folder.tensors(&manifest, MODEL_FILE)?;
+    let weights_blake3 = weights_blake3(model.iter().map(Tensor::as_ref));
+    if weights_blake3 != manifest.weights_blake3 {
+        return Err(folder.damaged(MODEL_FILE, "does not match `weights_blake3`"));
+    }
+    let optimizer = match parts {
+        Parts::All => folder.tensors(&manifest, OPTIMIZER_FILE)?,
+        Parts::Model => Vec::new(),
+    };
+    let path = folder.path.to_path_buf();
+    Ok(Snapshot { folder: path, state: manifest.state(), weights_blake3, model, optimizer, files })
+}
+
+/// A snapshot's folder being read.
+#[derive(Clone, Copy)]
+struct Folder<'a> {
+    disk: &'a dyn Disk,
+    path: &'a Path,
+}
+
+impl Folder<'_> {
+    fn manifest(&self) -> Result<Manifest, FleetError> {
+        let mut bytes = Vec::new();
+        let read = self.open(STATE_FILE)?.read_to_end(&mut bytes);
+        read.map_err(|error| self.unreadable(STATE_FILE, &error))?;
+        Manifest::from_bytes(&bytes).map_err(|problem| self.damaged(STATE_FILE, &problem))
+    }
+
+    fn plain_file(&self, name: &str, plain: &PlainFile) -> Result<Vec<u8>, FleetError> {
+        let mut file = self.open(name)?;
+        let (bytes, hash) = self.take(&mut file, plain.bytes, name)?;
+        self.expect_hash(name, &hash, &plain.blake3)?;
+        self.expect_end(&mut file, name)?;
+        Ok(bytes)
+    }
+
+    fn tensors(&self, manifest: &Manifest, name: &str) -> Result<Vec<Tensor>, FleetError> {
+        let Some(hashes) = manifest.tensor_files.get(name) else {
+            return Err(self.damaged(STATE_FILE, &format!("has no hashes of {name}")));
+        };
+        let mut file = self.open(name)?;
+        let infos = self.header(&mut file, name, hashes)?;
+        let mut tensors = Vec::with_capacity(infos.len());
+        for (tensor_name, info) in infos {
+            let part = format!("{name}, tensor `{tensor_name}`,");
+            let Some(want) = hashes.blake3.get(&tensor_name) else {
+                return Err(self.damaged(&part, "has no hash"));
+            };
+            let Some(dtype) = ElementType::from_file(info.dtype) else {
+                return Err(self.damaged(&part, "has an element type no snapshot has"));
+            };
+            let (start, end) = info.data_offsets;
+            let (bytes, hash) = self.take(&mut file, (end - start) as u64, &part)?;
+            self.expect_hash(&part, &hash, want)?;
+            tensors.push(Tensor { name: tensor_name, dtype, shape: info.shape, bytes });
+        }
+        if tensors.len() != hashes.blake3.len() {
+            return Err(self.damaged(name, "has fewer tensors than it should"));
+        }
+        self.expect_end(&mut file, name)?;
+        Ok(tensors)
+    }
+
+    /// The tensors of a safetensors file in the order of their bytes. The header is checked against
+    /// its hash before any number in it is believed.
+    fn header(
+        &self,
+        file: &mut dyn Read,
+        name: &str,
+        hashes: &TensorFile,
+    ) -> Result<Vec<(String, TensorInfo)>, FleetError> {
+        let part = format!("the header of {name}");
+        let (bytes, hash) = self.take(file, hashes.header_bytes, &part)?;
+        self.expect_hash(&part, &hash, &hashes.header_blake3)?;
+        let text = bytes.get(size_of::<u64>()..).unwrap_or_default();
+        let metadata: Metadata = serde_json::from_slice(text)
+            .map_err(|error| self.damaged(&part, &format!("is not readable: {error}")))?;
+        let names = metadata.offset_keys().into_iter();
+        let infos = names.filter_map(|name| metadata.info(&name).cloned().map(|info| (name, info)));
+        Ok(infos.collect())
+    }
+
+    /// Reads a number of bytes and hashes them.
+    fn take(
+        &self,
+        file: &mut dyn Read,
+        count: u64,
+        part: &str,
+    ) -> Result<(Vec<u8>, String), FleetError> {
+        let count = usize::try_from(count)
+            .map_err(|_| self.damaged(part, "is larger than this machine's memory"))?;
+        let mut bytes = vec![0; count];
+        let mut hasher = blake3::Hasher::new();
+        for chunk in bytes.chunks_mut(CHUNK_BYTES) {
+            file.read_exact(chunk).map_err(|error| self.unreadable(part, &error))?;
+            hasher.update(chunk);
+        }
+        Ok((bytes, hasher.finalize().to_hex().to_string()))
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn Read + Send>, FleetError> {
+        let opened = self.disk.open_file(&self.path.join(name));
+        opened.map_err(|error| self.unreadable(name, &error))
+    }
+
+    fn expect_hash(&self, part: &str, got: &str, want: &str) -> Result<(), FleetError> {
+        if got == want { Ok(()) } else { Err(self.damaged(part, "does not match its hash")) }
+    }
+
+    fn expect_end(&self, file: &mut dyn Read, name: &str) -> Result<(), FleetError> {
+        match file.read(&mut [0]) {
+            Ok(0) => Ok(()),
+            Ok(_) => Err(self.damaged(name, "is longer than it should be")),
+            Err(error) => Err(self.unreadable(name, &error)),
+        }
+    }
+
+    fn unreadable(&self, part: &str, error: &io::Error) -> FleetError {
+        match error.kind() {
+            io::ErrorKind::NotFound => self.damaged(part, "is missing"),
+            io::ErrorKind::UnexpectedEof => self.damaged(part, "is truncated"),
+            _ => self.damaged(part, &format!("cannot be read: {error}")),
+        }
+    }
+
+    fn damaged(&self, part: &str, problem: &str) -> FleetError {
+        let (part, problem) = (part.to_owned(), problem.to_owned());
+        FleetError::Damaged { folder: self.path.to_path_buf(), part, problem }
+    }
+}
