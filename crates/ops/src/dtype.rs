@@ -1,6 +1,6 @@
 //! Element types of tensors on the waist, their sizes and their rounding units.
 //!
-//! Does not convert values: that is the `half` crate's work on the host and a backend's on a device.
+//! Does not convert values: that is the `half` crate's work on the host, a backend's on a device.
 
 use serde::{Deserialize, Serialize};
 

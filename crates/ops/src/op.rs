@@ -84,7 +84,10 @@ impl Field for Option<View> {
 
 /// Implements [`Contract`] for a struct from a table of its operands and their access.
 macro_rules! contract {
-    ($name:ident |$op:ident, $check:ident| { $($field:ident: $access:expr),* $(,)? } $rules:block) => {
+    (
+        $name:ident |$op:ident, $check:ident| { $($field:ident: $access:expr),* $(,)? }
+        $rules:block
+    ) => {
         impl $crate::op::Contract for $name {
             const NAME: $crate::op::OpName = $crate::op::OpName::$name;
 

@@ -312,7 +312,7 @@ pub(super) fn documents(starts: &[i32], rows: usize) -> Result<Vec<(usize, usize
     for &start in starts {
         let to = usize::try_from(start).ok().filter(|to| (from..=rows).contains(to));
         let Some(to) = to else {
-            let text = format!("document starts should ascend from 0 to {rows} but hold {start}");
+            let text = format!("document starts should rise from 0 to {rows} but hold {start}");
             return Err(DeviceError::new(ops::DeviceErrorKind::BadArgument, text));
         };
         if to > from {
@@ -468,8 +468,8 @@ fn kv_write_as<T: Element>(context: &mut Context<'_>, op: &ops::KvWrite) -> Done
     let (rows, heads) = (op.k.dim(0), op.k.dim(1));
     let (k_width, v_width) = (op.k.dim(2), op.v.dim(2));
     let slot_count = op.k_cache.dim(0) * op.k_cache.dim(1);
-    for row in 0..rows {
-        let Some(slot) = usize::try_from(slots[row]).ok().filter(|&slot| slot < slot_count) else {
+    for (row, &slot) in slots.iter().enumerate().take(rows) {
+        let Some(slot) = usize::try_from(slot).ok().filter(|&slot| slot < slot_count) else {
             continue;
         };
         for head in 0..heads {

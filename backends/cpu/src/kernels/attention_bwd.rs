@@ -54,13 +54,23 @@ struct Head<'a, T> {
     row: usize,
 }
 
-impl<T: Element> Head<'_, T> {
+impl<'a, T: Element> Head<'a, T> {
+    /// The rows of one head from row `start` on.
+    fn of(data: &'a [T], view: &ops::View, start: usize, head: usize) -> Self {
+        Head { data: &data[place(view, start, head)..], row: row_stride(view) }
+    }
+
     /// Widens consecutive rows into rows of `padded` elements.
     fn load(&self, rows: usize, width: usize, padded: usize, to: &mut [f32]) {
         for (row, to) in to.chunks_mut(padded).take(rows).enumerate() {
             widen(&self.data[row * self.row..][..width], &mut to[..width]);
         }
     }
+}
+
+/// Where a head's part of a row begins.
+fn place(view: &ops::View, row: usize, head: usize) -> usize {
+    row * row_stride(view) + head * view.stride(1)
 }
 
 pub(super) fn attention_bwd(context: &mut Context<'_>, op: &ops::AttentionBwd) -> Done {
@@ -79,14 +89,8 @@ fn attention_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::AttentionBw
     let (heads, kv_heads) = (op.q.dim(1), op.k.dim(1));
     let documents = documents(starts, op.q.dim(0))?;
     let isa = context.isa;
-    let place =
-        |view: &ops::View, row: usize, head: usize| row * row_stride(view) + head * view.stride(1);
     context.pool.run(documents.len() * kv_heads, |task| {
         let ((start, rows), kv_head) = (documents[task / kv_heads], task % kv_heads);
-        let head_of = |data, view: &ops::View, head| Head {
-            data: &data[place(view, start, head)..],
-            row: row_stride(view),
-        };
         MEMORY.with_borrow_mut(|memory| {
             let mut document = Document {
                 isa,
@@ -96,13 +100,13 @@ fn attention_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::AttentionBw
                 scale: op.scale,
                 memory,
             };
-            document.begin(head_of(k, &op.k, kv_head), head_of(v, &op.v, kv_head));
+            document.begin(Head::of(k, &op.k, start, kv_head), Head::of(v, &op.v, start, kv_head));
             let group = heads / kv_heads;
             for head in kv_head * group..(kv_head + 1) * group {
                 document.load_query(
-                    head_of(q, &op.q, head),
-                    head_of(dout, &op.dout, head),
-                    head_of(out, &op.out, head),
+                    Head::of(q, &op.q, start, head),
+                    Head::of(dout, &op.dout, start, head),
+                    Head::of(out, &op.out, start, head),
                 );
                 for row in 0..rows {
                     document.memory.lse[row] = lse[place(&op.lse, start + row, head)];

@@ -54,7 +54,7 @@ fn by_outer_rows<T: Send + Sync>(
     work: &(dyn Fn(&mut [T], usize, usize) + Sync),
 ) {
     let rows = if view.shape.rank() == 0 { 1 } else { view.dim(0) };
-    let inner = if rows == 0 { 0 } else { view.elements() / rows };
+    let inner = view.elements().checked_div(rows).unwrap_or(0);
     let span: usize = (1..view.shape.rank()).map(|a| (view.dim(a) - 1) * view.stride(a)).sum();
     let stride = if rows > 1 { view.stride(0) } else { span + 1 };
     if rows <= 1 || stride < span + 1 {

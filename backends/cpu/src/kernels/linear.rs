@@ -72,7 +72,7 @@ fn bounds(offsets: &[i32], rows: usize) -> Result<Vec<usize>, DeviceError> {
     if ascending && bounds.last().is_none_or(|&end| end <= rows) {
         return Ok(bounds);
     }
-    let text = format!("offsets {offsets:?} should ascend from 0 to at most {rows}");
+    let text = format!("offsets {offsets:?} should rise from 0 to at most {rows}");
     Err(DeviceError::new(DeviceErrorKind::BadArgument, text))
 }
 
