@@ -16,6 +16,7 @@ pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// What attention reads beside its rows.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one value per traced program, passed by copy")]
 pub(crate) enum Attending {
     /// Whole documents, packed: their cumulative starts.
     Documents(View),
