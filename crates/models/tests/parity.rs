@@ -3,6 +3,8 @@
 //!
 //! The device is the CPU backend, so this is at once the widest test of its kernels.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
