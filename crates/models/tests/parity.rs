@@ -8,6 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{BatchShape, Model, ModelConfig, Weights};
 use pontoon_ops::{Backend, DType};
@@ -110,7 +111,11 @@ impl Case {
 
     /// The loss, and the raw gradients buffer.
     fn gradients(&self, policy: Recompute) -> (f32, Vec<f32>) {
-        let mut device = Device::new();
+        self.gradients_on(Device::new(), policy)
+    }
+
+    fn gradients_on(&self, device: Device, policy: Recompute) -> (f32, Vec<f32>) {
+        let mut device = device;
         let program = self.model.training_program(self.shape(), DType::F32, policy).unwrap();
         let executor = self.load(&mut device, &program, DType::F32);
         let mut losses = vec![0.0_f32; self.ids.len()];
@@ -132,8 +137,11 @@ struct Device {
 
 impl Device {
     fn new() -> Self {
-        let backend = CpuBackend::new(CpuOptions::default()).unwrap();
-        Device { backend, memory: Memory::new() }
+        Device::open(CpuOptions::default())
+    }
+
+    fn open(options: CpuOptions) -> Self {
+        Device { backend: CpuBackend::new(options).unwrap(), memory: Memory::new() }
     }
 }
 
@@ -195,5 +203,32 @@ fn recomputation_changes_no_bit_of_the_gradients() {
             let same = kept.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{name}: {policy:?}");
         }
+    }
+}
+
+#[test]
+fn gradients_have_the_same_bits_at_any_thread_count() {
+    for name in ["llama3", "qwen3_moe", "deepseek_v3"] {
+        let case = Case::open(name);
+        let with = |threads| {
+            let options = CpuOptions { threads: Some(threads), ..CpuOptions::default() };
+            case.gradients_on(Device::open(options), Recompute::Nothing).1
+        };
+        let one = with(1);
+        for threads in [2, 3] {
+            let same = one.iter().zip(with(threads)).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{name}: {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn the_loss_agrees_on_every_instruction_set() {
+    for isa in Isa::available() {
+        let case = Case::open("llama3");
+        let options = CpuOptions { isa: Some(isa), ..CpuOptions::default() };
+        let (loss, _) = case.gradients_on(Device::open(options), Recompute::Nothing);
+        let want = case.golden("loss")[0];
+        assert!((loss - want).abs() < 1e-4 * want.abs(), "{}: {loss}", isa.name());
     }
 }
