@@ -226,7 +226,7 @@ fn shortened(value: &serde_json::Value) -> String {
 }
 
 /// The candidate most like `name` by edit distance, for "the nearest is" in messages.
-pub(crate) fn nearest<'a>(
+pub fn nearest<'a>(
     name: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {

@@ -13,6 +13,7 @@ mod config;
 mod error;
 mod export;
 mod families;
+mod generate;
 #[cfg(test)]
 mod golden;
 mod keys;
@@ -30,8 +31,11 @@ pub use config::{
     Bias, Deepseek, Family, Head, LayerKind, MODEL_TYPES, ModelConfig, Qwen3Experts, RotaryPairs,
     RouterWeights,
 };
-pub use error::ModelError;
+pub use error::{ModelError, nearest};
 pub use export::{COMPANION_FILES, ExportTarget, ExportTensor, companions, export};
+pub use generate::{
+    Completion, Drawn, Finish, Generator, GeneratorOptions, PromptLogprobs, SamplingSettings,
+};
 pub use layout::{Role, TensorSpec};
 pub use model::{BatchShape, Model, PagedHead, PagedShape};
 pub use presets::{PRESETS, preset};
