@@ -3,4 +3,14 @@
 //! Knows no vendor: a device arrives as a `Backend`. Read next: `config.rs` (what a run is), then
 //! `step.rs` (what one step does) and `trainer.rs` (the loop).
 
+pub mod config;
 pub mod data;
+mod error;
+mod gradient_tree;
+mod optimizer;
+mod schedule;
+mod step;
+
+pub use config::RunConfig;
+pub use error::TrainError;
+pub use step::{StepResult, TrainingState, tensor_refs};

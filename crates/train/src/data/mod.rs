@@ -10,5 +10,5 @@ mod pack;
 mod shard;
 
 pub use error::DataError;
-pub use pack::{Batch, Dataset, Order};
+pub use pack::{Batch, Cut, Dataset, Order};
 pub use shard::{Shard, ShardWriter};

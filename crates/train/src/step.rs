@@ -1,0 +1,263 @@
+//! One training step on one device: gradients of all micro-batches along the fixed tree, the
+//! norm, the update.
+//!
+//! After the first step nothing is allocated. It reads no clock and no file, and decides nothing
+//! about failures: `trainer.rs` does.
+
+use pontoon_fleet::snapshot::{ElementType, TensorRef};
+use pontoon_models::{BatchShape, HostWeights, Model};
+use pontoon_ops::{Add, Backend, BufferId, DType, Op, View};
+use pontoon_program::{Executor, Memory};
+
+use crate::config::RunConfig;
+use crate::data::Batch;
+use crate::error::TrainError;
+use crate::gradient_tree::{Move, buffers, moves};
+use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, download};
+
+/// A model in training on a device.
+#[derive(Debug)]
+pub struct TrainingState {
+    memory: Memory,
+    leaves: Vec<Executor>,
+    scoring: Executor,
+    /// `adds[i]` adds gradient buffer i + 1 to buffer i.
+    adds: Vec<Op>,
+    moves: Vec<Move>,
+    optimizer: Optimizer,
+    elements: usize,
+    loss: Vec<f32>,
+    loss_weight: Vec<f32>,
+    matrix_flops: f64,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepResult {
+    /// The mean loss of the step's targets.
+    pub loss: f64,
+    /// The gradient's norm before clipping.
+    pub gradient_norm: f64,
+    /// The learning rate it was applied with.
+    pub lr: f64,
+}
+
+impl TrainingState {
+    /// Loads programs, weights and an empty optimiser.
+    pub fn load(
+        backend: &mut dyn Backend,
+        model: &Model,
+        config: &RunConfig,
+        weights: &HostWeights,
+    ) -> Result<TrainingState, TrainError> {
+        let (train, sequence) = (&config.train, config.data.sequence);
+        let rows = train.micro_batch * sequence;
+        let most = model.config.max_positions;
+        if sequence > most {
+            return Err(TrainError::Config {
+                origin: "data.sequence".to_owned(),
+                what: format!("{sequence} is longer than the model allows: {most}"),
+            });
+        }
+        let mut memory = Memory::new();
+        let optimizer = Optimizer::load(backend, &mut memory, model, train, weights)?;
+        model.upload_constants(backend, &mut memory, sequence, sequence)?;
+        let shape = BatchShape { rows, documents: rows + 1, positions_max: sequence };
+        let dtype = train.dtype.dtype();
+        let program = model.training_program(shape, dtype, train.recompute.policy())?;
+        let mut leaves: Vec<Executor> = Vec::new();
+        for index in 0..buffers(train.micro_batches) {
+            let name = format!("gradients.{index}");
+            let arena = leaves.first().map(Executor::arena);
+            let renamed = [("gradients", name.as_str())];
+            let leaf = Executor::load_with(backend, &mut memory, &program, &renamed, arena)?;
+            leaves.push(leaf);
+        }
+        let scoring = model.scoring_program(shape, dtype)?;
+        // Scoring keeps no activations, so it always fits the arena of training.
+        let arena = Some(leaves[0].arena());
+        let scoring = Executor::load_with(backend, &mut memory, &scoring, &[], arena)?;
+        assert!(scoring.plan().arena_bytes <= leaves[0].plan().arena_bytes);
+        let elements = model.table.trainable_elements();
+        Ok(TrainingState {
+            adds: adds(&memory, leaves.len(), elements),
+            memory,
+            leaves,
+            scoring,
+            moves: moves(train.micro_batches),
+            optimizer,
+            elements,
+            loss: vec![0.0; rows],
+            loss_weight: vec![0.0; rows],
+            matrix_flops: program.matrix_flops() * train.micro_batches as f64,
+        })
+    }
+
+    /// Floating-point operations of a step's matrix products, recomputation included.
+    pub fn matrix_flops(&self) -> f64 {
+        self.matrix_flops
+    }
+
+    /// Bytes of one micro-batch's activations at their peak.
+    pub fn arena_bytes(&self) -> usize {
+        self.leaves[0].plan().arena_bytes
+    }
+
+    /// Computes and applies step `step` (the first is 1) from its micro-batches. A loss or norm
+    /// that is not finite is an error, and then nothing was applied.
+    pub fn step(
+        &mut self,
+        backend: &mut dyn Backend,
+        step: u64,
+        batches: &[Batch],
+    ) -> Result<StepResult, TrainError> {
+        let loss = self.gradient(backend, batches)?;
+        let finite = |what, value: f64| match value.is_finite() {
+            true => Ok(value),
+            false => Err(TrainError::NonFinite { step, what, value, kept: step - 1 }),
+        };
+        let loss = finite("the loss", loss)?;
+        let norm = self.optimizer.gradient_norm(backend)?;
+        let gradient_norm = finite("the gradient's norm", norm)?;
+        let lr = self.optimizer.apply(backend, step, gradient_norm)?;
+        Ok(StepResult { loss, gradient_norm, lr })
+    }
+
+    /// The mean loss of batches, without training on them.
+    pub fn score(
+        &mut self,
+        backend: &mut dyn Backend,
+        batches: &[Batch],
+    ) -> Result<f64, TrainError> {
+        let valid: usize = batches.iter().map(|batch| batch.valid).sum();
+        let mut sum = 0.0;
+        for batch in batches {
+            write(&self.scoring, backend, batch)?;
+            self.scoring.run(backend)?;
+            self.scoring.read(backend, "loss", bytemuck::cast_slice_mut(&mut self.loss))?;
+            sum += total(&self.loss, batch);
+        }
+        Ok(sum / valid.max(1) as f64)
+    }
+
+    fn gradient(
+        &mut self,
+        backend: &mut dyn Backend,
+        batches: &[Batch],
+    ) -> Result<f64, TrainError> {
+        let valid: usize = batches.iter().map(|batch| batch.valid).sum();
+        let weight = 1.0 / valid.max(1) as f32;
+        let mut sum = 0.0;
+        for index in 0..self.moves.len() {
+            match self.moves[index] {
+                Move::Add { buffer } => backend.launch(&self.adds[buffer])?,
+                Move::Leaf { leaf, buffer } => {
+                    sum += self.leaf(backend, buffer, &batches[leaf], weight)?;
+                }
+            }
+        }
+        Ok(sum / valid.max(1) as f64)
+    }
+
+    /// The gradient of one micro-batch into a buffer; returns the sum of its losses.
+    fn leaf(
+        &mut self,
+        backend: &mut dyn Backend,
+        buffer: usize,
+        batch: &Batch,
+        weight: f32,
+    ) -> Result<f64, TrainError> {
+        let executor = &self.leaves[buffer];
+        write(executor, backend, batch)?;
+        for (slot, &target) in self.loss_weight.iter_mut().zip(&batch.targets) {
+            *slot = if target < 0 { 0.0 } else { weight };
+        }
+        executor.write(backend, "loss_weight", bytemuck::cast_slice(&self.loss_weight))?;
+        executor.run(backend)?;
+        executor.read(backend, "loss", bytemuck::cast_slice_mut(&mut self.loss))?;
+        Ok(total(&self.loss, batch))
+    }
+
+    /// The f32 weights as they are now.
+    pub fn weights(
+        &self,
+        backend: &mut dyn Backend,
+        model: &Model,
+    ) -> Result<HostWeights, TrainError> {
+        let trainable = download(backend, self.optimizer.masters(), self.elements)?;
+        let frozen = match self.memory.get("frozen") {
+            Some((buffer, _)) => download(backend, buffer, model.table.frozen_elements())?,
+            None => Vec::new(),
+        };
+        Ok(HostWeights { trainable, frozen })
+    }
+
+    /// The optimiser's state as it is now, by name.
+    pub fn moments(
+        &self,
+        backend: &mut dyn Backend,
+    ) -> Result<Vec<(&'static str, Vec<f32>)>, TrainError> {
+        let read = |name: &'static str| -> Result<_, TrainError> {
+            let (buffer, _) = self.memory.get(name).expect("loading made it");
+            Ok((name, download(backend, buffer, self.elements)?))
+        };
+        [FIRST, SECOND].into_iter().map(read).collect()
+    }
+
+    /// Sets the optimiser's state of a name; `false` if there is no such state.
+    pub fn set_moment(
+        &mut self,
+        backend: &mut dyn Backend,
+        name: &str,
+        bytes: &[u8],
+    ) -> Result<bool, TrainError> {
+        match self.memory.get(name) {
+            Some((buffer, size)) if [FIRST, SECOND].contains(&name) && size == bytes.len() => {
+                backend.upload(buffer, 0, bytes)?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+/// The tensors of a model as a snapshot stores them.
+pub fn tensor_refs<'a>(
+    model: &Model,
+    slices: &'a [pontoon_program::TensorSlice],
+    weights: &'a HostWeights,
+) -> Vec<TensorRef<'a>> {
+    assert_eq!(slices.len(), model.table.tensors().len());
+    let tensor = |slice: &'a pontoon_program::TensorSlice| TensorRef {
+        name: &slice.name,
+        dtype: ElementType::F32,
+        shape: &slice.shape,
+        bytes: bytemuck::cast_slice(weights.tensor(slice)),
+    };
+    slices.iter().map(tensor).collect()
+}
+
+fn adds(memory: &Memory, count: usize, elements: usize) -> Vec<Op> {
+    let buffer = |index: usize| -> BufferId {
+        let found = memory.get(&format!("gradients.{index}"));
+        found.expect("every leaf's program has a gradient").0
+    };
+    let view = |index: usize| View::contiguous(buffer(index), DType::F32, [elements]);
+    debug_assert_eq!(GRADIENT, "gradients.0");
+    let add = |index: usize| Add { a: view(index), b: view(index + 1), y: view(index) };
+    (0..count - 1).map(|index| Op::from(add(index))).collect()
+}
+
+fn write(executor: &Executor, backend: &mut dyn Backend, batch: &Batch) -> Result<(), TrainError> {
+    executor.write(backend, "ids", bytemuck::cast_slice(&batch.ids))?;
+    executor.write(backend, "targets", bytemuck::cast_slice(&batch.targets))?;
+    executor.write(backend, "positions", bytemuck::cast_slice(&batch.positions))?;
+    executor.write(backend, "documents", bytemuck::cast_slice(&batch.documents))?;
+    Ok(())
+}
+
+/// The losses of targets that count, summed in the order of rows.
+fn total(loss: &[f32], batch: &Batch) -> f64 {
+    let counted = loss.iter().zip(&batch.targets).filter(|(_, target)| **target >= 0);
+    counted.map(|(loss, _)| f64::from(*loss)).sum()
+}
