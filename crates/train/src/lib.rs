@@ -8,9 +8,13 @@ pub mod data;
 mod error;
 mod gradient_tree;
 mod optimizer;
+mod run_files;
 mod schedule;
 mod step;
+mod tensorboard;
+mod trainer;
 
 pub use config::RunConfig;
 pub use error::TrainError;
 pub use step::{StepResult, TrainingState, tensor_refs};
+pub use trainer::{Beginning, Metrics, Observer, Run, Start, Summary, model_of, train};

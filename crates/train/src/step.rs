@@ -28,7 +28,7 @@ pub struct TrainingState {
     elements: usize,
     loss: Vec<f32>,
     loss_weight: Vec<f32>,
-    matrix_flops: f64,
+    model_flops: f64,
 }
 
 /// What a step did.
@@ -74,6 +74,8 @@ impl TrainingState {
             leaves.push(leaf);
         }
         let scoring = model.scoring_program(shape, dtype)?;
+        // Backward takes two products for each one of forward; recomputation is no useful work.
+        let model_flops = 3.0 * scoring.matrix_flops() * train.micro_batches as f64;
         // Scoring keeps no activations, so it always fits the arena of training.
         let arena = Some(leaves[0].arena());
         let scoring = Executor::load_with(backend, &mut memory, &scoring, &[], arena)?;
@@ -89,13 +91,13 @@ impl TrainingState {
             elements,
             loss: vec![0.0; rows],
             loss_weight: vec![0.0; rows],
-            matrix_flops: program.matrix_flops() * train.micro_batches as f64,
+            model_flops,
         })
     }
 
-    /// Floating-point operations of a step's matrix products, recomputation included.
-    pub fn matrix_flops(&self) -> f64 {
-        self.matrix_flops
+    /// Floating-point operations of a step's matrix products, recomputation left out.
+    pub fn model_flops(&self) -> f64 {
+        self.model_flops
     }
 
     /// Bytes of one micro-batch's activations at their peak.

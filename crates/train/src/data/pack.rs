@@ -192,10 +192,10 @@ mod tests {
     /// Two shards; documents 0..7, 7..9, 9..10 and 10..17 of tokens 0, 1, 2, ...
     fn dataset(sequence: usize, order: Order) -> (tempfile::TempDir, Result<Dataset, DataError>) {
         let folder = tempfile::tempdir().unwrap();
-        for (name, documents) in [("a.bin", vec![0..7, 7..9, 9..10]), ("b.bin", vec![10..17])] {
+        for (name, borders) in [("a.bin", [0, 7, 9, 10].as_slice()), ("b.bin", &[10, 17])] {
             let mut writer = ShardWriter::create(&folder.path().join(name), 100).unwrap();
-            for document in documents {
-                writer.push(&document.collect::<Vec<u32>>()).unwrap();
+            for pair in borders.windows(2) {
+                writer.push(&(pair[0]..pair[1]).collect::<Vec<u32>>()).unwrap();
             }
             writer.finish().unwrap();
         }

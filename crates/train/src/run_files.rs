@@ -1,0 +1,212 @@
+//! The files of a run: what a snapshot holds, how it is written, and how a run goes on from one.
+//!
+//! Decides nothing about when. Read next: `trainer.rs`.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use pontoon_fleet::run_dir::{Event, EventKind, EventLog};
+use pontoon_fleet::snapshot::{
+    Contents, ElementType, ExtraFile, Parts, Snapshot, SnapshotReader, SnapshotWriter, State,
+    Tensor, TensorRef, Written,
+};
+use pontoon_fleet::world::Disk;
+use pontoon_models::{HostWeights, Model, companions};
+use pontoon_ops::Backend;
+use pontoon_program::{Class, TensorSlice};
+use serde_json::{Value, json};
+
+use crate::config::RunConfig;
+use crate::error::TrainError;
+use crate::step::{TrainingState, tensor_refs};
+
+/// The names of the optimiser's state in snapshots: those of PyTorch.
+const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
+
+/// Everything of a snapshot that does not change during a run.
+pub(crate) struct SnapshotFrame {
+    pub files: Vec<(String, Vec<u8>)>,
+    pub slices: Vec<TensorSlice>,
+    pub keep: NonZeroUsize,
+}
+
+impl SnapshotFrame {
+    /// Collects `config.json` and the tokenizer's files.
+    pub(crate) fn new(model: &Model, config: &RunConfig) -> Result<SnapshotFrame, TrainError> {
+        let mut files = Vec::new();
+        let text = serde_json::to_vec_pretty(&Value::Object(model.config.to_json()));
+        files.push(("config.json".to_owned(), text.expect("a configuration is JSON")));
+        if let Some(tokenizer) = &config.data.tokenizer {
+            let read = |path: &Path| {
+                let wrong = |source| TrainError::ReadFile { path: path.to_owned(), source };
+                std::fs::read(path).map_err(wrong)
+            };
+            files.push(("tokenizer.json".to_owned(), read(tokenizer)?));
+            for path in companions(tokenizer.parent().unwrap_or(Path::new("."))) {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                if files.iter().all(|(other, _)| *other != name) {
+                    files.push((name, read(&path)?));
+                }
+            }
+        }
+        let keep = NonZeroUsize::new(config.snapshot.keep).expect("checked with the settings");
+        Ok(SnapshotFrame { files, slices: model.table.tensors(), keep })
+    }
+}
+
+/// What is saved besides the frame.
+pub(crate) struct Saving<'a> {
+    pub writer: &'a SnapshotWriter<'a>,
+    pub frame: &'a SnapshotFrame,
+    pub config: &'a RunConfig,
+    pub model: &'a Model,
+    pub state: &'a TrainingState,
+    pub step: u64,
+}
+
+impl Saving<'_> {
+    /// Writes the snapshot, then removes those beyond the number kept.
+    pub(crate) fn write(&self, backend: &mut dyn Backend) -> Result<Written, TrainError> {
+        let weights = self.state.weights(backend, self.model)?;
+        let moments = self.state.moments(backend)?;
+        let moments: Vec<HostWeights> = moments
+            .into_iter()
+            .map(|(_, trainable)| HostWeights { trainable, frozen: Vec::new() })
+            .collect();
+        let frame = self.frame;
+        let trained: Vec<&TensorSlice> =
+            frame.slices.iter().filter(|slice| slice.class != Class::Frozen).collect();
+        let names: Vec<[String; 2]> = trained
+            .iter()
+            .map(|slice| MOMENTS.map(|moment| format!("{}.{moment}", slice.name)))
+            .collect();
+        let mut optimizer = Vec::new();
+        for (slice, names) in trained.iter().zip(&names) {
+            for (moment, name) in moments.iter().zip(names) {
+                let bytes = bytemuck::cast_slice(moment.tensor(slice));
+                let shape = &slice.shape;
+                optimizer.push(TensorRef { name, dtype: ElementType::F32, shape, bytes });
+            }
+        }
+        let train = &self.config.train;
+        let state = State {
+            step: self.step,
+            seed: train.seed,
+            position: self.step * samples(self.config),
+            backend: backend.info().numeric_class.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            extra: json!({ "arithmetic": arithmetic(self.config) }),
+        };
+        let files: Vec<ExtraFile<'_>> =
+            frame.files.iter().map(|(name, bytes)| ExtraFile { name, bytes }).collect();
+        let model = tensor_refs(self.model, &frame.slices, &weights);
+        let contents =
+            Contents { state: &state, model: &model, optimizer: &optimizer, files: &files };
+        let written = self.writer.write(&contents)?;
+        self.writer.retain(frame.keep)?;
+        Ok(written)
+    }
+}
+
+/// Sequences of one step.
+pub(crate) fn samples(config: &RunConfig) -> u64 {
+    (config.train.micro_batch * config.train.micro_batches) as u64
+}
+
+/// The settings on which a step's bits depend; a run must not go on with others.
+fn arithmetic(config: &RunConfig) -> Value {
+    let train = &config.train;
+    json!({
+        "seed": train.seed,
+        "sequence": config.data.sequence,
+        "micro_batch": train.micro_batch,
+        "micro_batches": train.micro_batches,
+        "dtype": train.dtype,
+        "optimizer": train.optimizer,
+    })
+}
+
+/// Reads the newest good snapshot and reports the ones passed over as events.
+pub(crate) fn newest(
+    disk: &dyn Disk,
+    dir: &Path,
+    events: &mut EventLog<'_>,
+) -> Result<Option<Snapshot>, TrainError> {
+    let newest = SnapshotReader::new(disk, dir).read_newest(Parts::All)?;
+    for rejected in newest.rejected {
+        let cause = Some(rejected.reason.to_string());
+        let action = Some("passed over for an older snapshot".to_owned());
+        let event = Event::new(rejected.step, EventKind::RolledBack);
+        events.append(&Event { cause, action, ..event })?;
+    }
+    Ok(newest.snapshot)
+}
+
+/// The weights of a snapshot, in the model's layout.
+pub(crate) fn restore_weights(
+    snapshot: &Snapshot,
+    model: &Model,
+    config: &RunConfig,
+) -> Result<HostWeights, TrainError> {
+    let wrong = |what: String| TrainError::Folder { dir: snapshot.folder.clone(), what };
+    let (had, want) = (&snapshot.state.extra["arithmetic"], arithmetic(config));
+    for (key, value) in want.as_object().expect("made as an object") {
+        if had[key] != *value {
+            return Err(wrong(format!(
+                "was written with {key} = {}, but the settings say {value}; resume with the \
+                 settings it began with",
+                had[key]
+            )));
+        }
+    }
+    let mut weights = HostWeights::zeros(model);
+    fill(&mut weights, &snapshot.model, &model.table.tensors(), "").map_err(wrong)?;
+    Ok(weights)
+}
+
+/// Puts a snapshot's optimiser state on the device.
+pub(crate) fn restore_moments(
+    snapshot: &Snapshot,
+    model: &Model,
+    state: &mut TrainingState,
+    backend: &mut dyn Backend,
+) -> Result<(), TrainError> {
+    let wrong = |what: String| TrainError::Folder { dir: snapshot.folder.clone(), what };
+    let slices: Vec<TensorSlice> = model.table.tensors();
+    let slices: Vec<TensorSlice> =
+        slices.into_iter().filter(|slice| slice.class != Class::Frozen).collect();
+    let names: Vec<&'static str> = state.moments(backend)?.iter().map(|(name, _)| *name).collect();
+    for (moment, name) in MOMENTS.iter().zip(names) {
+        let mut values = HostWeights::zeros(model);
+        let suffix = format!(".{moment}");
+        fill(&mut values, &snapshot.optimizer, &slices, &suffix).map_err(wrong)?;
+        state.set_moment(backend, name, bytemuck::cast_slice(&values.trainable))?;
+    }
+    Ok(())
+}
+
+fn fill(
+    values: &mut HostWeights,
+    tensors: &[Tensor],
+    slices: &[TensorSlice],
+    suffix: &str,
+) -> Result<(), String> {
+    for slice in slices {
+        let name = format!("{}{suffix}", slice.name);
+        let found = tensors.iter().find(|tensor| tensor.name == name);
+        let found = found.ok_or_else(|| format!("has no tensor `{name}`; is it of this model?"))?;
+        if found.shape != slice.shape || found.dtype != ElementType::F32 {
+            return Err(format!(
+                "has `{name}` as {:?} {}, but the model wants {:?} F32",
+                found.shape,
+                found.dtype.name(),
+                slice.shape
+            ));
+        }
+        let numbers = found.bytes.chunks_exact(4);
+        for (slot, bytes) in values.tensor_mut(slice).iter_mut().zip(numbers) {
+            *slot = f32::from_le_bytes(bytes.try_into().expect("chunks of four"));
+        }
+    }
+    Ok(())
+}

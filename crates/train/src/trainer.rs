@@ -1,0 +1,452 @@
+//! The loop: steps, metrics, validation, snapshots, and going on from where a run stopped.
+//!
+//! Time and disk arrive as `fleet::world` traits, the device as a `Backend`, the display as an
+//! [`Observer`]. One device, one process. Read next: `step.rs`, `run_files.rs`.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
+use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, weights_blake3};
+use pontoon_fleet::world::{Clock, Disk};
+use pontoon_models::{HostWeights, Model, ModelConfig, Tokenizer, Weights, preset};
+use pontoon_ops::Backend;
+use serde::Serialize;
+
+use crate::config::RunConfig;
+use crate::data::{Batch, Cut, Dataset, Order};
+use crate::error::TrainError;
+use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
+use crate::step::{TrainingState, tensor_refs};
+use crate::tensorboard::TensorBoard;
+
+/// What a run is given.
+pub struct Run<'a> {
+    /// The settings; relative paths in them are relative to `base`.
+    pub config: RunConfig,
+    /// The folder of the settings' file.
+    pub base: PathBuf,
+    /// The run folder.
+    pub dir: PathBuf,
+    /// Whether to go on from the newest snapshot.
+    pub start: Start,
+    /// Floating-point operations per second the device can do at most, where measured.
+    pub peak_flops: Option<f64>,
+    /// Set from outside to stop after the present step.
+    pub stop: &'a AtomicBool,
+    /// The disk.
+    pub disk: &'a dyn Disk,
+    /// The clock.
+    pub clock: &'a dyn Clock,
+}
+
+/// How a run begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// From nothing, in a folder without snapshots.
+    Fresh,
+    /// From the newest good snapshot; from nothing if there is none.
+    Resume,
+}
+
+/// Sees a run go on.
+pub trait Observer {
+    /// Before the first step: what will be trained.
+    fn begin(&mut self, start: &Beginning);
+    /// After every step.
+    fn step(&mut self, metrics: &Metrics);
+    /// Something worth a line.
+    fn event(&mut self, event: &Event);
+}
+
+/// What will be trained.
+#[derive(Clone, Debug)]
+pub struct Beginning {
+    /// Trainable and frozen parameters.
+    pub parameters: u64,
+    /// Steps done before.
+    pub step: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// Tokens of one step.
+    pub step_tokens: u64,
+    /// Tokens of one epoch.
+    pub data_tokens: u64,
+    /// Bytes the device holds.
+    pub memory_bytes: usize,
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Metrics {
+    /// The step, from 1.
+    pub step: u64,
+    /// Tokens trained on so far.
+    pub tokens: u64,
+    /// Mean loss of the step.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Tokens over the step's time.
+    pub tokens_per_s: f64,
+    /// The step's time.
+    pub step_ms: f64,
+    /// Model flops over the measured peak.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
+    /// Useful step time over wall time so far.
+    pub goodput: f64,
+    /// Workers that computed it.
+    pub workers: u32,
+    /// Mean loss of the validation data, on steps that validate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub valid_loss: Option<f64>,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// Steps done in all.
+    pub steps: u64,
+    /// The last step's loss.
+    pub loss: Option<f64>,
+    /// The last validation's loss.
+    pub valid_loss: Option<f64>,
+    /// The hash over all weights.
+    pub weights_blake3: String,
+    /// Tokens over time, of the steps done now.
+    pub tokens_per_s: f64,
+    /// Useful step time over wall time.
+    pub goodput: f64,
+    /// Faults survived.
+    pub faults: u64,
+    /// The run folder.
+    pub dir: PathBuf,
+    /// Whether all steps are done.
+    pub finished: bool,
+}
+
+/// The model a configuration names, with the tokenizer's vocabulary.
+pub fn model_of(config: &RunConfig, base: &Path) -> Result<Model, TrainError> {
+    let wrong = |what: &str| TrainError::Config { origin: "[model]".into(), what: what.into() };
+    let mut found = match (&config.model.preset, &config.model.config, &config.model.init) {
+        (Some(name), ..) => preset(name)?,
+        (None, Some(path), _) => ModelConfig::from_file(&base.join(path))?,
+        (None, None, Some(folder)) => ModelConfig::from_folder(&base.join(folder))?,
+        (None, None, None) => {
+            return Err(wrong("give preset, config or init; `pontoon new` writes a run.toml"));
+        }
+    };
+    if let Some(path) = &config.data.tokenizer {
+        let tokenizer = Tokenizer::from_file(&base.join(path))?;
+        if config.model.preset.is_some() {
+            found = found.with_vocab_size(tokenizer.vocab_size());
+        }
+        tokenizer.padding_of(&found)?;
+    }
+    Ok(Model::new(found)?)
+}
+
+/// Trains until the last step, a stop, or an error; the state on disk is whole in every case.
+pub fn train(
+    run: &Run<'_>,
+    backend: &mut dyn Backend,
+    observer: &mut dyn Observer,
+) -> Result<Summary, TrainError> {
+    let mut config = run.config.clone();
+    let model = model_of(&config, &run.base)?;
+    let absolute = |path: &PathBuf| run.base.join(path);
+    config.data.tokenizer = config.data.tokenizer.as_ref().map(absolute);
+    let data = Data::open(&config, &model, &run.base)?;
+    let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
+    let snapshots = config.snapshot.to.as_ref().map_or_else(|| folder.snapshots(), absolute);
+    let writer = SnapshotWriter::open(run.disk, &snapshots)?;
+    let mut events = EventLog::open(run.disk, run.clock, &folder.events())?;
+    let snapshot = match run.start {
+        Start::Fresh => refuse_old_run(run, &snapshots)?,
+        Start::Resume => newest(run.disk, &snapshots, &mut events)?,
+    };
+    let weights = first_weights(run, &config, &model, snapshot.as_ref())?;
+    let mut state = TrainingState::load(backend, &model, &config, &weights)?;
+    drop(weights);
+    if let Some(snapshot) = &snapshot {
+        restore_moments(snapshot, &model, &mut state, backend)?;
+    }
+    let step = snapshot.as_ref().map_or(0, |snapshot| snapshot.state.step);
+    drop(snapshot);
+    write_settings(run, &config)?;
+    let mut metrics = JsonLines::open(run.disk, &folder.metrics())?;
+    metrics.truncate_after_step(step)?;
+    let unix = run.clock.unix_time().as_secs_f64();
+    let mut session = Session {
+        run,
+        frame: SnapshotFrame::new(&model, &config)?,
+        board: TensorBoard::create(run.disk, &run.dir, unix)?,
+        config: &config,
+        model: &model,
+        state,
+        data,
+        writer: &writer,
+        metrics,
+        events,
+        observer,
+        step,
+        saved: None,
+        last: Last::default(),
+    };
+    session.begin(backend)?;
+    session.go(backend)
+}
+
+fn refuse_old_run(run: &Run<'_>, snapshots: &Path) -> Result<Option<Snapshot>, TrainError> {
+    let steps = pontoon_fleet::snapshot::SnapshotReader::new(run.disk, snapshots).list()?;
+    match steps.first() {
+        None => Ok(None),
+        Some(step) => Err(TrainError::Folder {
+            dir: run.dir.clone(),
+            what: format!("holds a run at step {step}; add --resume to go on, or another --dir"),
+        }),
+    }
+}
+
+fn first_weights(
+    run: &Run<'_>,
+    config: &RunConfig,
+    model: &Model,
+    snapshot: Option<&Snapshot>,
+) -> Result<HostWeights, TrainError> {
+    match (snapshot, &config.model.init) {
+        (Some(snapshot), _) => restore_weights(snapshot, model, config),
+        (None, Some(folder)) => Ok(model.load(&Weights::open(&run.base.join(folder))?)?),
+        (None, None) => Ok(model.initialise(config.train.seed)),
+    }
+}
+
+/// Writes `run.toml` as resolved, whole or not at all.
+fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), TrainError> {
+    let (path, temporary) = (run.dir.join("run.toml"), run.dir.join(".run.toml.tmp"));
+    let mut config = config.clone();
+    let absolute = |pattern: &String| run.base.join(pattern).display().to_string();
+    config.data.train = config.data.train.iter().map(absolute).collect();
+    config.data.valid = config.data.valid.iter().map(absolute).collect();
+    config.model.config = config.model.config.map(|path| run.base.join(path));
+    config.model.init = config.model.init.map(|path| run.base.join(path));
+    let write = || -> std::io::Result<()> {
+        let mut file = run.disk.create_file(&temporary)?;
+        file.write_all(config.to_toml().as_bytes())?;
+        file.sync()?;
+        run.disk.rename(&temporary, &path)
+    };
+    write().map_err(|source| TrainError::WriteFile { path: path.clone(), source })
+}
+
+struct Data {
+    train: Dataset,
+    valid: Option<Dataset>,
+}
+
+impl Data {
+    fn open(config: &RunConfig, model: &Model, base: &Path) -> Result<Data, TrainError> {
+        let vocabulary = match &config.data.tokenizer {
+            Some(path) => Tokenizer::from_file(path)?.vocab_size(),
+            None => model.config.vocab_size,
+        };
+        let cut = Cut { vocabulary, sequence: config.data.sequence };
+        let order = Order::Shuffled { seed: config.train.seed };
+        let train = Dataset::open(&config.data.train, base, cut, order)?;
+        let valid = match config.data.valid.as_slice() {
+            [] => None,
+            patterns => Some(Dataset::open(patterns, base, cut, Order::Sequential)?),
+        };
+        Ok(Data { train, valid })
+    }
+}
+
+/// What is known of the steps done now.
+#[derive(Default)]
+struct Last {
+    loss: Option<f64>,
+    valid_loss: Option<f64>,
+    useful: Duration,
+    tokens: u64,
+}
+
+struct Session<'a> {
+    run: &'a Run<'a>,
+    config: &'a RunConfig,
+    model: &'a Model,
+    frame: SnapshotFrame,
+    state: TrainingState,
+    data: Data,
+    writer: &'a SnapshotWriter<'a>,
+    metrics: JsonLines<'a>,
+    events: EventLog<'a>,
+    board: TensorBoard,
+    observer: &'a mut dyn Observer,
+    step: u64,
+    saved: Option<u64>,
+    last: Last,
+}
+
+impl Session<'_> {
+    fn begin(&mut self, backend: &mut dyn Backend) -> Result<(), TrainError> {
+        let kind = match self.step {
+            0 => EventKind::Started,
+            _ => EventKind::Resumed,
+        };
+        let device = Some(backend.info().device.clone());
+        self.tell(Event { device, ..Event::new(self.step, kind) })?;
+        self.observer.begin(&Beginning {
+            parameters: self.model.table.parameter_count() as u64,
+            step: self.step,
+            steps: self.config.train.steps,
+            step_tokens: samples(self.config) * self.config.data.sequence as u64,
+            data_tokens: self.data.train.tokens() as u64,
+            memory_bytes: backend.memory_used(),
+        });
+        Ok(())
+    }
+
+    fn go(&mut self, backend: &mut dyn Backend) -> Result<Summary, TrainError> {
+        let begun = self.run.clock.now();
+        let mut batches = vec![Batch::default(); self.config.train.micro_batches];
+        let steps = self.config.train.steps;
+        while self.step < steps && !self.run.stop.load(Ordering::Relaxed) {
+            let done = self.one_step(backend, &mut batches, begun);
+            if let Err(TrainError::NonFinite { .. }) = done {
+                // Nothing was applied: the state before the step is worth keeping.
+                self.save(backend)?;
+            }
+            done?;
+            let every = self.config.snapshot.every;
+            if every > 0 && self.step.is_multiple_of(every) {
+                self.save(backend)?;
+            }
+        }
+        let hash = match self.saved {
+            Some(step) if step == self.step => self.hash(backend)?,
+            _ => self.save(backend)?,
+        };
+        self.metrics.sync()?;
+        let wall = self.run.clock.now().duration_since(begun);
+        let finished = self.step == steps;
+        if finished {
+            self.tell(Event::new(self.step, EventKind::Finished))?;
+        }
+        let useful = self.last.useful.as_secs_f64();
+        Ok(Summary {
+            steps: self.step,
+            loss: self.last.loss,
+            valid_loss: self.last.valid_loss,
+            weights_blake3: hash,
+            tokens_per_s: self.last.tokens as f64 / useful.max(1e-9),
+            goodput: useful / wall.as_secs_f64().max(1e-9),
+            faults: 0,
+            dir: self.run.dir.clone(),
+            finished,
+        })
+    }
+
+    fn one_step(
+        &mut self,
+        backend: &mut dyn Backend,
+        batches: &mut [Batch],
+        begun: std::time::Instant,
+    ) -> Result<(), TrainError> {
+        let started = self.run.clock.now();
+        let (train, step) = (&self.config.train, self.step + 1);
+        for (index, batch) in batches.iter_mut().enumerate() {
+            let position = self.step * samples(self.config) + (index * train.micro_batch) as u64;
+            self.data.train.batch(position, train.micro_batch, batch);
+        }
+        let result = self.state.step(backend, step, batches)?;
+        let now = self.run.clock.now();
+        let taken = now.duration_since(started);
+        self.step = step;
+        self.last.useful += taken;
+        self.last.loss = Some(result.loss);
+        let tokens = samples(self.config) * self.config.data.sequence as u64;
+        self.last.tokens += tokens;
+        let due = train.valid_every > 0 && step.is_multiple_of(train.valid_every);
+        let valid_loss = match due || step == train.steps {
+            true => self.validate(backend)?,
+            false => None,
+        };
+        let flops = self.state.model_flops();
+        let wall = now.duration_since(begun).as_secs_f64();
+        let metrics = Metrics {
+            step,
+            tokens: step * tokens,
+            loss: result.loss,
+            grad_norm: result.gradient_norm,
+            lr: result.lr,
+            tokens_per_s: tokens as f64 / taken.as_secs_f64().max(1e-9),
+            step_ms: taken.as_secs_f64() * 1e3,
+            mfu: self.run.peak_flops.map(|peak| flops / taken.as_secs_f64().max(1e-9) / peak),
+            goodput: self.last.useful.as_secs_f64() / wall.max(1e-9),
+            workers: 1,
+            valid_loss,
+        };
+        self.metrics.append(&metrics)?;
+        self.plot(&metrics)?;
+        self.observer.step(&metrics);
+        Ok(())
+    }
+
+    fn plot(&mut self, metrics: &Metrics) -> Result<(), TrainError> {
+        let mut scalars = vec![
+            ("train/loss", metrics.loss),
+            ("train/grad_norm", metrics.grad_norm),
+            ("train/lr", metrics.lr),
+            ("speed/tokens_per_s", metrics.tokens_per_s),
+        ];
+        scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
+        scalars.extend(metrics.mfu.map(|mfu| ("speed/mfu", mfu)));
+        let unix = self.run.clock.unix_time().as_secs_f64();
+        self.board.scalars(unix, metrics.step, &scalars)
+    }
+
+    fn validate(&mut self, backend: &mut dyn Backend) -> Result<Option<f64>, TrainError> {
+        let Some(valid) = &self.data.valid else { return Ok(None) };
+        let size = self.config.train.micro_batch;
+        let whole = valid.sequences().div_ceil(size as u64);
+        let count = whole.min(self.config.train.valid_batches.max(1));
+        let mut batches = vec![Batch::default(); count as usize];
+        for (index, batch) in batches.iter_mut().enumerate() {
+            valid.batch((index * size) as u64, size, batch);
+        }
+        self.last.valid_loss = Some(self.state.score(backend, &batches)?);
+        Ok(self.last.valid_loss)
+    }
+
+    fn save(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
+        self.metrics.sync()?;
+        let written = Saving {
+            writer: self.writer,
+            frame: &self.frame,
+            config: self.config,
+            model: self.model,
+            state: &self.state,
+            step: self.step,
+        }
+        .write(backend)?;
+        self.saved = Some(self.step);
+        let action = Some(written.folder.display().to_string());
+        self.tell(Event { action, ..Event::new(self.step, EventKind::Snapshot) })?;
+        Ok(written.weights_blake3)
+    }
+
+    fn hash(&self, backend: &mut dyn Backend) -> Result<String, TrainError> {
+        let weights = self.state.weights(backend, self.model)?;
+        Ok(weights_blake3(tensor_refs(self.model, &self.frame.slices, &weights)))
+    }
+
+    fn tell(&mut self, event: Event) -> Result<(), TrainError> {
+        self.events.append(&event)?;
+        self.observer.event(&event);
+        Ok(())
+    }
+}
