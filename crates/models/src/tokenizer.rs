@@ -24,6 +24,17 @@ pub struct Tokenizer {
     token_id_max: u32,
 }
 
+/// How published tokenizers spell the ends of documents, then of turns.
+const END_TOKENS: [&str; 7] = [
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+];
+
 /// Whether special tokens appear in decoded text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpecialTokens {
@@ -95,6 +106,12 @@ impl Tokenizer {
     /// The ids that end a text; empty if the folder names none.
     pub fn eos(&self) -> &[u32] {
         &self.eos
+    }
+
+    /// The ids of the tokens that end a document or a turn by common names, for a tokenizer
+    /// whose folder does not say; the end of a document first.
+    pub fn end_tokens_by_name(&self) -> Vec<u32> {
+        END_TOKENS.iter().filter_map(|name| self.token_id(name)).collect()
     }
 
     /// Sets the ids that end a text.

@@ -144,6 +144,7 @@ pub fn model_of(config: &RunConfig, base: &Path) -> Result<Model, TrainError> {
         let tokenizer = Tokenizer::from_file(&base.join(path))?;
         if config.model.preset.is_some() {
             found = found.with_vocab_size(tokenizer.vocab_size());
+            found.eos = tokenizer.end_tokens_by_name();
         }
         tokenizer.padding_of(&found)?;
     }
