@@ -2,12 +2,39 @@
 //!
 //! It runs nothing on them. A new backend is added here and nowhere else.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use pontoon_cpu::peak::{PeakType, measure_peak};
 use pontoon_cpu::{CpuBackend, CpuOptions};
-use pontoon_ops::{Backend, DeviceInfo};
+use pontoon_ops::{Backend, DType, DeviceInfo};
 
 /// Every device found on this machine.
 pub fn found() -> Result<Vec<DeviceInfo>> {
     let cpu = CpuBackend::new(CpuOptions::default()).context("the CPU cannot be used")?;
     Ok(vec![cpu.info().clone()])
+}
+
+/// Opens a device by its name, such as `cpu` or `cpu:threads=1`.
+pub fn open(name: &str) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(open_cpu(name)?))
+}
+
+/// Floating-point operations per second of matrix products, measured now, in about 0.1 s.
+pub fn peak_flops(name: &str, dtype: DType) -> Result<f64> {
+    let cpu = open_cpu(name)?;
+    let kind = if dtype == DType::F32 { PeakType::F32 } else { PeakType::Bf16 };
+    Ok(measure_peak(cpu.pool(), cpu.isa(), kind))
+}
+
+fn open_cpu(name: &str) -> Result<CpuBackend> {
+    let threads = match name.split_once(':') {
+        None if name == "cpu" => None,
+        Some(("cpu", "0")) => None,
+        Some(("cpu", option)) => match option.strip_prefix("threads=").map(str::parse::<usize>) {
+            Some(Ok(threads)) if (1..=1024).contains(&threads) => Some(threads),
+            _ => bail!("device `{name}`: write cpu or cpu:threads=N, with N from 1 to 1024"),
+        },
+        _ => bail!("there is no device `{name}` here; `pontoon devices` lists those there are"),
+    };
+    CpuBackend::new(CpuOptions { threads, ..CpuOptions::default() })
+        .with_context(|| format!("device `{name}` cannot be used"))
 }

@@ -1,14 +1,17 @@
 //! The `pontoon` command: parses the command line, runs one command, prints one line on failure.
 //!
 //! Results go to stdout, words for people to stderr. Commands that are not built yet are not
-//! offered. Read next: `devices.rs`.
+//! offered. Read next: `commands/`, `devices.rs`.
 
+mod commands;
 mod devices;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+
+use commands::{data, new, status, tokenizer, train};
 
 /// Trains and serves language models on whatever accelerators there are.
 #[derive(Parser)]
@@ -22,11 +25,22 @@ struct Arguments {
 enum Command {
     /// Lists every device found.
     #[command(after_help = "Example:\n  pontoon devices --json")]
-    Devices {
-        /// Prints one JSON object.
-        #[arg(long)]
-        json: bool,
-    },
+    Devices(commands::devices::Arguments),
+    /// Prepares training data.
+    #[command(subcommand)]
+    Data(data::Command),
+    /// Makes tokenizers.
+    #[command(subcommand)]
+    Tokenizer(tokenizer::Command),
+    /// Writes a run.toml to edit.
+    #[command(after_help = "Example:\n  pontoon new qwen3-30m my-run")]
+    New(new::Arguments),
+    /// Trains a model; what was lost to a crash is made up by --resume, bit for bit.
+    #[command(after_help = "Example:\n  pontoon train my-run/run.toml --set train.lr=1e-3")]
+    Train(train::Arguments),
+    /// Shows where a run stands.
+    #[command(after_help = "Example:\n  pontoon status my-run/run")]
+    Status(status::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -40,34 +54,12 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    match arguments.command {
-        Command::Devices { json } => print_devices(json),
+    match &arguments.command {
+        Command::Devices(arguments) => commands::devices::run(arguments),
+        Command::Data(command) => data::run(command),
+        Command::Tokenizer(command) => tokenizer::run(command),
+        Command::New(arguments) => new::run(arguments),
+        Command::Train(arguments) => train::run(arguments),
+        Command::Status(arguments) => status::run(arguments),
     }
-}
-
-fn print_devices(json: bool) -> Result<()> {
-    let found = devices::found()?;
-    if json {
-        let list: Vec<serde_json::Value> = found
-            .iter()
-            .map(|info| {
-                serde_json::json!({
-                    "device": info.device,
-                    "chip": info.chip,
-                    "numeric_class": info.numeric_class,
-                    "emulated": info.emulated,
-                    "memory_bytes": info.memory_bytes,
-                    "compute_units": info.compute_units,
-                })
-            })
-            .collect();
-        println!("{}", serde_json::json!({ "devices": list }));
-        return Ok(());
-    }
-    for info in found {
-        let gib = info.memory_bytes as f64 / f64::from(1 << 30);
-        let (device, chip, class) = (&info.device, &info.chip, &info.numeric_class);
-        println!("{device}  {chip}  {class}  {} threads  {gib:.1} GiB", info.compute_units);
-    }
-    Ok(())
 }

@@ -1,0 +1,184 @@
+//! `pontoon train`: one run on one device, with a progress line.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use pontoon_fleet::run_dir::{Event, EventKind};
+use pontoon_fleet::world::{RealDisk, SystemClock};
+use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start};
+
+use super::show;
+use crate::devices;
+
+/// The arguments of `pontoon train`.
+#[derive(Args)]
+pub struct Arguments {
+    /// The settings, or the folder of a run to go on with.
+    run: PathBuf,
+    /// The run folder; by default beside the settings, named as the file without .toml.
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// The device, as in `pontoon devices`.
+    #[arg(long)]
+    device: Option<String>,
+    /// Steps in all, instead of train.steps.
+    #[arg(long)]
+    steps: Option<u64>,
+    /// Change one setting, as in train.lr=1e-3.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    changes: Vec<String>,
+    /// Go on from the newest snapshot in the run folder.
+    #[arg(long)]
+    resume: bool,
+    /// Print every setting as TOML and stop.
+    #[arg(long)]
+    print_config: bool,
+    /// Print one JSON object at the end.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Set by the first Ctrl-C or SIGTERM; the run stops at the next step.
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Trains.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let (settings, dir) = places(arguments);
+    let mut changes = arguments.changes.clone();
+    changes.extend(arguments.steps.map(|steps| format!("train.steps={steps}")));
+    changes.extend(arguments.device.as_ref().map(|name| format!("fleet.devices=[\"{name}\"]")));
+    let config = RunConfig::read(&settings, &changes)?;
+    if arguments.print_config {
+        print!("{}", config.to_toml());
+        return Ok(());
+    }
+    let names = &config.fleet.devices;
+    ensure!(names.len() == 1, "fleet.devices names {} devices; a run takes one", names.len());
+    let device = &names[0];
+    let mut backend = devices::open(device)?;
+    let dtype = config.train.dtype.dtype();
+    let peak_flops = Some(devices::peak_flops(device, dtype)?);
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this step; once more stops at once");
+    })
+    .context("cannot catch Ctrl-C")?;
+    let base = settings.parent().unwrap_or(Path::new("")).to_owned();
+    let base =
+        std::path::absolute(if base.as_os_str().is_empty() { Path::new(".") } else { &base })?;
+    let run = Run {
+        config,
+        base,
+        dir,
+        start: if arguments.resume { Start::Resume } else { Start::Fresh },
+        peak_flops,
+        stop: &STOP,
+        disk: &RealDisk,
+        clock: &SystemClock,
+    };
+    let mut display = Display::new();
+    let summary = pontoon_train::train(&run, backend.as_mut(), &mut display);
+    display.bar.finish_and_clear();
+    let summary = summary?;
+    if arguments.json {
+        println!("{}", serde_json::to_string(&summary)?);
+    } else {
+        let loss = summary.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
+        let valid = summary.valid_loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
+        let (steps, speed) = (summary.steps, show::count(summary.tokens_per_s));
+        eprintln!("step {steps}  loss {loss}  valid {valid}  {speed} tokens/s");
+        eprintln!("weights_blake3 {}", summary.weights_blake3);
+        if !summary.finished {
+            eprintln!("stopped; go on with: pontoon train {} --resume", run.dir.display());
+        }
+    }
+    Ok(())
+}
+
+/// The settings' file and the run folder.
+fn places(arguments: &Arguments) -> (PathBuf, PathBuf) {
+    let given = &arguments.run;
+    let (settings, dir) = if given.is_dir() {
+        (given.join("run.toml"), given.clone())
+    } else {
+        (given.clone(), given.with_extension(""))
+    };
+    (settings, arguments.dir.clone().unwrap_or(dir))
+}
+
+/// The progress line; where stderr is no terminal, a line about every twentieth of the run.
+pub struct Display {
+    bar: ProgressBar,
+    terminal: bool,
+    step: u64,
+    steps: u64,
+    seconds: f64,
+    done: u64,
+}
+
+impl Display {
+    /// An empty line.
+    pub fn new() -> Display {
+        let bar = ProgressBar::new(0);
+        let style = "{bar:24} {pos}/{len}  {msg}";
+        bar.set_style(ProgressStyle::with_template(style).expect("the template is well-formed"));
+        let terminal = std::io::stderr().is_terminal();
+        Display { bar, terminal, step: 0, steps: 0, seconds: 0.0, done: 0 }
+    }
+}
+
+impl Observer for Display {
+    fn begin(&mut self, start: &Beginning) {
+        self.bar.set_length(start.steps);
+        self.bar.set_position(start.step);
+        (self.step, self.steps) = (start.step, start.steps);
+        eprintln!(
+            "{} parameters, {} tokens a step, {} tokens of data, {} in use",
+            show::count(start.parameters as f64),
+            show::count(start.step_tokens as f64),
+            show::count(start.data_tokens as f64),
+            show::bytes(start.memory_bytes as f64),
+        );
+    }
+
+    fn step(&mut self, metrics: &Metrics) {
+        self.step = metrics.step;
+        self.seconds += metrics.step_ms / 1e3;
+        self.done += 1;
+        let rest = (self.steps - self.step) as f64 * self.seconds / self.done as f64;
+        let mut message =
+            format!("loss {:.4}  {} tokens/s", metrics.loss, show::count(metrics.tokens_per_s));
+        if let Some(mfu) = metrics.mfu {
+            message += &format!("  MFU {:.0}%", 100.0 * mfu);
+        }
+        if let Some(valid) = metrics.valid_loss {
+            message += &format!("  valid {valid:.4}");
+        }
+        message += &format!("  ETA {}", show::duration(rest));
+        let every = (self.steps / 20).max(1);
+        if self.terminal {
+            self.bar.set_position(metrics.step);
+            self.bar.set_message(message);
+        } else if self.done == 1 || self.step.is_multiple_of(every) || self.step == self.steps {
+            eprintln!("step {}/{}  {message}", self.step, self.steps);
+        }
+    }
+
+    fn event(&mut self, event: &Event) {
+        let said = match event.kind {
+            EventKind::Snapshot | EventKind::Started | EventKind::Finished => return,
+            EventKind::Resumed => format!("resumed at step {}", event.step),
+            kind => {
+                let cause = event.cause.as_deref().unwrap_or_default();
+                format!("step {}: {kind:?}: {cause}", event.step)
+            }
+        };
+        self.bar.suspend(|| eprintln!("{said}"));
+    }
+}
