@@ -5,13 +5,15 @@
 
 mod commands;
 mod devices;
+mod engine;
+mod model_source;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{data, new, status, tokenizer, train};
+use commands::{data, eval, export, generate, new, score, status, tokenizer, train};
 
 /// Trains and serves language models on whatever accelerators there are.
 #[derive(Parser)]
@@ -41,6 +43,18 @@ enum Command {
     /// Shows where a run stands.
     #[command(after_help = "Example:\n  pontoon status my-run/run")]
     Status(status::Arguments),
+    /// Continues a prompt.
+    #[command(after_help = "Example:\n  pontoon generate my-run/run -p '57+968=?'")]
+    Generate(generate::Arguments),
+    /// Prints a text's log-probabilities and perplexity.
+    #[command(after_help = "Example:\n  pontoon score my-run/run --text story.txt --json")]
+    Score(score::Arguments),
+    /// Asks problems and counts exact matches.
+    #[command(after_help = "Example:\n  pontoon eval my-run/run --task arithmetic")]
+    Eval(eval::Arguments),
+    /// Writes a folder that Hugging Face transformers loads unchanged.
+    #[command(after_help = "Example:\n  pontoon export my-run/run my-model")]
+    Export(export::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -61,5 +75,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::New(arguments) => new::run(arguments),
         Command::Train(arguments) => train::run(arguments),
         Command::Status(arguments) => status::run(arguments),
+        Command::Generate(arguments) => generate::run(arguments),
+        Command::Score(arguments) => score::run(arguments),
+        Command::Eval(arguments) => eval::run(arguments),
+        Command::Export(arguments) => export::run(arguments),
     }
 }

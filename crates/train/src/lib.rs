@@ -3,9 +3,11 @@
 //! Knows no vendor: a device arrives as a `Backend`. Read next: `config.rs` (what a run is), then
 //! `step.rs` (what one step does) and `trainer.rs` (the loop).
 
+pub mod arithmetic;
 pub mod config;
 pub mod data;
 mod error;
+pub mod eval;
 mod gradient_tree;
 mod optimizer;
 mod run_files;

@@ -2,7 +2,11 @@
 
 pub mod data;
 pub mod devices;
+pub mod eval;
+pub mod export;
+pub mod generate;
 pub mod new;
+pub mod score;
 pub mod status;
 pub mod tokenizer;
 pub mod train;

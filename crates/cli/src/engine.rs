@@ -1,0 +1,44 @@
+//! A model loaded on a device to generate and score, for the commands that do.
+//!
+//! Serves nobody over a network. Read next: `commands/generate.rs`, `commands/eval.rs`.
+
+use anyhow::{Result, bail};
+use pontoon_models::{Generator, GeneratorOptions, HostWeights, Model};
+use pontoon_ops::{Backend, DType};
+use pontoon_program::Memory;
+
+use crate::devices;
+
+/// The model, its programs and its device.
+pub struct Engine {
+    /// The device.
+    pub backend: Box<dyn Backend>,
+    /// The programs.
+    pub generator: Generator,
+}
+
+impl Engine {
+    /// Puts weights on a device and loads the programs.
+    pub fn load(
+        device: &str,
+        model: &Model,
+        weights: &HostWeights,
+        options: GeneratorOptions,
+    ) -> Result<Engine> {
+        let mut backend = devices::open(device)?;
+        let mut memory = Memory::new();
+        weights.upload(backend.as_mut(), &mut memory, options.dtype)?;
+        let generator = Generator::new(backend.as_mut(), &mut memory, model, options)?;
+        Ok(Engine { backend, generator })
+    }
+}
+
+/// A dtype by its name on the command line.
+pub fn dtype(name: &str) -> Result<DType> {
+    match name {
+        "bf16" => Ok(DType::Bf16),
+        "f16" => Ok(DType::F16),
+        "f32" => Ok(DType::F32),
+        _ => bail!("--dtype should be bf16, f16 or f32 but is `{name}`"),
+    }
+}

@@ -1,0 +1,84 @@
+//! MODEL on the command line: a Hugging Face folder, a snapshot, or a run folder.
+//!
+//! A snapshot is checked against its hashes before it is used. Read next: `commands/generate.rs`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, read_folder};
+use pontoon_fleet::world::{Clock, RealDisk, SystemClock};
+use pontoon_models::{
+    ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, Tokenizer, Weights,
+};
+use serde_json::{Map, json};
+
+/// A model on disk.
+pub struct ModelSource {
+    /// The folder its files lie in.
+    pub folder: PathBuf,
+    /// Its configuration, with places for its parameters.
+    pub model: Model,
+}
+
+impl ModelSource {
+    /// Finds the folder and reads the configuration.
+    pub fn open(path: &Path) -> Result<ModelSource> {
+        let folder = if path.join("config.json").is_file() {
+            path.to_owned()
+        } else if path.join("snapshots").is_dir() {
+            newest_snapshot(path)?
+        } else if path.is_dir() {
+            bail!("`{}` is no model: it has no config.json and no snapshots", path.display());
+        } else {
+            bail!("there is no folder `{}`; give a model, snapshot or run folder", path.display());
+        };
+        if folder.join(STATE_FILE).is_file() {
+            read_folder(&RealDisk, &folder, Parts::Model)?;
+        }
+        let model = Model::new(ModelConfig::from_folder(&folder)?)?;
+        Ok(ModelSource { folder, model })
+    }
+
+    /// Reads the weights.
+    pub fn weights(&self) -> Result<HostWeights> {
+        Ok(self.model.load(&Weights::open(&self.folder)?)?)
+    }
+
+    /// Reads the tokenizer, which must fit the model.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = Tokenizer::from_folder(&self.folder)?;
+        tokenizer.padding_of(&self.model.config)?;
+        Ok(tokenizer)
+    }
+
+    /// The chat template, if the folder has one.
+    pub fn chat_template(&self) -> Option<ChatTemplate> {
+        ChatTemplate::from_folder(&self.folder, None).ok()
+    }
+}
+
+/// One question as the model expects it.
+pub fn chat_prompt(template: &ChatTemplate, system: Option<&str>, user: &str) -> Result<String> {
+    let mut messages = Vec::new();
+    messages.extend(system.map(|text| json!({ "role": "system", "content": text })));
+    messages.push(json!({ "role": "user", "content": user }));
+    Ok(template.render(&ChatRequest {
+        messages,
+        tools: None,
+        add_generation_prompt: true,
+        variables: Map::new(),
+        now_unix_seconds: SystemClock.unix_time().as_secs(),
+    })?)
+}
+
+fn newest_snapshot(run: &Path) -> Result<PathBuf> {
+    let newest =
+        SnapshotReader::new(&RealDisk, &run.join("snapshots")).read_newest(Parts::Model)?;
+    for rejected in &newest.rejected {
+        eprintln!("passed over: {}", rejected.reason);
+    }
+    match newest.snapshot {
+        Some(snapshot) => Ok(snapshot.folder),
+        None => bail!("`{}` has no usable snapshot yet", run.display()),
+    }
+}
