@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{data, eval, export, generate, new, score, status, tokenizer, train};
+use commands::{data, demo, eval, export, generate, new, score, status, tokenizer, train};
 
 /// Trains and serves language models on whatever accelerators there are.
 #[derive(Parser)]
@@ -25,6 +25,9 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Shows the whole story on this machine, in about a minute.
+    #[command(after_help = "Example:\n  pontoon demo --dir story")]
+    Demo(demo::Arguments),
     /// Lists every device found.
     #[command(after_help = "Example:\n  pontoon devices --json")]
     Devices(commands::devices::Arguments),
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.command {
+        Command::Demo(arguments) => demo::run(arguments),
         Command::Devices(arguments) => commands::devices::run(arguments),
         Command::Data(command) => data::run(command),
         Command::Tokenizer(command) => tokenizer::run(command),

@@ -1,6 +1,7 @@
 //! One file for each command: its arguments, and what it does with them.
 
 pub mod data;
+pub mod demo;
 pub mod devices;
 pub mod eval;
 pub mod export;
