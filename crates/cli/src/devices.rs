@@ -3,7 +3,7 @@
 //! It runs nothing on them. A new backend is added here and nowhere else.
 
 use anyhow::{Context, Result, bail};
-use pontoon_cpu::peak::{PeakType, measure_peak};
+use pontoon_cpu::peak::{PeakType, measure_bandwidth, measure_peak};
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_ops::{Backend, DType, DeviceInfo};
 
@@ -23,6 +23,12 @@ pub fn peak_flops(name: &str, dtype: DType) -> Result<f64> {
     let cpu = open_cpu(name)?;
     let kind = if dtype == DType::F32 { PeakType::F32 } else { PeakType::Bf16 };
     Ok(measure_peak(cpu.pool(), cpu.isa(), kind))
+}
+
+/// Bytes per second read from memory, measured now, in about a second.
+pub fn bandwidth(name: &str) -> Result<f64> {
+    let cpu = open_cpu(name)?;
+    Ok(measure_bandwidth(cpu.pool(), cpu.isa()))
 }
 
 fn open_cpu(name: &str) -> Result<CpuBackend> {

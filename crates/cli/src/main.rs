@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{data, demo, eval, export, generate, new, score, status, tokenizer, train};
+use commands::{bench, data, demo, eval, export, generate, new, score, status, tokenizer, train};
 
 /// Trains and serves language models on whatever accelerators there are.
 #[derive(Parser)]
@@ -58,6 +58,9 @@ enum Command {
     /// Writes a folder that Hugging Face transformers loads unchanged.
     #[command(after_help = "Example:\n  pontoon export my-run/run my-model")]
     Export(export::Arguments),
+    /// Measures training and decoding against the machine's limits.
+    #[command(subcommand)]
+    Bench(bench::Command),
 }
 
 fn main() -> ExitCode {
@@ -83,5 +86,6 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::Score(arguments) => score::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Bench(command) => bench::run(command),
     }
 }

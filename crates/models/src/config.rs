@@ -330,6 +330,15 @@ impl ModelConfig {
         if sparse { LayerKind::Sparse } else { LayerKind::Dense }
     }
 
+    /// Routed experts a token goes to; 0 where there are none.
+    pub fn experts_per_token(&self) -> usize {
+        match &self.family {
+            Family::Llama | Family::Qwen3 => 0,
+            Family::Qwen3Moe(experts) => experts.expert_count_per_token,
+            Family::DeepseekV3(deepseek) => deepseek.expert_count_per_token,
+        }
+    }
+
     /// The same model with another vocabulary, as for a tokenizer of one's own.
     ///
     /// Ids that end or start a text are dropped where they no longer exist.

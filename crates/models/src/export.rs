@@ -124,8 +124,8 @@ where
         let config = target.config.to_json();
         let content = json!({
             "_from_model_config": true,
-            "bos_token_id": config["bos_token_id"],
-            "eos_token_id": config["eos_token_id"],
+            "bos_token_id": config.get("bos_token_id"),
+            "eos_token_id": config.get("eos_token_id"),
         });
         write_json(&generation, &content)?;
     }

@@ -1,0 +1,241 @@
+//! `pontoon bench`: how fast this machine trains and decodes, against its own measured limits.
+//!
+//! Weights and tokens are random: speed does not depend on them. Read next: `benches/`, which
+//! runs others on the same shapes.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Subcommand};
+use pontoon_models::{GeneratorOptions, HostWeights, Model, SamplingSettings, preset};
+use pontoon_ops::DType;
+use pontoon_ops::philox::Stream;
+use pontoon_train::data::Batch;
+use pontoon_train::{RunConfig, TrainingState};
+use serde_json::json;
+
+use super::show;
+use crate::devices;
+use crate::engine::{Engine, dtype};
+use crate::model_source::ModelSource;
+
+/// What is measured.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Whole training steps with AdamW.
+    #[command(after_help = "Example:\n  pontoon bench train --preset llama-30m --dtype bf16 \
+                            --batch 8 --sequence 256 --steps 10 --json")]
+    Train(TrainArguments),
+    /// One stream, token by token.
+    #[command(after_help = "Example:\n  pontoon bench decode qwen3-0.6b --dtype bf16 --json")]
+    Decode(DecodeArguments),
+}
+
+/// The arguments of `pontoon bench train`.
+#[derive(Args)]
+pub struct TrainArguments {
+    /// The model, by its preset.
+    #[arg(long, default_value = "llama-30m")]
+    preset: String,
+    /// bf16 or f32.
+    #[arg(long, default_value = "bf16")]
+    dtype: String,
+    /// Sequences of a step.
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Tokens of a sequence.
+    #[arg(long, default_value_t = 256)]
+    sequence: usize,
+    /// Steps; the first is not counted.
+    #[arg(long, default_value_t = 10)]
+    steps: u64,
+    /// What is computed again in backward: nothing, cheap or layer.
+    #[arg(long, default_value = "cheap")]
+    recompute: String,
+    /// The device, as in `pontoon devices`.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The arguments of `pontoon bench decode`.
+#[derive(Args)]
+pub struct DecodeArguments {
+    /// A preset, which gets random weights, or a model's folder.
+    model: String,
+    /// bf16, f16 or f32.
+    #[arg(long, default_value = "bf16")]
+    dtype: String,
+    /// Tokens to decode.
+    #[arg(short = 'n', long, default_value_t = 64)]
+    tokens: usize,
+    /// The device, as in `pontoon devices`.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs a benchmark.
+pub fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Train(arguments) => train(arguments),
+        Command::Decode(arguments) => decode(arguments),
+    }
+}
+
+fn train(arguments: &TrainArguments) -> Result<()> {
+    ensure!(arguments.steps >= 2, "--steps should be at least 2, as the first is not counted");
+    let settings = format!(
+        "[data]\nsequence = {}\n[train]\nmicro_batch = {}\ndtype = \"{}\"\nrecompute = \"{}\"\n\
+         warmup = 0\nschedule = \"constant\"\n",
+        arguments.sequence, arguments.batch, arguments.dtype, arguments.recompute
+    );
+    let config = RunConfig::parse(&settings, &[], "the benchmark's settings")?;
+    let compute = config.train.dtype.dtype();
+    let peak = devices::peak_flops(&arguments.device, compute)?;
+    let model = Model::new(preset(&arguments.preset)?)?;
+    let mut backend = devices::open(&arguments.device)?;
+    let weights = model.initialise(config.train.seed);
+    let mut state = TrainingState::load(backend.as_mut(), &model, &config, &weights)?;
+    drop(weights);
+    let batch = random_batch(arguments, model.config.vocab_size);
+    let (mut loss, mut times) = (Vec::new(), Vec::new());
+    for step in 1..=arguments.steps {
+        let started = Instant::now();
+        let result = state.step(backend.as_mut(), step, std::slice::from_ref(&batch))?;
+        times.push(started.elapsed().as_secs_f64());
+        loss.push(result.loss);
+    }
+    let median = median(&times[1..]);
+    let tokens_per_s = batch.ids.len() as f64 / median;
+    let fraction = state.model_flops() / median / peak;
+    let rss = peak_rss_bytes()?;
+    if arguments.json {
+        let step_ms: Vec<f64> = times.iter().map(|seconds| seconds * 1e3).collect();
+        let result = json!({
+            "tokens_per_s": tokens_per_s,
+            "step_ms": step_ms,
+            "peak_rss_bytes": rss,
+            "loss": loss,
+            "gemm_peak_fraction": fraction,
+            "gemm_peak_flops": peak,
+            "arena_bytes": state.arena_bytes(),
+        });
+        println!("{result}");
+        return Ok(());
+    }
+    println!(
+        "{} {}: {} tokens/s, step {:.0} ms, {:.0}% of {}FLOP/s, peak memory {}",
+        arguments.preset,
+        arguments.dtype,
+        show::count(tokens_per_s),
+        1e3 * median,
+        100.0 * fraction,
+        show::count(peak),
+        show::bytes(rss as f64),
+    );
+    Ok(())
+}
+
+/// One document a sequence, of random tokens.
+fn random_batch(arguments: &TrainArguments, vocabulary: usize) -> Batch {
+    let (count, sequence) = (arguments.batch, arguments.sequence);
+    let rows = count * sequence;
+    let stream = Stream::new(1, 1);
+    let token = |row: usize| stream.below(row as u64, vocabulary as u64) as i32;
+    let start = |at: usize| (at.min(count) * sequence) as i32;
+    Batch {
+        ids: (0..rows).map(token).collect(),
+        targets: (0..rows).map(|row| token(row + 1)).collect(),
+        positions: (0..rows).map(|row| (row % sequence) as i32).collect(),
+        documents: (0..=rows).map(start).collect(),
+        valid: rows,
+    }
+}
+
+fn decode(arguments: &DecodeArguments) -> Result<()> {
+    let compute = dtype(&arguments.dtype)?;
+    let (model, weights) = model_of(&arguments.model)?;
+    let bytes = bytes_per_token(&model, compute);
+    let bandwidth = devices::bandwidth(&arguments.device)?;
+    let prompt = vec![1_u32; 16];
+    let options = GeneratorOptions::new(compute, prompt.len() + arguments.tokens + 1, 1);
+    let mut engine = Engine::load(&arguments.device, &model, &weights, options)?;
+    drop(weights);
+    let mut times = Vec::new();
+    let mut last = Instant::now();
+    let settings = SamplingSettings::greedy(arguments.tokens);
+    engine.generator.generate(engine.backend.as_mut(), &[prompt], &settings, &[], &mut |_| {
+        times.push(last.elapsed().as_secs_f64());
+        last = Instant::now();
+    })?;
+    ensure!(times.len() >= 2, "-n should be at least 2, as the first token is not counted");
+    let median = median(&times[1..]);
+    let fraction = bytes as f64 / median / bandwidth;
+    if arguments.json {
+        let result = json!({
+            "tokens_per_s": 1.0 / median,
+            "bytes_per_token": bytes,
+            "memory_bandwidth_fraction": fraction,
+            "memory_bandwidth": bandwidth,
+        });
+        println!("{result}");
+        return Ok(());
+    }
+    println!(
+        "{} {}: {:.1} tokens/s, {} a token, {:.0}% of {}B/s",
+        arguments.model,
+        arguments.dtype,
+        1.0 / median,
+        show::bytes(bytes as f64),
+        100.0 * fraction,
+        show::count(bandwidth),
+    );
+    Ok(())
+}
+
+fn model_of(name: &str) -> Result<(Model, HostWeights)> {
+    if Path::new(name).is_dir() {
+        let source = ModelSource::open(&PathBuf::from(name))?;
+        let weights = source.weights()?;
+        return Ok((source.model, weights));
+    }
+    let model = Model::new(preset(name)?)?;
+    let weights = model.initialise(1);
+    Ok((model, weights))
+}
+
+/// Weights a token must read: all but an embedding that is no head, and of the experts only those
+/// a token goes to.
+fn bytes_per_token(model: &Model, compute: DType) -> usize {
+    let tied = model.table.get("lm_head.weight").is_err();
+    let parameters = model.table.parameters().iter();
+    let elements = parameters.map(|parameter| match parameter.spec.name.as_str() {
+        "model.embed_tokens.weight" if !tied => 0,
+        name if name.contains(".experts.{}.") => {
+            let count = parameter.spec.shape[0];
+            parameter.elements() / count * model.config.experts_per_token()
+        }
+        _ => parameter.elements(),
+    });
+    compute.bytes(elements.sum())
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// The most memory this process has held, as the system counts it.
+fn peak_rss_bytes() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").context("cannot read memory use")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kibibytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kibibytes.map(|count| count * 1024).context("the system does not say how much memory was used")
+}
