@@ -4,9 +4,13 @@
 //! After the first step nothing is allocated. It reads no clock and no file, and decides nothing
 //! about failures: `trainer.rs` does.
 
+use std::time::Duration;
+
 use pontoon_fleet::snapshot::{ElementType, TensorRef};
+use pontoon_fleet::world::Clock;
 use pontoon_models::{BatchShape, HostWeights, Model};
-use pontoon_ops::{Add, Backend, BufferId, DType, Op, View};
+use pontoon_ops::cost::cost;
+use pontoon_ops::{Add, Backend, BufferId, DType, Op, OpName, View};
 use pontoon_program::{Executor, Memory};
 
 use crate::config::RunConfig;
@@ -14,6 +18,9 @@ use crate::data::Batch;
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
 use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, download};
+
+/// No single operation takes longer on a device that works.
+const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A model in training on a device.
 #[derive(Debug)]
@@ -52,13 +59,7 @@ impl TrainingState {
     ) -> Result<TrainingState, TrainError> {
         let (train, sequence) = (&config.train, config.data.sequence);
         let rows = train.micro_batch * sequence;
-        let most = model.config.max_positions;
-        if sequence > most {
-            return Err(TrainError::Config {
-                origin: "data.sequence".to_owned(),
-                what: format!("{sequence} is longer than the model allows: {most}"),
-            });
-        }
+        fits(model, sequence)?;
         let mut memory = Memory::new();
         let optimizer = Optimizer::load(backend, &mut memory, model, train, weights)?;
         model.upload_constants(backend, &mut memory, sequence, sequence)?;
@@ -75,7 +76,9 @@ impl TrainingState {
         }
         let scoring = model.scoring_program(shape, dtype)?;
         // Backward takes two products for each one of forward; recomputation is no useful work.
-        let model_flops = 3.0 * scoring.matrix_flops() * train.micro_batches as f64;
+        let sequences = train.micro_batch as f64;
+        let forward: f64 = scoring.ops.iter().map(|op| forward_flops(op, sequences)).sum();
+        let model_flops = 3.0 * forward * train.micro_batches as f64;
         // Scoring keeps no activations, so it always fits the arena of training.
         let arena = Some(leaves[0].arena());
         let scoring = Executor::load_with(backend, &mut memory, &scoring, &[], arena)?;
@@ -95,7 +98,26 @@ impl TrainingState {
         })
     }
 
-    /// Floating-point operations of a step's matrix products, recomputation left out.
+    /// The time of every operation of one micro-batch, launched one by one, in list order.
+    pub fn profile(
+        &mut self,
+        backend: &mut dyn Backend,
+        clock: &dyn Clock,
+        batch: &Batch,
+    ) -> Result<Vec<(OpName, Duration)>, TrainError> {
+        self.leaf(backend, 0, batch, 1.0 / batch.valid.max(1) as f32)?;
+        let mut times = Vec::new();
+        for op in self.leaves[0].ops() {
+            let started = clock.now();
+            backend.launch(op)?;
+            backend.wait(PROFILE_DEADLINE)?;
+            times.push((op.name(), clock.now().duration_since(started)));
+        }
+        Ok(times)
+    }
+
+    /// Floating-point operations of a step's matrix products, recomputation left out; attention
+    /// as if each sequence were one document.
     pub fn model_flops(&self) -> f64 {
         self.model_flops
     }
@@ -223,6 +245,18 @@ impl TrainingState {
     }
 }
 
+/// Whether the model takes sequences of this length.
+pub(crate) fn fits(model: &Model, sequence: usize) -> Result<(), TrainError> {
+    let most = model.config.max_positions;
+    if sequence <= most {
+        return Ok(());
+    }
+    Err(TrainError::Config {
+        origin: "data.sequence".to_owned(),
+        what: format!("{sequence} is longer than the model allows: {most}"),
+    })
+}
+
 /// The tensors of a model as a snapshot stores them.
 pub fn tensor_refs<'a>(
     model: &Model,
@@ -256,6 +290,12 @@ fn write(executor: &Executor, backend: &mut dyn Backend, batch: &Batch) -> Resul
     executor.write(backend, "positions", bytemuck::cast_slice(&batch.positions))?;
     executor.write(backend, "documents", bytemuck::cast_slice(&batch.documents))?;
     Ok(())
+}
+
+/// What forward's matrix products cost on sequences that do not attend to each other.
+fn forward_flops(op: &Op, sequences: f64) -> f64 {
+    let flops = cost(op).matrix_flops;
+    if op.name() == OpName::Attention { flops / sequences } else { flops }
 }
 
 /// The losses of targets that count, summed in the order of rows.

@@ -18,7 +18,7 @@ use crate::config::RunConfig;
 use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
 use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
-use crate::step::{TrainingState, tensor_refs};
+use crate::step::{TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
 
 /// What a run is given.
@@ -159,6 +159,7 @@ pub fn train(
 ) -> Result<Summary, TrainError> {
     let mut config = run.config.clone();
     let model = model_of(&config, &run.base)?;
+    fits(&model, config.data.sequence)?;
     let absolute = |path: &PathBuf| run.base.join(path);
     config.data.tokenizer = config.data.tokenizer.as_ref().map(absolute);
     let data = Data::open(&config, &model, &run.base)?;

@@ -3,14 +3,16 @@
 //! Weights and tokens are random: speed does not depend on them. Read next: `benches/`, which
 //! runs others on the same shapes.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
+use pontoon_fleet::world::SystemClock;
 use pontoon_models::{GeneratorOptions, HostWeights, Model, SamplingSettings, preset};
-use pontoon_ops::DType;
 use pontoon_ops::philox::Stream;
+use pontoon_ops::{DType, OpName};
 use pontoon_train::data::Batch;
 use pontoon_train::{RunConfig, TrainingState};
 use serde_json::json;
@@ -56,6 +58,9 @@ pub struct TrainArguments {
     /// The device, as in `pontoon devices`.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Also print where a step's time goes, by operation.
+    #[arg(long)]
+    profile: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -115,6 +120,9 @@ fn train(arguments: &TrainArguments) -> Result<()> {
     let tokens_per_s = batch.ids.len() as f64 / median;
     let fraction = state.model_flops() / median / peak;
     let rss = peak_rss_bytes()?;
+    if arguments.profile {
+        print_profile(&state.profile(backend.as_mut(), &SystemClock, &batch)?);
+    }
     if arguments.json {
         let step_ms: Vec<f64> = times.iter().map(|seconds| seconds * 1e3).collect();
         let result = json!({
@@ -140,6 +148,22 @@ fn train(arguments: &TrainArguments) -> Result<()> {
         show::bytes(rss as f64),
     );
     Ok(())
+}
+
+/// Prints time and number of operations by their names, the costliest first, on stderr.
+fn print_profile(times: &[(OpName, Duration)]) {
+    let mut sums: BTreeMap<String, (f64, usize)> = BTreeMap::new();
+    for (name, time) in times {
+        let sum = sums.entry(format!("{name:?}")).or_default();
+        *sum = (sum.0 + time.as_secs_f64(), sum.1 + 1);
+    }
+    let total: f64 = sums.values().map(|(seconds, _)| seconds).sum();
+    let mut sums: Vec<_> = sums.into_iter().collect();
+    sums.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
+    for (name, (seconds, count)) in sums {
+        let (ms, share) = (1e3 * seconds, 100.0 * seconds / total);
+        eprintln!("{name:18} {ms:9.2} ms {share:5.1}%  {count} times");
+    }
 }
 
 /// One document a sequence, of random tokens.
