@@ -9,7 +9,7 @@ use super::linear::data;
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Parts;
 use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
-use crate::simd::{Element, Kernel, Simd, dispatch};
+use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Logits held at a time: 16 MB, so that a chunk's second pass finds part of it in cache.
 const CHUNK_LOGITS: usize = 4 << 20;
@@ -147,6 +147,12 @@ fn log_prob(logits: &[f32], target: i32, sharpness: f32, lse: f32) -> f32 {
         None if target == IGNORED => 0.0,
         None => f32::NAN,
     }
+}
+
+/// What [`forward`] gives for a row of which the logits are there.
+pub(super) fn row_log_prob(isa: Isa, logits: &[f32], target: i32) -> f32 {
+    let sums = dispatch(isa, SumRow { logits, sharpness: 1.0 });
+    log_prob(logits, target, 1.0, sums.lse)
 }
 
 /// Computes logits chunk by chunk and hands each row's `(log p, sums)` to `each`.

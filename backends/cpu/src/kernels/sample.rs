@@ -1,17 +1,22 @@
 //! Drawing the next token: penalties, bias, temperature, filters, and one counter-based random
 //! number per row.
 //!
-//! Probabilities are f64 sums of f32 exponentials in ascending order of id, so a row's draw does
-//! not depend on threads or on the other rows.
+//! What is drawn from are f64 sums of f32 exponentials in ascending order of id, so a row's draw
+//! does not depend on threads or on the other rows. The log-probability is the loss's own.
 
 use pontoon_ops::philox::{philox4x32, unit};
 use pontoon_ops::{self as ops, sampling};
 
+use super::loss::row_log_prob;
 use super::{Context, Done, row_stride};
 use crate::ffi::Parts;
+use crate::simd::Isa;
 
 /// What one row reads.
 struct Row<'a> {
+    /// Of every row of the head, padding included.
+    all_logits: &'a [f32],
+    /// Of the tokens that exist.
     logits: &'a [f32],
     bias: Option<&'a [f32]>,
     history: &'a [i32],
@@ -30,6 +35,7 @@ pub(super) fn sample(context: &mut Context<'_>, op: &ops::Sample) -> Done {
     let rows = op.logits.dim(0);
     let part = rows.div_ceil(crate::ffi::PARTS_MAX);
     let (tokens, logprobs) = (Parts::new(token, part), Parts::new(logprob, part));
+    let isa = context.isa;
     let longest = op.history.map_or(0, |view| view.dim(1));
     let row_of = |view: &Option<ops::View>, row: usize| view.map_or(0, |v| row * row_stride(&v));
     context.pool.run(rows.div_ceil(part), |task| {
@@ -38,21 +44,23 @@ pub(super) fn sample(context: &mut Context<'_>, op: &ops::Sample) -> Done {
             let row = task * part + index;
             let history =
                 history.map_or(&[][..], |all| &all[row_of(&op.history, row)..][..longest]);
+            let all_logits = &logits[row * row_stride(&op.logits)..][..op.logits.dim(1)];
             let work = Row {
-                logits: &logits[row * row_stride(&op.logits)..][..op.vocabulary],
+                all_logits,
+                logits: &all_logits[..op.vocabulary],
                 bias: bias.map(|all| &all[row_of(&op.bias, row)..][..op.vocabulary]),
                 history,
                 settings: &settings[row * row_stride(&op.settings)..][..sampling::COUNT],
                 keys: &keys[row * row_stride(&op.keys)..][..4],
             };
-            (*token, *logprob) = work.draw();
+            (*token, *logprob) = work.draw(isa);
         }
     });
     Ok(())
 }
 
 impl Row<'_> {
-    fn draw(&self) -> (i32, f32) {
+    fn draw(&self, isa: Isa) -> (i32, f32) {
         let mut logits = self.logits.to_vec();
         self.penalise(&mut logits);
         if let Some(bias) = self.bias {
@@ -64,7 +72,8 @@ impl Row<'_> {
         let temperature = self.settings[sampling::TEMPERATURE];
         let token =
             if temperature == 0.0 { largest(&logits) } else { self.random(&logits, temperature) };
-        (token as i32, self.log_prob(token))
+        // All rows of the head count, as they do for the loss, so the two agree bit for bit.
+        (token as i32, row_log_prob(isa, self.all_logits, token as i32))
     }
 
     /// Repetition, presence and frequency, by how often each token stands in the history.
@@ -147,13 +156,6 @@ impl Row<'_> {
                 *weight = 0.0;
             }
         }
-    }
-
-    /// Under the logits as the model gave them.
-    fn log_prob(&self, token: usize) -> f32 {
-        let peak = self.logits.iter().fold(f32::NEG_INFINITY, |peak, &l| peak.max(l));
-        let total: f64 = self.logits.iter().map(|&l| f64::from((l - peak).exp())).sum();
-        (f64::from(self.logits[token] - peak) - total.ln()) as f32
     }
 }
 

@@ -32,13 +32,59 @@ pub(super) fn add_rms_norm(op: &ops::AddRmsNorm, memory: &Memory) -> Vec<Expecte
     let pairs = || x.iter().zip(&residual);
     let sums = pairs().map(|(x, r)| near(x + r, x.abs() + r.abs())).collect();
     let kept: Vec<f64> = pairs().map(|(x, r)| rounded(op.x.dtype, x + r)).collect();
-    let (mut ys, rstds) = normalise(&kept, &weight, wide(op.eps));
-    // Where summands cancel, the f32 rounding of the sum is large against what is left of it.
-    for (index, (want, (x, r))) in ys.iter_mut().zip(pairs()).enumerate() {
-        let Want::Near { rstd } = Want::rstd_of(&rstds[index / weight.len()]);
-        if let Want::Near { magnitude, .. } = want {
-            *magnitude = (x.abs() + r.abs()) * rstd * weight[index % weight.len()].abs();
-        }
-    }
+    let (ys, rstds) = normalise(&kept, &weight, wide(op.eps));
     vec![expected(&op.sum, sums), expected(&op.y, ys), expected(&op.rstd, rstds)]
+}
+
+/// What both gradients share.
+struct Backward<'a> {
+    dy: &'a View,
+    dsum: Option<&'a View>,
+    x: &'a View,
+    weight: &'a View,
+    rstd: &'a View,
+    dx: &'a View,
+    dweight: &'a View,
+    accumulate: Accumulate,
+}
+
+impl Backward<'_> {
+    fn run(&self, memory: &Memory) -> Vec<Expected> {
+        let [dy, x, weight, rstd] =
+            [self.dy, self.x, self.weight, self.rstd].map(|view| memory.read(view));
+        let dsum = self.dsum.map(|view| memory.read(view));
+        let width = weight.len();
+        let mut dxs = Vec::new();
+        let mut dweights = vec![(0.0, 0.0); width];
+        for (row, rstd) in rstd.into_iter().enumerate() {
+            let at = |column: usize| row * width + column;
+            let n = |column: usize| x[at(column)] * rstd;
+            let g = |column: usize| dy[at(column)] * weight[column];
+            let mean = (0..width).map(|c| g(c) * n(c)).sum::<f64>() / width as f64;
+            let size = (0..width).map(|c| (g(c) * n(c)).abs()).sum::<f64>() / width as f64;
+            for (column, dweight) in dweights.iter_mut().enumerate() {
+                let extra = dsum.as_ref().map_or(0.0, |dsum| dsum[at(column)]);
+                let value = extra + rstd * (g(column) - n(column) * mean);
+                let terms = rstd.abs() * (g(column).abs() + n(column).abs() * size);
+                dxs.push(near(value, terms + extra.abs()));
+                let term = dy[at(column)] * n(column);
+                *dweight = (dweight.0 + term, dweight.1 + term.abs());
+            }
+        }
+        let dweights = dweights.into_iter().map(|(value, size)| near(value, size)).collect();
+        let dweight = accumulated(memory, self.dweight, dweights, self.accumulate);
+        vec![expected(self.dx, dxs), dweight]
+    }
+}
+
+pub(super) fn rms_norm_bwd(op: &ops::RmsNormBwd, memory: &Memory) -> Vec<Expected> {
+    let ops::RmsNormBwd { dy, x, weight, rstd, dx, dweight, accumulate } = op;
+    let accumulate = *accumulate;
+    Backward { dy, dsum: None, x, weight, rstd, dx, dweight, accumulate }.run(memory)
+}
+
+pub(super) fn add_rms_norm_bwd(op: &ops::AddRmsNormBwd, memory: &Memory) -> Vec<Expected> {
+    let ops::AddRmsNormBwd { dy, dsum, sum, weight, rstd, dx, dweight, accumulate } = op;
+    let (dsum, accumulate) = (dsum.as_ref(), *accumulate);
+    Backward { dy, dsum, x: sum, weight, rstd, dx, dweight, accumulate }.run(memory)
 }
