@@ -226,10 +226,7 @@ fn shortened(value: &serde_json::Value) -> String {
 }
 
 /// The candidate most like `name` by edit distance, for "the nearest is" in messages.
-pub fn nearest<'a>(
-    name: &str,
-    candidates: impl IntoIterator<Item = &'a str>,
-) -> Option<&'a str> {
+pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     candidates.into_iter().min_by_key(|candidate| edit_distance(name, candidate))
 }
 

@@ -91,8 +91,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             .iter()
             .zip(&answered)
             .map(|(problem, one)| {
-                let (prompt, answer) = (&problem.prompt, &problem.answer);
-                json!({ "prompt": prompt, "answer": answer, "reply": one.reply, "right": one.right })
+                let (prompt, answer, reply) = (&problem.prompt, &problem.answer, &one.reply);
+                json!({ "prompt": prompt, "answer": answer, "reply": reply, "right": one.right })
             })
             .collect();
         println!("{}", json!({ "exact_match": share, "count": replies.len(), "replies": replies }));

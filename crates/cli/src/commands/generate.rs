@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use pontoon_models::{GeneratorOptions, SamplingSettings, SpecialTokens};
+use pontoon_models::{GeneratorOptions, SamplingSettings, SpecialTokens, Tokenizer};
 use serde_json::json;
 
 use crate::engine::{Engine, dtype};
@@ -62,14 +62,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<()> {
     let source = ModelSource::open(&arguments.model)?;
     let tokenizer = source.tokenizer()?;
-    let template = if arguments.raw { None } else { source.chat_template() };
-    let prompt = match &template {
-        Some(template) => {
-            let text = chat_prompt(template, arguments.system.as_deref(), &arguments.prompt)?;
-            tokenizer.encode(&text)?
-        }
-        None => tokenizer.encode_as_document(&arguments.prompt)?,
-    };
+    let prompt = prompt_of(arguments, &source, &tokenizer)?;
     ensure!(!prompt.is_empty(), "the prompt is empty; give at least one character");
     let most = source.model.config.max_positions;
     let options = GeneratorOptions {
@@ -80,15 +73,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             1,
         )
     };
-    let settings = SamplingSettings {
-        temperature: arguments.temperature,
-        top_k: arguments.top_k,
-        top_p: arguments.top_p,
-        min_p: arguments.min_p,
-        seed: arguments.seed,
-        tokens_max: arguments.tokens,
-        ..SamplingSettings::default()
-    };
+    let settings = settings_of(arguments);
     let mut engine = Engine::load(&arguments.device, &source.model, &source.weights()?, options)?;
     let mut stream = tokenizer.stream(SpecialTokens::Show);
     let mut refused = None;
@@ -134,4 +119,32 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         eprintln!("{} tokens, {tokens_per_s:.1} tokens/s", completion.tokens.len());
     }
     Ok(())
+}
+
+/// The prompt's tokens, in the model's chat format where it has one.
+fn prompt_of(
+    arguments: &Arguments,
+    source: &ModelSource,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<u32>> {
+    let template = if arguments.raw { None } else { source.chat_template() };
+    Ok(match &template {
+        Some(template) => {
+            let text = chat_prompt(template, arguments.system.as_deref(), &arguments.prompt)?;
+            tokenizer.encode(&text)?
+        }
+        None => tokenizer.encode_as_document(&arguments.prompt)?,
+    })
+}
+
+fn settings_of(arguments: &Arguments) -> SamplingSettings {
+    SamplingSettings {
+        temperature: arguments.temperature,
+        top_k: arguments.top_k,
+        top_p: arguments.top_p,
+        min_p: arguments.min_p,
+        seed: arguments.seed,
+        tokens_max: arguments.tokens,
+        ..SamplingSettings::default()
+    }
 }

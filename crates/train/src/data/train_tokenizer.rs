@@ -22,7 +22,10 @@ pub const VOCABULARY_MIN: usize = 256 + SPECIAL_TOKENS.len();
 /// Text beyond this changes a vocabulary little and would have to be held in memory.
 const TEXT_BYTES_MAX: usize = 512 << 20;
 /// Words, numbers digit by digit, marks, line ends and spaces: what Qwen's tokenizers split by.
-const PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const PATTERN: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 /// Turns between their borders, as in the ChatML format.
 const CHAT_TEMPLATE: &str = "{%- for message in messages -%}\
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}\
