@@ -138,8 +138,8 @@ pub(super) fn attention_bwd(op: &ops::AttentionBwd, memory: &Memory) -> Vec<Expe
             let terms = dout.iter().zip(&v[value_at..]).map(|(d, v)| d * v);
             let (dp, dp_size) = super::linear::sum(terms);
             let (ds, ds_size) = (p * (dp - delta), p * (dp_size + delta_size));
-            for column in 0..v_width {
-                let term = p * dout[column];
+            for (column, dout) in dout.iter().enumerate() {
+                let term = p * dout;
                 dv.add(value_at + column, term, term.abs(), term.abs() * size);
             }
             for column in 0..width {

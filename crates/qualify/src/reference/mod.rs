@@ -2,7 +2,7 @@
 //! its tolerance is measured against.
 //!
 //! Written from the contracts alone, one loop per formula, with no regard for speed. It reads
-//! [`Memory`] and writes nothing. Read next: `pontoon_ops::tolerance`, then `run.rs`.
+//! [`Memory`] and writes nothing. Read next: `pontoon_ops::tolerance`, then `conformance.rs`.
 
 mod attention;
 mod linear;
@@ -85,8 +85,7 @@ pub(crate) fn accumulated(
     expected(view, wants.into_iter().zip(memory.read(view)).map(add).collect())
 }
 
-/// What `op` should leave in each of its written operands. Exchanges are judged by their group
-/// (see `exchange.rs`), not here: they give none.
+/// What `op` should leave in each of its written operands. Exchanges need a group: they give none.
 pub fn reference(op: &Op, memory: &Memory) -> Vec<Expected> {
     match op {
         Op::Copy(op) => memory::copy(op, memory),

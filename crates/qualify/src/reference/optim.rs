@@ -1,8 +1,6 @@
 //! Optimisers and reductions, in f64.
 
-use pontoon_ops::{
-    self as ops, Accumulate, MUON_COEFFICIENTS, MUON_EPS, MUON_RMS, MUON_STEPS, View, hyper,
-};
+use pontoon_ops::{self as ops, MUON_COEFFICIENTS, MUON_EPS, MUON_RMS, MUON_STEPS, View, hyper};
 
 use super::linear::sum;
 use super::{Expected, Want, accumulated, expected, near, wide};
@@ -102,14 +100,4 @@ pub(super) fn reduce_tree(op: &ops::ReduceTree, memory: &Memory) -> Vec<Expected
     };
     let wants = (0..inner).map(want).collect();
     vec![accumulated(memory, &op.y, wants, op.accumulate)]
-}
-
-/// The sum of every member's part, for the exchanges.
-pub(crate) fn sum_of_members(view: &View, parts: &[Vec<f64>], first: usize) -> Expected {
-    let want = |index: usize| {
-        let (value, size) = sum(parts.iter().map(|part| part[first + index]));
-        near(value, size)
-    };
-    debug_assert!(Accumulate::Overwrite.access().writes());
-    expected(view, (0..view.elements()).map(want).collect())
 }

@@ -24,7 +24,7 @@ impl Row<'_> {
         let one = |(token, &logit): (usize, &f64)| {
             let seen = |&&id: &&i64| id == token as i64;
             let mut logit = logit;
-            if self.history.iter().any(|id| *id == token as i64) {
+            if self.history.contains(&(token as i64)) {
                 let by = self.settings[sampling::REPETITION];
                 logit = if logit > 0.0 { logit / by } else { logit * by };
             }
@@ -54,7 +54,8 @@ impl Row<'_> {
             });
             return if close { Err(()) } else { Ok(Some(order[0])) };
         }
-        let weight = |&i: &usize| ((logits[i] - logits[order[0]]) / temperature).exp();
+        let best = logits[order[0]];
+        let weight = |&i: &usize| ((logits[i] - best) / temperature).exp();
         let top_k = self.settings[sampling::TOP_K] as usize;
         if top_k > 0 && top_k < order.len() {
             order.truncate(top_k);
