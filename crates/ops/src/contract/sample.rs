@@ -38,7 +38,8 @@ pub mod sampling {
 /// Shapes    logits, bias [rows, vocabulary]; history [rows, longest], padded by -1; settings
 ///           [rows, sampling::COUNT]; keys [rows, 4]; token, logprob [rows]
 /// Dtypes    logits, bias, settings, logprob f32; history, token i32; keys u32
-/// Writes    token; logprob: the token's log-probability before any penalty, bias or temperature
+/// Writes    token; logprob: the token's log-probability before any penalty, bias or temperature,
+///           over all of the logits as in [`super::TokenLogProb`], bit for bit
 /// Numerics  tokens from `vocabulary` on (padding of the head) are never drawn. A row without any
 ///           finite logit gives token -1 and logprob NaN
 #[derive(Clone, Debug, PartialEq)]

@@ -119,8 +119,9 @@ pub(super) fn sample(op: &ops::Sample, memory: &Memory) -> Vec<Expected> {
             Err(()) => (Want::Unjudged, Want::Unjudged),
             Ok(None) => (exact(-1.0), exact(f64::NAN)),
             Ok(Some(token)) => {
-                let peak = one.logits.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
-                let total: f64 = one.logits.iter().map(|l| (l - peak).exp()).sum();
+                let all = &logits[row * padded..][..padded];
+                let peak = all.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
+                let total: f64 = all.iter().map(|l| (l - peak).exp()).sum();
                 let value = one.logits[token] - peak - total.ln();
                 let magnitude = one.logits[token].abs() + peak.abs() + total.ln().abs();
                 (exact(token as f64), super::near(value, magnitude))
