@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{
-    BatchShape, Completion, Generator, GeneratorOptions, Model, ModelConfig, PromptLogprobs,
-    SamplingSettings, Weights,
+    BatchShape, Completion, Generator, GeneratorOptions, HostWeights, Model, ModelConfig,
+    PromptLogprobs, SamplingSettings, Weights, preset,
 };
 use pontoon_ops::DType;
 use pontoon_program::{Executor, Memory};
@@ -27,10 +27,21 @@ impl Device {
         let folder =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/data").join(case);
         let model = Model::new(ModelConfig::from_folder(&folder).unwrap()).unwrap();
+        let weights = model.load(&Weights::open(&folder).unwrap()).unwrap();
+        Device::load(model, &weights, dtype, threads)
+    }
+
+    /// Fresh weights of a preset.
+    fn preset(name: &str, dtype: DType) -> Device {
+        let model = Model::new(preset(name).unwrap()).unwrap();
+        let weights = model.initialise(5);
+        Device::load(model, &weights, dtype, 2)
+    }
+
+    fn load(model: Model, weights: &HostWeights, dtype: DType, threads: usize) -> Device {
         let options = CpuOptions { threads: Some(threads), ..CpuOptions::default() };
         let mut backend = CpuBackend::new(options).unwrap();
         let mut memory = Memory::new();
-        let weights = model.load(&Weights::open(&folder).unwrap()).unwrap();
         weights.upload(&mut backend, &mut memory, dtype).unwrap();
         Device { backend, memory, model }
     }
@@ -146,6 +157,44 @@ fn greedy_tokens_are_the_likeliest_and_penalties_forbid_repetition() {
     drawn.sort_unstable();
     drawn.dedup();
     assert_eq!(drawn.len(), 20, "a token came twice");
+}
+
+#[test]
+fn a_prompt_of_several_prefill_chunks_is_scored_and_continued_with_the_scorers_bits() {
+    // Longer than the largest prefill program, whose rows are 512: chunks of 512, 512 and 16.
+    let (length, tokens_max) = (1035, 1056);
+    for dtype in [DType::F32, DType::Bf16] {
+        let mut device = Device::preset("qwen3-1m", dtype);
+        let prompt: Vec<u32> = (0..length).map(|n| (n * n + 3 * n + 1) % 1024).collect();
+        let settings = SamplingSettings {
+            tokens_max: 4,
+            prompt_logprobs: PromptLogprobs::Include,
+            ..SamplingSettings::default()
+        };
+        let options = GeneratorOptions::new(dtype, tokens_max, 1);
+        let done = device.generate(options, std::slice::from_ref(&prompt), &settings);
+        let all = [prompt.as_slice(), &done[0].tokens].concat();
+        let mut drawn = done[0].prompt_logprobs.clone().unwrap();
+        drawn.extend(&done[0].logprobs);
+        assert_eq!(drawn, device.score(&all, dtype, tokens_max), "{dtype}");
+        // Without scores the prompt goes through other programs, into the same cache.
+        let unscored = SamplingSettings { prompt_logprobs: PromptLogprobs::Skip, ..settings };
+        let again = device.generate(options, &[prompt], &unscored);
+        assert_eq!(again[0].tokens, done[0].tokens, "{dtype}");
+        assert_eq!(again[0].logprobs, done[0].logprobs, "{dtype}");
+    }
+}
+
+#[test]
+fn keeping_one_token_by_rank_is_greedy_at_any_temperature() {
+    for case in CASES {
+        let mut device = Device::open(case, DType::F32, 2);
+        let prompts = prompts(device.model.config.vocab_size);
+        let options = GeneratorOptions::new(DType::F32, 40, 2);
+        let greedy = device.generate(options, &prompts, &SamplingSettings::greedy(12));
+        let one = SamplingSettings { temperature: 3.0, top_k: 1, ..SamplingSettings::greedy(12) };
+        assert_eq!(device.generate(options, &prompts, &one), greedy, "{case}");
+    }
 }
 
 #[test]
