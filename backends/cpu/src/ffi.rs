@@ -348,16 +348,19 @@ impl<'a, T: crate::simd::Element> Scattered<'a, T> {
         let (base, len) = (slice.as_mut_ptr(), slice.len());
         let is_wide = size_of::<T>() == size_of::<u32>();
         assert!(is_wide || size_of::<T>() == size_of::<u16>(), "an element has 2 or 4 bytes");
-        let (wide_len, narrow_len) = if is_wide { (len, 0) } else { (0, len) };
-        // SAFETY: the slice is borrowed exclusively for 'a and given up here; atomics have the
-        // size and alignment of the elements, and exactly one of the two views is not empty.
+        let mut scattered = Scattered { wide: &[], narrow: &[], element: PhantomData };
+        // The one that is not the element's size stays apart from the slice: 2-byte elements may
+        // lie where no 4-byte one could.
+        // SAFETY: the slice is borrowed exclusively for 'a and given up here; an atomic has the
+        // size and alignment of the element it is chosen for.
         unsafe {
-            Scattered {
-                wide: std::slice::from_raw_parts(base.cast(), wide_len),
-                narrow: std::slice::from_raw_parts(base.cast(), narrow_len),
-                element: PhantomData,
+            if is_wide {
+                scattered.wide = std::slice::from_raw_parts(base.cast(), len);
+            } else {
+                scattered.narrow = std::slice::from_raw_parts(base.cast(), len);
             }
         }
+        scattered
     }
 
     /// Rounds and stores consecutive elements from `start` on.
@@ -374,5 +377,21 @@ impl<'a, T: crate::simd::Element> Scattered<'a, T> {
             let bytes = bytemuck::bytes_of(&rounded);
             to.store(u16::from_ne_bytes([bytes[0], bytes[1]]), Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::Scattered;
+
+    #[test]
+    fn narrow_elements_may_be_scattered_from_an_address_no_wide_one_could_have() {
+        let mut elements = [bf16::ZERO; 5];
+        for start in 0..2 {
+            Scattered::new(&mut elements[start..]).store(1, &[1.5, -2.0]);
+        }
+        assert_eq!(elements.map(f32::from), [0.0, 1.5, 1.5, -2.0, 0.0]);
     }
 }
