@@ -71,7 +71,7 @@ pub fn check(
 }
 
 /// Uploads a case, launches it once, and downloads everything.
-fn launch(backend: &mut dyn Backend, case: &Case) -> Result<Memory, DeviceError> {
+pub(crate) fn launch(backend: &mut dyn Backend, case: &Case) -> Result<Memory, DeviceError> {
     let mut places = Vec::new();
     for bytes in case.memory.buffers() {
         let buffer = backend.alloc(bytes.len())?;

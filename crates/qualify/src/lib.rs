@@ -6,5 +6,6 @@
 
 pub mod cases;
 pub mod conformance;
+pub mod invariance;
 pub mod memory;
 pub mod reference;
