@@ -6,6 +6,7 @@
 
 pub mod cases;
 pub mod conformance;
+pub mod gradient;
 pub mod invariance;
 pub mod memory;
 pub mod reference;
