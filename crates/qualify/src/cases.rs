@@ -5,6 +5,7 @@
 
 mod attention;
 mod dense;
+mod edges;
 mod experts;
 mod heads;
 mod optim;
@@ -48,6 +49,7 @@ pub fn all(seed: u64) -> Vec<Case> {
             cases.extend(attention::cases(maker));
             cases.extend(heads::cases(maker));
             cases.extend(experts::cases(maker));
+            cases.extend(edges::cases(maker));
         }
     }
     cases.extend(optim::cases(seed));

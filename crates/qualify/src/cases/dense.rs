@@ -84,7 +84,7 @@ fn moving(draft: &dyn Fn(usize) -> Draft, [rows, width]: [usize; 2]) -> Vec<Case
 }
 
 /// A norm's saved statistic, as its contract says.
-fn rstd(draft: &mut Draft, x: &View) -> View {
+pub(super) fn rstd(draft: &mut Draft, x: &View) -> View {
     let (rows, width) = (x.dim(0), x.dim(1));
     let values = draft.read(x);
     let of =

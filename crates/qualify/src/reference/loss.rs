@@ -98,15 +98,17 @@ fn gradients(head: &Head<'_>, to: &Gradients<'_>, rows: &[Row], memory: &Memory)
     let mut dx = vec![[0.0; 3]; x.len()];
     let mut dhead = vec![[0.0; 3]; weight.len()];
     for (index, row) in rows.iter().enumerate() {
-        if row.target == i64::from(IGNORED) {
-            continue;
-        }
+        // An ignored row still meets the products, with zeros: what is not finite shows.
+        let ignored = row.target == i64::from(IGNORED);
         let factor = to.sign * upstream[index] / head.temperature;
         for (token, &logit) in row.logits.iter().enumerate() {
             let hit = if row.target() == Some(token) { 1.0 } else { 0.0 };
             let p = if row.target().is_some() { row.p(logit) } else { f64::NAN };
-            let (value, size) = (factor * (p - hit), factor.abs() * (p + hit));
-            let argument = factor.abs() * p * (row.size + row.lse.abs());
+            let (value, size) = match ignored {
+                true => (0.0, 0.0),
+                false => (factor * (p - hit), factor.abs() * (p + hit)),
+            };
+            let argument = size * (row.size + row.lse.abs());
             let add = |sum: &mut [f64; 3], other: f64| {
                 let by = other.abs();
                 *sum = [sum[0] + value * other, sum[1] + size * by, sum[2] + argument * by];
