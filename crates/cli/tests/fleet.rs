@@ -91,7 +91,7 @@ fn settings_that_no_fleet_can_have_are_one_line() {
     for (more, want) in [
         (&["--workers", "5"][..], "more workers than train.micro_batches"),
         (&["--workers", "1", "--set", "fleet.audit=0.5"], "second worker"),
-        (&["--workers", "2", "--device", "npu:7"], "no device `npu:7`"),
+        (&["--workers", "2", "--device", "chip:7"], "no device `chip:7`"),
         (&["--workers", "2", "--set", "fleet.hang_after=\"soon\""], "hang_after"),
     ] {
         let output = output(folder.path(), &train("never", more));

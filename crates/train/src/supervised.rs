@@ -58,7 +58,6 @@ pub fn supervise(
     write_settings(run, &config)?;
     let layout = layout(&model, &config);
     let exchange = Exchange::create(&layout).map_err(TrainError::Exchange)?;
-    let unix = run.clock.unix_time().as_secs_f64();
     let saver = Saver {
         frame: SnapshotFrame::new(&model, &config)?,
         config: &config,
@@ -81,7 +80,7 @@ pub fn supervise(
         devices,
         metrics: JsonLines::open(run.disk, &folder.metrics())?,
         events: EventLog::open(run.disk, run.clock, &folder.events())?,
-        board: TensorBoard::create(run.disk, &run.dir, unix)?,
+        board: board(run)?,
         begun: run.clock.now(),
         done: Done::default(),
     };
@@ -107,6 +106,10 @@ pub fn supervise(
     // Workers end before the folder's lock is given up, whatever went wrong.
     driver.links.clear();
     driver.summary(ending?, &supervisor)
+}
+
+fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {
+    TensorBoard::create(run.disk, &run.dir, run.clock.unix_time().as_secs_f64())
 }
 
 fn settings(run: &Run<'_>, config: &RunConfig, devices: &[String]) -> Settings {

@@ -1,7 +1,8 @@
 //! The loop: steps, metrics, validation, snapshots, and going on from where a run stopped.
 //!
 //! Time and disk arrive as `fleet::world` traits, the device as a `Backend`, the display as an
-//! [`Observer`]. One device, one process; a fleet is in `supervised.rs`. Read next: `step.rs`, `run_files.rs`.
+//! [`Observer`]. One device, one process; a fleet is in `supervised.rs`. Read next: `step.rs`,
+//! `run_files.rs`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
