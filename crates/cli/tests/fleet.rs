@@ -33,7 +33,11 @@ fn any_number_of_workers_gives_the_same_hash_and_so_does_one_that_is_killed() {
     for workers in ["1", "3"] {
         let run = json(folder, &train(workers, &["--workers", workers]));
         assert_eq!(run["weights_blake3"], plain["weights_blake3"], "{workers} workers");
-        assert_eq!((&run["faults"], &run["finished"]), (&0.into(), &true.into()));
+        assert_eq!(run["finished"], true);
+        let events = lines(&folder.join(workers).join("events.jsonl"));
+        let wrong = ["crash", "hang", "corrupt", "rolled_back"];
+        let alarm = events.iter().find(|event| wrong.iter().any(|kind| event["kind"] == *kind));
+        assert_eq!(alarm, None, "a false alarm");
     }
     let more = ["--workers", "2", "--set", "fleet.audit=1.0"];
     let child = pontoon(folder, &train("killed", &more))
@@ -55,7 +59,7 @@ fn any_number_of_workers_gives_the_same_hash_and_so_does_one_that_is_killed() {
     let output = child.wait_with_output().unwrap();
     let run: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(run["weights_blake3"], plain["weights_blake3"]);
-    assert_eq!(run["faults"], 1);
+    assert!(run["faults"].as_u64().unwrap() >= 1);
     let events = lines(&folder.join("killed/events.jsonl"));
     let crash = events.iter().find(|event| event["kind"] == "crash").unwrap();
     assert!(crash["cause"].as_str().unwrap().contains("signal: 9"), "{crash}");

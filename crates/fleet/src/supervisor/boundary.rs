@@ -9,6 +9,10 @@ use super::round::{Audit, Evidence, Round};
 use super::workers::Standing;
 use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
 
+/// Slow steps in a row after which a worker is called slow: one may be the machine's noise.
+const SLOW_AFTER: u32 = 3;
+/// And after which one that gets no leaf any more is given up.
+const EVICT_AFTER: u32 = 6;
 /// A final snapshot is tried this often.
 const SAVE_TRIES: u32 = 3;
 
@@ -269,16 +273,15 @@ impl Supervisor {
         let counts = crate::policy::shares(self.settings.leaves, &seconds);
         let even = self.settings.leaves / members.len().max(1) as u32;
         for (index, &worker) in members.iter().enumerate() {
-            if !is_slow(index, &seconds) {
-                self.workers[worker].called_slow = false;
-            } else if counts[index] == 0 && even > 0 {
+            let of = &mut self.workers[worker];
+            of.slow_steps = if is_slow(index, &seconds) { of.slow_steps + 1 } else { 0 };
+            if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
                 let cause = format!(
                     "{:.0} ms for a micro-batch: too slow to be of use",
                     1e3 * seconds[index]
                 );
                 self.lose(worker, Loss::new(EventKind::Evicted, cause));
-            } else if !self.workers[worker].called_slow {
-                self.workers[worker].called_slow = true;
+            } else if of.slow_steps == SLOW_AFTER {
                 self.ledger.faults += 1;
                 let mut event = self.event(worker, EventKind::Slow);
                 event.detected_ms = self.workers[worker].since_injection(self.now);

@@ -41,7 +41,8 @@ pub(super) struct Worker {
     pub false_starts: u32,
     /// Whether all its leaves are audited in its next step.
     pub on_probation: bool,
-    pub called_slow: bool,
+    /// Steps in a row in which it was slow.
+    pub slow_steps: u32,
     /// A fault that was injected, and when.
     pub injected: Option<(String, Duration)>,
     /// The state it loaded by itself.
@@ -63,7 +64,7 @@ impl Worker {
             strikes: 0,
             false_starts: 0,
             on_probation: false,
-            called_slow: false,
+            slow_steps: 0,
             injected: None,
             loaded: None,
         }
