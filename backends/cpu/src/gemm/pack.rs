@@ -3,12 +3,13 @@
 //!
 //! Right panels hold, per unit, `2 * LANES` columns; left panels hold, per unit, `MICRO_ROWS` rows.
 //! Left operands whose memory already is rows of units are not packed at all. Columns and rows past
-//! the matrix are zero and only feed results that are thrown away; a missing last half of a pair is
-//! zero too, and does take part in the chain.
+//! the matrix hold anything and only feed results that are thrown away; a missing last half of a
+//! pair is zero, and does take part in the chain.
 
 use half::bf16;
 
 use super::Unit;
+use crate::simd::columns::{Columns, pack_columns};
 use crate::simd::micro::load_square;
 use crate::simd::{Kernel, Simd};
 
@@ -164,7 +165,17 @@ impl<T: Unit> PackColumns<'_, T> {
     #[inline(always)]
     fn pack<S: Simd, const DOT: bool>(self, simd: S) {
         let to: &mut [f32] = bytemuck::cast_slice_mut(self.to);
-        for unit in 0..self.from.units {
+        let from = &self.from;
+        let mut columns = Columns {
+            from: &from.data[from.first.min(from.data.len())..],
+            stride: from.stride,
+            units: if DOT { from.k / 2 } else { from.k },
+            width: self.width,
+            panel_words: self.panel_words,
+            to: &mut *to,
+        };
+        let packed = pack_columns::<S, T, DOT>(simd, &mut columns);
+        for unit in packed..self.from.units {
             for (panel, to) in to.chunks_exact_mut(self.panel_words).enumerate() {
                 let mut column = 0;
                 // A vector may reach past the width into the next unit, which is written later.

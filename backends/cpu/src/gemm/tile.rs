@@ -32,6 +32,9 @@ const ROWS_MAX: usize = 48 * 64;
 const COLUMNS_MAX: usize = 256 * 64;
 /// Panels that one packing task takes, so that it reads several cache lines of a row at once.
 const PANELS_PER_TASK: usize = 4;
+/// Columns of the left operand that one packing task takes: a multiple of every set's panel and of
+/// a cache line of any type, so that no line is read by two tasks.
+const LEFT_COLUMNS_PER_TASK: usize = 96;
 
 /// The left operand in units.
 #[derive(Clone, Copy)]
@@ -247,10 +250,10 @@ fn pack_left<'a, T: Unit>(
             let width = isa.geometry().micro_rows;
             let panel_words = blocks.panel_words;
             let panels = count.div_ceil(width);
-            let per_task = TILE_ROWS / width;
+            let per_task = LEFT_COLUMNS_PER_TASK / width;
             let parts = Parts::new(&mut to[..panels * panel_words], per_task * panel_words);
             pool.run(parts.count(), |task| {
-                let from = source(task * TILE_ROWS, TILE_ROWS);
+                let from = source(task * LEFT_COLUMNS_PER_TASK, LEFT_COLUMNS_PER_TASK);
                 let to = parts.take(task);
                 dispatch(isa, PackColumns { from, width, panel_words, to });
             });

@@ -33,12 +33,13 @@
 //!
 //! The files here are the only ones besides `ffi.rs` that hold `unsafe`: an instruction set plays
 //! the part a vendor's library plays for other chips. No algorithm lives here except the inner
-//! loops in [`micro`]; matrix products are in `gemm/`.
+//! loops in [`micro`] and [`columns`]; matrix products are in `gemm/`.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod columns;
 mod element;
 mod isa;
 mod math;
