@@ -110,8 +110,13 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
     /// Chooses how many rows and column vectors are in registers.
     #[inline(always)]
     fn rows<S: Simd, const DOT: bool>(self, simd: S) {
+        // One wide vector's chains keep up with memory, and fewer rows at once leave more of the
+        // cache to what is prefetched; narrow vectors need two.
+        let wide = S::LANES >= 16;
         match self.tile.rows() {
+            1 if wide => self.columns::<S, DOT, 1, 1>(simd),
             1 => self.columns::<S, DOT, 1, 2>(simd),
+            2 if wide => self.columns::<S, DOT, 2, 1>(simd),
             2 => self.columns::<S, DOT, 2, 2>(simd),
             3 | 4 => self.columns::<S, DOT, 4, 1>(simd),
             _ => self.columns::<S, DOT, 8, 1>(simd),

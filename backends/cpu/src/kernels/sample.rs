@@ -4,6 +4,8 @@
 //! What is drawn from are f64 sums of f32 exponentials in ascending order of id, so a row's draw
 //! does not depend on threads or on the other rows. The log-probability is the loss's own.
 
+use std::borrow::Cow;
+
 use pontoon_ops::philox::{philox4x32, unit};
 use pontoon_ops::{self as ops, sampling};
 
@@ -61,10 +63,13 @@ pub(super) fn sample(context: &mut Context<'_>, op: &ops::Sample) -> Done {
 
 impl Row<'_> {
     fn draw(&self, isa: Isa) -> (i32, f32) {
-        let mut logits = self.logits.to_vec();
-        self.penalise(&mut logits);
+        // A large vocabulary's copy costs as much as the draw, so it is made only to be changed.
+        let mut logits = Cow::Borrowed(self.logits);
+        if self.has_penalties() {
+            self.penalise(logits.to_mut());
+        }
         if let Some(bias) = self.bias {
-            logits.iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);
+            logits.to_mut().iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);
         }
         if !logits.iter().any(|logit| logit.is_finite()) {
             return (-1, f32::NAN);
@@ -76,15 +81,18 @@ impl Row<'_> {
         (token as i32, row_log_prob(isa, self.all_logits, token as i32))
     }
 
+    fn has_penalties(&self) -> bool {
+        let factor = self.settings[sampling::REPETITION];
+        let terms = [sampling::PRESENCE, sampling::FREQUENCY];
+        factor != 1.0 || terms.iter().any(|&term| self.settings[term] != 0.0)
+    }
+
     /// Repetition, presence and frequency, by how often each token stands in the history.
     fn penalise(&self, logits: &mut [f32]) {
         let repetition = self.settings[sampling::REPETITION];
         let presence = self.settings[sampling::PRESENCE];
         let frequency = self.settings[sampling::FREQUENCY];
         let prompt = self.settings[sampling::PROMPT_TOKENS] as usize;
-        if repetition == 1.0 && presence == 0.0 && frequency == 0.0 {
-            return;
-        }
         let known = |id: i32| usize::try_from(id).ok().filter(|&id| id < logits.len());
         let mut counts: Vec<(usize, u32)> = Vec::new();
         let mut seen: Vec<(usize, bool)> = self
@@ -159,13 +167,42 @@ impl Row<'_> {
     }
 }
 
+/// Running maxima of [`largest`], as many as fill the widest vector: one alone would be a chain.
+const MAXIMA: usize = 16;
+
 /// The index of the largest logit, the lowest on ties; NaN never wins.
 fn largest(logits: &[f32]) -> usize {
-    let mut best = 0;
-    for (index, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] || logits[best].is_nan() {
-            best = index;
+    let larger = |best: f32, logit: f32| if logit > best { logit } else { best };
+    let (chunks, rest) = logits.as_chunks::<MAXIMA>();
+    let mut maxima = [f32::NEG_INFINITY; MAXIMA];
+    for chunk in chunks {
+        for (best, &logit) in maxima.iter_mut().zip(chunk) {
+            *best = larger(*best, logit);
         }
     }
-    best
+    let best = maxima.iter().chain(rest).fold(f32::NEG_INFINITY, |best, &l| larger(best, l));
+    logits.iter().position(|&logit| logit == best).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_logit_is_the_first_of_equals_and_never_nan() {
+        for len in [1, 15, 16, 17, 100] {
+            for at in 0..len {
+                let mut logits = vec![-1.0; len];
+                logits[at..].fill(2.0);
+                if at > 0 {
+                    logits[at / 2] = f32::NAN;
+                }
+                logits[len - 1] = 2.0;
+                assert_eq!(largest(&logits), at, "of {len}");
+            }
+        }
+        assert_eq!(largest(&[f32::NAN, f32::NEG_INFINITY]), 1);
+        assert_eq!(largest(&[-0.0, 0.0]), 0);
+        assert_eq!(largest(&[1.0, f32::INFINITY, f32::NAN]), 1);
+    }
 }

@@ -285,7 +285,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn prefetch(self, from: *const u8) {
         // SAFETY: a prefetch of any address has no effect but on the cache.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
     }
 }
 

@@ -155,6 +155,10 @@ pub(crate) fn load_square<S: Simd>(
 /// Bytes of a cache line, for prefetching.
 const LINE_BYTES: usize = 64;
 
+/// Bytes that prefetches run ahead at least: what memory delivers to a thread in about two
+/// microseconds, many times its latency.
+const AHEAD_BYTES_MIN: usize = 32 << 10;
+
 /// Whole squares of a right operand that is streamed in place, with few rows on the left.
 pub(crate) struct Stream<'a> {
     /// Rows of units.
@@ -173,8 +177,9 @@ pub(crate) struct Stream<'a> {
 
 /// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
 ///
-/// As many bytes as are used are prefetched from the right rows that come next: the hardware does
-/// not foresee this many short streams.
+/// As many bytes as are used are prefetched, in order of address, from the right rows that come
+/// next: the hardware does not foresee this many short streams. They go to the second level, as a
+/// block of rows would push the one in use out of the first.
 #[inline(always)]
 pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
     simd: S,
@@ -190,7 +195,7 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
     assert!(end <= right.len(), "squares end at {end} of {}", right.len());
     assert!((ROWS - 1) * left_stride + squares * S::LANES <= left.len());
     let mut values = *sums;
-    let ahead = VECTORS * S::LANES * right_row_bytes;
+    let ahead = (VECTORS * S::LANES * right_row_bytes).max(AHEAD_BYTES_MIN);
     // SAFETY: the assertions bound every address that is read; prefetches may go anywhere.
     unsafe {
         let mut left = left.as_ptr().cast::<u8>();

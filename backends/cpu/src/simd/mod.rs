@@ -172,6 +172,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `from` must be readable for 4 bytes; any alignment.
     unsafe fn splat_raw(self, from: *const u8) -> Self::F32;
-    /// Asks for the cache line at `from`; any address is allowed.
+    /// Asks for the cache line at `from` to come to the second level; any address is allowed.
     fn prefetch(self, from: *const u8);
 }

@@ -85,6 +85,11 @@ pub struct DecodeArguments {
     json: bool,
 }
 
+/// Rounds of decoding, with memory bandwidth measured before and after each: on a shared machine
+/// it drifts by half within seconds, so only neighbours in time compare. The greater neighbour
+/// counts, so that a slow moment does not flatter, and the median round is reported.
+const DECODE_ROUNDS: usize = 5;
+
 /// Runs a benchmark.
 pub fn run(command: &Command) -> Result<()> {
     match command {
@@ -186,27 +191,38 @@ fn decode(arguments: &DecodeArguments) -> Result<()> {
     let compute = dtype(&arguments.dtype)?;
     let (model, weights) = model_of(&arguments.model)?;
     let bytes = bytes_per_token(&model, compute);
-    let bandwidth = devices::bandwidth(&arguments.device)?;
     let prompt = vec![1_u32; 16];
     let options = GeneratorOptions::new(compute, prompt.len() + arguments.tokens + 1, 1);
     let mut engine = Engine::load(&arguments.device, &model, &weights, options)?;
     drop(weights);
-    let mut times = Vec::new();
-    let mut last = Instant::now();
     let settings = SamplingSettings::greedy(arguments.tokens);
-    engine.generator.generate(engine.backend.as_mut(), &[prompt], &settings, &[], &mut |_| {
-        times.push(last.elapsed().as_secs_f64());
-        last = Instant::now();
-    })?;
-    ensure!(times.len() >= 2, "-n should be at least 2, as the first token is not counted");
-    let median = median(&times[1..]);
-    let fraction = bytes as f64 / median / bandwidth;
+    let mut before = devices::bandwidth(&arguments.device)?;
+    let (mut token_s, mut bandwidths, mut fractions) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..DECODE_ROUNDS {
+        let mut times = Vec::new();
+        let mut last = Instant::now();
+        let prompts = std::slice::from_ref(&prompt);
+        engine.generator.generate(engine.backend.as_mut(), prompts, &settings, &[], &mut |_| {
+            times.push(last.elapsed().as_secs_f64());
+            last = Instant::now();
+        })?;
+        ensure!(times.len() >= 2, "-n should be at least 2, as the first token is not counted");
+        let after = devices::bandwidth(&arguments.device)?;
+        let bandwidth = before.max(after);
+        let round = median(&times[1..]);
+        token_s.push(round);
+        bandwidths.push(bandwidth);
+        fractions.push(bytes as f64 / round / bandwidth);
+        before = after;
+    }
+    let (median, bandwidth, fraction) = (median(&token_s), median(&bandwidths), median(&fractions));
     if arguments.json {
         let result = json!({
             "tokens_per_s": 1.0 / median,
             "bytes_per_token": bytes,
             "memory_bandwidth_fraction": fraction,
             "memory_bandwidth": bandwidth,
+            "round_fractions": fractions,
         });
         println!("{result}");
         return Ok(());
