@@ -18,6 +18,21 @@ pub fn open(name: &str) -> Result<Box<dyn Backend>> {
     Ok(Box::new(open_cpu(name)?))
 }
 
+/// The device of each worker. Workers on the same CPU share its cores.
+pub fn dealt(names: &[String], workers: usize) -> Result<Vec<String>> {
+    let dealt: Vec<&String> = names.iter().cycle().take(workers).collect();
+    let of_cpu = dealt.iter().filter(|name| ["cpu", "cpu:0"].contains(&name.as_str())).count();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (cores / of_cpu.max(1)).max(1);
+    let named = |name: &&String| match name.as_str() {
+        "cpu" | "cpu:0" => format!("cpu:threads={threads}"),
+        other => other.to_owned(),
+    };
+    let dealt: Vec<String> = dealt.iter().map(named).collect();
+    dealt.iter().try_for_each(|name| open(name).map(drop))?;
+    Ok(dealt)
+}
+
 /// Floating-point operations per second of matrix products, measured now, in about 0.1 s.
 pub fn peak_flops(name: &str, dtype: DType) -> Result<f64> {
     let cpu = open_cpu(name)?;

@@ -58,6 +58,9 @@ enum Command {
     /// Writes a folder that Hugging Face transformers loads unchanged.
     #[command(after_help = "Example:\n  pontoon export my-run/run my-model")]
     Export(export::Arguments),
+    /// One device of a supervised run; `train` starts it.
+    #[command(hide = true)]
+    Worker(commands::worker::Arguments),
     /// Measures training and decoding against the machine's limits.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -86,6 +89,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::Score(arguments) => score::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Bench(command) => bench::run(command),
     }
 }

@@ -1,11 +1,18 @@
 //! Keeping a run alive and its state safe: snapshots, the run folder, and the world they live in.
 //!
 //! Knows tensors only as named bytes: no model, no operation, no device. Read next: `world.rs`, the
-//! traits through which everything here reaches the outside; then `snapshot.rs`.
+//! traits through which everything here reaches the outside; then `snapshot.rs`, `supervisor.rs`.
 
+pub mod digest;
 pub mod error;
+pub mod exchange;
+pub mod policy;
+pub mod processes;
+pub mod protocol;
 pub mod run_dir;
 pub mod snapshot;
+pub mod supervisor;
+pub mod worker;
 pub mod world;
 
 pub use error::FleetError;

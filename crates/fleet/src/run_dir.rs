@@ -169,6 +169,10 @@ pub enum EventKind {
     MemoryFault,
     /// A connection broke.
     LinkDown,
+    /// An allocation did not fit.
+    OutOfMemory,
+    /// A snapshot could not be written.
+    SnapshotFailed,
     /// A worker was taken out.
     Evicted,
     /// A worker came in.
@@ -181,6 +185,30 @@ pub enum EventKind {
     Resumed,
     /// The run is done.
     Finished,
+}
+
+impl EventKind {
+    /// Its name in `events.jsonl`.
+    pub fn name(self) -> &'static str {
+        match self {
+            EventKind::Started => "started",
+            EventKind::Snapshot => "snapshot",
+            EventKind::Crash => "crash",
+            EventKind::Hang => "hang",
+            EventKind::Slow => "slow",
+            EventKind::Corrupt => "corrupt",
+            EventKind::MemoryFault => "memory_fault",
+            EventKind::LinkDown => "link_down",
+            EventKind::OutOfMemory => "out_of_memory",
+            EventKind::SnapshotFailed => "snapshot_failed",
+            EventKind::Evicted => "evicted",
+            EventKind::Joined => "joined",
+            EventKind::Moved => "moved",
+            EventKind::RolledBack => "rolled_back",
+            EventKind::Resumed => "resumed",
+            EventKind::Finished => "finished",
+        }
+    }
 }
 
 /// One line of `events.jsonl`, its time apart: that comes from the clock.
@@ -202,6 +230,9 @@ pub struct Event {
     /// What was done.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub action: Option<String>,
+    /// Milliseconds from an injected fault to its detection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detected_ms: Option<u64>,
     /// Micro-batches computed again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lost_micro_batches: Option<u64>,
@@ -220,6 +251,7 @@ impl Event {
             device: None,
             cause: None,
             action: None,
+            detected_ms: None,
             lost_micro_batches: None,
             recovery_ms: None,
         }

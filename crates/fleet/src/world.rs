@@ -6,9 +6,13 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FlockOperation, flock, statvfs};
+
+use crate::protocol::Command;
+use crate::supervisor::Input;
 
 /// Tells the time.
 pub trait Clock: Send + Sync {
@@ -77,6 +81,35 @@ pub trait Disk: Send + Sync {
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
     /// Takes the lock that a file stands for, without waiting, and writes `holder` into it.
     fn try_lock(&self, path: &Path, holder: &str) -> io::Result<Locking>;
+}
+
+/// What a worker's process is started for.
+#[derive(Clone, Debug)]
+pub struct Launching {
+    /// Which worker.
+    pub worker: usize,
+    /// Of its processes, counted from 1.
+    pub incarnation: u32,
+    /// Its device.
+    pub device: String,
+    /// The step at which it may take part.
+    pub step: u64,
+    /// The number by which it opens the exchange.
+    pub exchange: i32,
+}
+
+/// Starts workers.
+pub trait Launcher {
+    /// Starts one; what it says and its end are sent to `to`.
+    fn launch(&mut self, what: &Launching, to: Sender<Input>) -> io::Result<Box<dyn Link>>;
+}
+
+/// The way to a worker.
+pub trait Link {
+    /// Tells it something.
+    fn send(&mut self, command: &Command) -> io::Result<()>;
+    /// Ends it; returns when it is gone.
+    fn kill(&mut self);
 }
 
 /// The machine's clock.

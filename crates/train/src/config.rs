@@ -118,6 +118,22 @@ pub struct SnapshotSection {
 pub struct FleetSection {
     /// The devices that compute.
     pub devices: Vec<String>,
+    /// Worker processes; the devices are dealt out in turn. Without it one for each device.
+    pub workers: Option<usize>,
+    /// The share of micro-batches that a second worker computes too.
+    pub audit: f64,
+    /// Seconds of silence after which a worker is taken for hung, or "auto".
+    pub hang_after: HangSetting,
+}
+
+/// `fleet.hang_after`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum HangSetting {
+    /// Seconds.
+    Seconds(f64),
+    /// `"auto"`.
+    Word(String),
 }
 
 /// The dtypes a model computes in.
@@ -205,7 +221,12 @@ impl Default for SnapshotSection {
 
 impl Default for FleetSection {
     fn default() -> Self {
-        FleetSection { devices: vec!["cpu".to_owned()] }
+        FleetSection {
+            devices: vec!["cpu".to_owned()],
+            workers: None,
+            audit: 0.0,
+            hang_after: HangSetting::Word("auto".to_owned()),
+        }
     }
 }
 
@@ -257,6 +278,11 @@ impl RunConfig {
         toml::to_string(self).expect("sections of plain values are always TOML")
     }
 
+    /// Worker processes.
+    pub fn workers(&self) -> usize {
+        self.fleet.workers.unwrap_or(self.fleet.devices.len())
+    }
+
     fn check(&self) -> Result<(), String> {
         let train = &self.train;
         let rules = [
@@ -272,6 +298,24 @@ impl RunConfig {
             ((0.0..1.0).contains(&train.beta2), "train.beta2 should be in [0, 1)"),
             ((0.0..1.0).contains(&train.momentum), "train.momentum should be in [0, 1)"),
             (train.eps > 0.0, "train.eps should be positive"),
+            ((0.0..=1.0).contains(&self.fleet.audit), "fleet.audit should be between 0 and 1"),
+            (
+                match &self.fleet.hang_after {
+                    HangSetting::Seconds(seconds) => *seconds > 0.0 && *seconds < 1e6,
+                    HangSetting::Word(word) => word == "auto",
+                },
+                "fleet.hang_after should be \"auto\" or a number of seconds",
+            ),
+            (!self.fleet.devices.is_empty(), "fleet.devices should name a device"),
+            (self.fleet.workers != Some(0), "fleet.workers should be at least 1"),
+            (
+                self.fleet.audit == 0.0 || self.workers() > 1,
+                "fleet.audit needs a second worker to audit the first: add --workers 2",
+            ),
+            (
+                self.workers() <= train.micro_batches,
+                "there are more workers than train.micro_batches; some would have nothing to do",
+            ),
             (self.snapshot.keep >= 1, "snapshot.keep should be at least 1"),
             (
                 !(self.model.preset.is_some() && self.model.config.is_some()),

@@ -59,6 +59,12 @@ pub enum TrainError {
         /// What is wrong and what to do.
         what: String,
     },
+    /// The memory that workers share.
+    #[error("cannot use the memory shared between workers: {0}; free some memory")]
+    Exchange(std::io::Error),
+    /// The supervisor gave up.
+    #[error("{0}")]
+    Supervised(String),
     /// The data.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),

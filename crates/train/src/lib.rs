@@ -10,13 +10,17 @@ mod error;
 pub mod eval;
 mod gradient_tree;
 mod optimizer;
+mod replica;
 mod run_files;
 mod schedule;
 mod step;
+mod supervised;
 mod tensorboard;
 mod trainer;
 
 pub use config::RunConfig;
 pub use error::TrainError;
+pub use replica::{TrainingReplica, WorkerRun, layout};
 pub use step::{StepResult, TrainingState, tensor_refs};
+pub use supervised::supervise;
 pub use trainer::{Beginning, Metrics, Observer, Run, Start, Summary, model_of, train};

@@ -60,19 +60,18 @@ pub(crate) struct Saving<'a> {
     pub frame: &'a SnapshotFrame,
     pub config: &'a RunConfig,
     pub model: &'a Model,
-    pub state: &'a TrainingState,
+    pub weights: &'a HostWeights,
+    /// First and second moments.
+    pub moments: [&'a [f32]; 2],
+    /// Of the device the state comes from.
+    pub numeric_class: &'a str,
     pub step: u64,
 }
 
 impl Saving<'_> {
     /// Writes the snapshot, then removes those beyond the number kept.
-    pub(crate) fn write(&self, backend: &mut dyn Backend) -> Result<Written, TrainError> {
-        let weights = self.state.weights(backend, self.model)?;
-        let moments = self.state.moments(backend)?;
-        let moments: Vec<HostWeights> = moments
-            .into_iter()
-            .map(|(_, trainable)| HostWeights { trainable, frozen: Vec::new() })
-            .collect();
+    pub(crate) fn write(&self) -> Result<Written, TrainError> {
+        let weights = self.weights;
         let frame = self.frame;
         let trained: Vec<&TensorSlice> =
             frame.slices.iter().filter(|slice| slice.class != Class::Frozen).collect();
@@ -82,8 +81,10 @@ impl Saving<'_> {
             .collect();
         let mut optimizer = Vec::new();
         for (slice, names) in trained.iter().zip(&names) {
-            for (moment, name) in moments.iter().zip(names) {
-                let bytes = bytemuck::cast_slice(moment.tensor(slice));
+            for (moment, name) in self.moments.into_iter().zip(names) {
+                let bytes = bytemuck::cast_slice(
+                    &moment[slice.element_offset..slice.element_offset + slice.elements()],
+                );
                 let shape = &slice.shape;
                 optimizer.push(TensorRef { name, dtype: ElementType::F32, shape, bytes });
             }
@@ -93,13 +94,13 @@ impl Saving<'_> {
             step: self.step,
             seed: train.seed,
             position: self.step * samples(self.config),
-            backend: backend.info().numeric_class.clone(),
+            backend: self.numeric_class.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             extra: json!({ "arithmetic": arithmetic(self.config) }),
         };
         let files: Vec<ExtraFile<'_>> =
             frame.files.iter().map(|(name, bytes)| ExtraFile { name, bytes }).collect();
-        let model = tensor_refs(self.model, &frame.slices, &weights);
+        let model = tensor_refs(self.model, &frame.slices, weights);
         let contents =
             Contents { state: &state, model: &model, optimizer: &optimizer, files: &files };
         let written = self.writer.write(&contents)?;

@@ -22,6 +22,13 @@ use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, download};
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
 
+/// What is done with the gradient buffer of a leaf or subtree.
+pub(crate) type WithBuffer<'a> =
+    dyn FnMut(&mut dyn Backend, usize, BufferId) -> Result<(), TrainError> + 'a;
+
+/// Buffers and their bytes.
+pub(crate) type BufferSizes = Vec<(BufferId, usize)>;
+
 /// A model in training on a device.
 #[derive(Debug)]
 pub struct TrainingState {
@@ -200,6 +207,96 @@ impl TrainingState {
         executor.run(backend)?;
         executor.read(backend, "loss", bytemuck::cast_slice_mut(&mut self.loss))?;
         Ok(total(&self.loss, batch))
+    }
+
+    /// The gradient of leaves `first..first + count`, summed along their tree, into the first
+    /// gradient buffer; returns each leaf's loss. `seen` is shown every leaf's own gradient.
+    pub(crate) fn subtree(
+        &mut self,
+        backend: &mut dyn Backend,
+        batches: &[Batch],
+        leaves: std::ops::Range<usize>,
+        seen: &mut WithBuffer<'_>,
+    ) -> Result<Vec<f64>, TrainError> {
+        let valid: usize = batches.iter().map(|batch| batch.valid).sum();
+        let weight = 1.0 / valid.max(1) as f32;
+        let mut losses = Vec::with_capacity(leaves.len());
+        for move_ in moves(leaves.len()) {
+            match move_ {
+                Move::Add { buffer } => backend.launch(&self.adds[buffer])?,
+                Move::Leaf { leaf, buffer } => {
+                    let leaf = leaves.start + leaf;
+                    losses.push(self.leaf(backend, buffer, &batches[leaf], weight)?);
+                    seen(backend, leaf, self.gradient_buffer(buffer))?;
+                }
+            }
+        }
+        Ok(losses)
+    }
+
+    /// Sums subtrees, given in order with the number of their leaves, into the first gradient
+    /// buffer; `fill` writes the subtree of an index into a buffer.
+    pub(crate) fn sum(
+        &mut self,
+        backend: &mut dyn Backend,
+        counts: &[u32],
+        fill: &mut WithBuffer<'_>,
+    ) -> Result<(), TrainError> {
+        let mut stack: Vec<u32> = Vec::new();
+        for (index, &count) in counts.iter().enumerate() {
+            fill(backend, index, self.gradient_buffer(stack.len()))?;
+            stack.push(count);
+            while let [.., left, right] = stack[..]
+                && left == right
+            {
+                stack.pop();
+                *stack.last_mut().expect("it had two") = left + right;
+                backend.launch(&self.adds[stack.len() - 1])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One of the buffers along the tree; the first has the step's sum at its end.
+    pub(crate) fn gradient_buffer(&self, index: usize) -> BufferId {
+        let found = self.memory.get(&format!("gradients.{index}"));
+        found.expect("every leaf's program has a gradient").0
+    }
+
+    /// The norm of the sum.
+    pub(crate) fn gradient_norm(&self, backend: &mut dyn Backend) -> Result<f64, TrainError> {
+        self.optimizer.gradient_norm(backend)
+    }
+
+    /// Applies the sum; returns the learning rate.
+    pub(crate) fn apply(
+        &self,
+        backend: &mut dyn Backend,
+        step: u64,
+        norm: f64,
+    ) -> Result<f64, TrainError> {
+        self.optimizer.apply(backend, step, norm)
+    }
+
+    /// The buffers of the state that outlives a step, in the order in which it is copied, and
+    /// the weights that are computed with.
+    pub(crate) fn state_buffers(&self) -> (BufferSizes, BufferSizes) {
+        let of = |name: &str| self.memory.get(name).into_iter();
+        let masters = (self.optimizer.masters(), 4 * self.elements);
+        let state = [masters].into_iter().chain(of(FIRST)).chain(of(SECOND)).chain(of("frozen"));
+        (state.collect(), of("weights").collect())
+    }
+
+    /// Replaces the f32 weights, and those that are computed with.
+    pub(crate) fn set_weights(
+        &mut self,
+        backend: &mut dyn Backend,
+        weights: &HostWeights,
+        dtype: DType,
+    ) -> Result<(), TrainError> {
+        weights.upload(backend, &mut self.memory, dtype)?;
+        backend.upload(self.optimizer.masters(), 0, bytemuck::cast_slice(&weights.trainable))?;
+        Ok(())
     }
 
     /// The f32 weights as they are now.

@@ -1,8 +1,10 @@
 //! The loop: steps, metrics, validation, snapshots, and going on from where a run stopped.
 //!
 //! Time and disk arrive as `fleet::world` traits, the device as a `Backend`, the display as an
-//! [`Observer`]. One device, one process. Read next: `step.rs`, `run_files.rs`.
+//! [`Observer`]. One device, one process; a fleet is in `supervised.rs`. Read next: `step.rs`,
+//! `run_files.rs`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -127,6 +129,9 @@ pub struct Summary {
     pub dir: PathBuf,
     /// Whether all steps are done.
     pub finished: bool,
+    /// Seconds lost, by cause.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub lost_s: BTreeMap<String, f64>,
 }
 
 /// The model a configuration names, with the tokenizer's vocabulary.
@@ -203,7 +208,10 @@ pub fn train(
     session.go(backend)
 }
 
-fn refuse_old_run(run: &Run<'_>, snapshots: &Path) -> Result<Option<Snapshot>, TrainError> {
+pub(crate) fn refuse_old_run(
+    run: &Run<'_>,
+    snapshots: &Path,
+) -> Result<Option<Snapshot>, TrainError> {
     let steps = pontoon_fleet::snapshot::SnapshotReader::new(run.disk, snapshots).list()?;
     match steps.first() {
         None => Ok(None),
@@ -228,7 +236,7 @@ fn first_weights(
 }
 
 /// Writes `run.toml` as resolved, whole or not at all.
-fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), TrainError> {
+pub(crate) fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), TrainError> {
     let (path, temporary) = (run.dir.join("run.toml"), run.dir.join(".run.toml.tmp"));
     let mut config = config.clone();
     let absolute = |pattern: &String| run.base.join(pattern).display().to_string();
@@ -245,13 +253,13 @@ fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), TrainError> {
     write().map_err(|source| TrainError::WriteFile { path: path.clone(), source })
 }
 
-struct Data {
-    train: Dataset,
+pub(crate) struct Data {
+    pub(crate) train: Dataset,
     valid: Option<Dataset>,
 }
 
 impl Data {
-    fn open(config: &RunConfig, model: &Model, base: &Path) -> Result<Data, TrainError> {
+    pub(crate) fn open(config: &RunConfig, model: &Model, base: &Path) -> Result<Data, TrainError> {
         let vocabulary = match &config.data.tokenizer {
             Some(path) => Tokenizer::from_file(path)?.vocab_size(),
             None => model.config.vocab_size,
@@ -264,6 +272,19 @@ impl Data {
             patterns => Some(Dataset::open(patterns, base, cut, Order::Sequential)?),
         };
         Ok(Data { train, valid })
+    }
+
+    /// The batches of one validation; none without validation data.
+    pub(crate) fn validation(&self, config: &RunConfig) -> Vec<Batch> {
+        let Some(valid) = &self.valid else { return Vec::new() };
+        let size = config.train.micro_batch;
+        let whole = valid.sequences().div_ceil(size as u64);
+        let count = whole.min(config.train.valid_batches.max(1));
+        let mut batches = vec![Batch::default(); count as usize];
+        for (index, batch) in batches.iter_mut().enumerate() {
+            valid.batch((index * size) as u64, size, batch);
+        }
+        batches
     }
 }
 
@@ -349,6 +370,7 @@ impl Session<'_> {
             faults: 0,
             dir: self.run.dir.clone(),
             finished,
+            lost_s: BTreeMap::new(),
         })
     }
 
@@ -412,13 +434,9 @@ impl Session<'_> {
     }
 
     fn validate(&mut self, backend: &mut dyn Backend) -> Result<Option<f64>, TrainError> {
-        let Some(valid) = &self.data.valid else { return Ok(None) };
-        let size = self.config.train.micro_batch;
-        let whole = valid.sequences().div_ceil(size as u64);
-        let count = whole.min(self.config.train.valid_batches.max(1));
-        let mut batches = vec![Batch::default(); count as usize];
-        for (index, batch) in batches.iter_mut().enumerate() {
-            valid.batch((index * size) as u64, size, batch);
+        let batches = self.data.validation(self.config);
+        if batches.is_empty() {
+            return Ok(None);
         }
         self.last.valid_loss = Some(self.state.score(backend, &batches)?);
         Ok(self.last.valid_loss)
@@ -426,15 +444,19 @@ impl Session<'_> {
 
     fn save(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
         self.metrics.sync()?;
+        let weights = self.state.weights(backend, self.model)?;
+        let moments = self.state.moments(backend)?;
         let written = Saving {
             writer: self.writer,
             frame: &self.frame,
             config: self.config,
             model: self.model,
-            state: &self.state,
+            weights: &weights,
+            moments: [&moments[0].1, &moments[1].1],
+            numeric_class: &backend.info().numeric_class,
             step: self.step,
         }
-        .write(backend)?;
+        .write()?;
         self.saved = Some(self.step);
         let action = Some(written.folder.display().to_string());
         self.tell(Event { action, ..Event::new(self.step, EventKind::Snapshot) })?;

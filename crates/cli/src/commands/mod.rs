@@ -12,5 +12,6 @@ pub mod score;
 pub mod status;
 pub mod tokenizer;
 pub mod train;
+pub mod worker;
 
 mod show;

@@ -1,17 +1,18 @@
-//! `pontoon train`: one run on one device, with a progress line.
+//! `pontoon train`: a run on one device, or on workers under a supervisor, with a progress line.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
-use pontoon_fleet::world::{RealDisk, SystemClock};
-use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start};
+use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
+use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
 
-use super::show;
+use super::{show, worker};
 use crate::devices;
 
 /// The arguments of `pontoon train`.
@@ -22,9 +23,12 @@ pub struct Arguments {
     /// The run folder; by default beside the settings, named as the file without .toml.
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// The device, as in `pontoon devices`.
+    /// The device, as in `pontoon devices`; more than one makes a fleet.
+    #[arg(long = "device", value_name = "DEV")]
+    devices: Vec<String>,
+    /// Worker processes under a supervisor; the devices are dealt out in turn.
     #[arg(long)]
-    device: Option<String>,
+    workers: Option<usize>,
     /// Steps in all, instead of train.steps.
     #[arg(long)]
     steps: Option<u64>,
@@ -50,18 +54,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let (settings, dir) = places(arguments);
     let mut changes = arguments.changes.clone();
     changes.extend(arguments.steps.map(|steps| format!("train.steps={steps}")));
-    changes.extend(arguments.device.as_ref().map(|name| format!("fleet.devices=[\"{name}\"]")));
+    if !arguments.devices.is_empty() {
+        changes.push(format!("fleet.devices={:?}", arguments.devices));
+    }
+    changes.extend(arguments.workers.map(|count| format!("fleet.workers={count}")));
     let config = RunConfig::read(&settings, &changes)?;
     if arguments.print_config {
         print!("{}", config.to_toml());
         return Ok(());
     }
-    let names = &config.fleet.devices;
-    ensure!(names.len() == 1, "fleet.devices names {} devices; a run takes one", names.len());
-    let device = &names[0];
-    let mut backend = devices::open(device)?;
-    let dtype = config.train.dtype.dtype();
-    let peak_flops = Some(devices::peak_flops(device, dtype)?);
     ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
@@ -72,18 +73,27 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let base = settings.parent().unwrap_or(Path::new("")).to_owned();
     let base =
         std::path::absolute(if base.as_os_str().is_empty() { Path::new(".") } else { &base })?;
-    let run = Run {
+    let supervised = config.fleet.workers.is_some() || config.fleet.devices.len() > 1;
+    let device = config.fleet.devices[0].clone();
+    let dtype = config.train.dtype.dtype();
+    let mut run = Run {
         config,
         base,
         dir,
         start: if arguments.resume { Start::Resume } else { Start::Fresh },
-        peak_flops,
+        peak_flops: None,
         stop: &STOP,
         disk: &RealDisk,
         clock: &SystemClock,
     };
     let mut display = Display::new();
-    let summary = pontoon_train::train(&run, backend.as_mut(), &mut display);
+    let summary = if supervised {
+        supervise(&run, &mut display)
+    } else {
+        let mut backend = devices::open(&device)?;
+        run.peak_flops = Some(devices::peak_flops(&device, dtype)?);
+        pontoon_train::train(&run, backend.as_mut(), &mut display).map_err(Into::into)
+    };
     display.bar.finish_and_clear();
     let summary = summary?;
     if arguments.json {
@@ -99,6 +109,20 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Runs with a worker process for each device.
+fn supervise(run: &Run<'_>, display: &mut Display) -> Result<Summary> {
+    let names = devices::dealt(&run.config.fleet.devices, run.config.workers())?;
+    let snapshots = match &run.config.snapshot.to {
+        Some(to) => run.base.join(to),
+        None => run.dir.join("snapshots"),
+    };
+    let dir = std::path::absolute(&run.dir)?;
+    let snapshots = std::path::absolute(snapshots)?;
+    let command = |what: &Launching| worker::command(&dir, &snapshots, what);
+    let mut processes = Processes { command };
+    Ok(pontoon_train::supervise(run, &names, &mut processes, display)?)
 }
 
 /// The settings' file and the run folder.

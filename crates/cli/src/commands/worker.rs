@@ -1,0 +1,94 @@
+//! `pontoon worker`: one device of a supervised run. Started by `pontoon train`, not by people.
+//!
+//! It ends with the pipe its commands come through. Read next: `train.rs`, the other side.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use pontoon_fleet::exchange::Exchange;
+use pontoon_fleet::protocol::{Report, Trouble};
+use pontoon_fleet::worker::{Progress, Reports, serve};
+use pontoon_fleet::world::{RealDisk, SystemClock};
+use pontoon_train::{RunConfig, TrainingReplica, WorkerRun};
+
+use crate::devices;
+
+/// How often it says how far it has come.
+const BEAT: Duration = Duration::from_millis(50);
+
+/// The arguments of `pontoon worker`.
+#[derive(Args)]
+pub struct Arguments {
+    /// The run folder.
+    dir: PathBuf,
+    /// Where snapshots are.
+    #[arg(long)]
+    snapshots: PathBuf,
+    /// The device.
+    #[arg(long)]
+    device: String,
+    /// The number of the shared memory.
+    #[arg(long)]
+    exchange: i32,
+}
+
+/// Works until it is told to stop.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    // Ctrl-C reaches every process of a terminal; the supervisor says when it is over.
+    ctrlc::set_handler(|| {}).context("cannot catch Ctrl-C")?;
+    let reports = Reports::new(Box::new(std::io::stdout()));
+    let (lines, commands) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lines() {
+            if lines.send(line).is_err() {
+                return;
+            }
+        }
+        // Nobody needs the work in progress any more.
+        std::process::exit(0);
+    });
+    let progress = Arc::new(Progress::default());
+    let (of, to) = (Arc::clone(&progress), reports.clone());
+    std::thread::spawn(move || {
+        while to.say(&of.beat()).is_ok() {
+            std::thread::sleep(BEAT);
+        }
+    });
+    let work = || -> Result<()> {
+        let config = RunConfig::read(&arguments.dir.join("run.toml"), &[])?;
+        let mut backend = devices::open(&arguments.device)?;
+        let run = WorkerRun {
+            config,
+            snapshots: arguments.snapshots.clone(),
+            exchange: Exchange::inherit(arguments.exchange)
+                .context("cannot open the memory shared with the supervisor")?,
+            progress,
+            disk: &RealDisk,
+            clock: &SystemClock,
+        };
+        let mut replica = TrainingReplica::new(run, backend.as_mut())?;
+        Ok(serve(&mut replica, commands.into_iter(), &reports, std::process::id())?)
+    };
+    if let Err(error) = work() {
+        let text = format!("{error:#}");
+        reports.say(&Report::Failed { trouble: Trouble::Run, text })?;
+    }
+    Ok(())
+}
+
+/// The command line that starts one.
+pub fn command(
+    dir: &Path,
+    snapshots: &Path,
+    what: &pontoon_fleet::world::Launching,
+) -> std::process::Command {
+    let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("pontoon"));
+    let mut command = std::process::Command::new(program);
+    command.arg("worker").arg(dir).arg("--snapshots").arg(snapshots);
+    command.arg("--device").arg(&what.device);
+    command.arg("--exchange").arg(what.exchange.to_string());
+    command
+}

@@ -1,0 +1,123 @@
+//! The memory that the processes of one run on one machine share: gradients of subtrees, and the
+//! state of a replica on its way to another or to a snapshot.
+//!
+//! It is a file without a name that children inherit, read and written by position, so no process
+//! ever holds a reference into memory that another one changes. Who writes what when is decided
+//! in `supervisor.rs`.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use crate::protocol::Area;
+
+/// Where things lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes of one gradient.
+    pub gradient: u64,
+    /// Leaves of a step.
+    pub leaves: u32,
+    /// Bytes of a replica's state.
+    pub state: u64,
+}
+
+impl Layout {
+    /// Where the gradient of a subtree lies, by its first leaf.
+    pub fn slot(&self, first: u32) -> u64 {
+        assert!(first < self.leaves, "a step has {} leaves", self.leaves);
+        u64::from(first) * self.gradient
+    }
+
+    /// Where a state lies.
+    pub fn area(&self, area: Area) -> u64 {
+        let slots = u64::from(self.leaves) * self.gradient;
+        match area {
+            Area::Join => slots,
+            Area::Snapshot => slots + self.state,
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.area(Area::Snapshot) + self.state
+    }
+}
+
+/// The shared memory; only what was written takes space.
+#[derive(Debug)]
+pub struct Exchange {
+    file: File,
+}
+
+impl Exchange {
+    /// New memory, which children of this process inherit.
+    pub fn create(layout: &Layout) -> io::Result<Exchange> {
+        let file = nameless()?;
+        file.set_len(layout.bytes())?;
+        rustix::io::fcntl_setfd(file.as_fd(), rustix::io::FdFlags::empty())?;
+        Ok(Exchange { file })
+    }
+
+    /// The number by which a child opens it.
+    pub fn descriptor(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+
+    /// The memory that the parent made, by its number.
+    pub fn inherit(descriptor: i32) -> io::Result<Exchange> {
+        let path = PathBuf::from(format!("/dev/fd/{descriptor}"));
+        Ok(Exchange { file: OpenOptions::new().read(true).write(true).open(path)? })
+    }
+
+    /// Writes bytes from a position on.
+    pub fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, position)
+    }
+
+    /// Reads bytes from a position on.
+    pub fn read(&self, position: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(bytes, position)
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn nameless() -> io::Result<File> {
+    let flags = rustix::fs::MemfdFlags::empty();
+    Ok(File::from(rustix::fs::memfd_create("pontoon-exchange", flags)?))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn nameless() -> io::Result<File> {
+    let path = std::env::temp_dir().join(format!(".pontoon-exchange-{}", std::process::id()));
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+    std::fs::remove_file(&path)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_opening_writes_another_reads_and_places_do_not_overlap() {
+        let layout = Layout { gradient: 100, leaves: 4, state: 1000 };
+        let here = Exchange::create(&layout).unwrap();
+        let there = Exchange::inherit(here.descriptor()).unwrap();
+        let places = [
+            (layout.slot(0), 100),
+            (layout.slot(3), 100),
+            (layout.area(Area::Join), 1000),
+            (layout.area(Area::Snapshot), 1000),
+        ];
+        for (index, (position, size)) in places.into_iter().enumerate() {
+            here.write(position, &vec![index as u8 + 1; size]).unwrap();
+        }
+        for (index, (position, size)) in places.into_iter().enumerate() {
+            let mut bytes = vec![0; size];
+            there.read(position, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "place {index}");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Decisions about workers, as pure functions: who computes what, who is too slow, who is silent,
+//! who lies, and what is audited.
+//!
+//! Knows no clock, no process and no message. Read next: `supervisor.rs`, which asks.
+
+use std::time::Duration;
+
+use crate::protocol::Node;
+
+/// A worker counts as hung after this many times its own longest pause.
+const HANG_FACTOR: u32 = 8;
+/// But never before this.
+const HANG_FLOOR: Duration = Duration::from_millis(1500);
+/// A worker is called slow at this many times the others' median time for a micro-batch.
+const SLOW_FACTOR: f64 = 2.0;
+/// A worker that takes this many times longer than it should while all others wait is given up.
+const OVERDUE_FACTOR: f64 = 4.0;
+
+/// When a worker without progress counts as hung.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum HangAfter {
+    /// Learnt from the worker's own pauses.
+    Auto,
+    /// Given.
+    Fixed(Duration),
+}
+
+impl HangAfter {
+    /// The deadline of a worker whose longest pause so far is known.
+    pub fn deadline(self, longest_pause: Duration) -> Duration {
+        match self {
+            HangAfter::Auto => (longest_pause * HANG_FACTOR).max(HANG_FLOOR),
+            HangAfter::Fixed(given) => given,
+        }
+    }
+}
+
+/// How many of equal pieces of work each worker takes so that the last one is done soonest, given
+/// each one's time for a piece. Ties go to the first.
+pub fn shares(pieces: u32, seconds: &[f64]) -> Vec<u32> {
+    let mut counts = vec![0_u32; seconds.len()];
+    for _ in 0..pieces {
+        let done_at = |index: usize| f64::from(counts[index] + 1) * seconds[index];
+        let best = (0..seconds.len()).min_by(|&a, &b| done_at(a).total_cmp(&done_at(b)));
+        if let Some(best) = best {
+            counts[best] += 1;
+        }
+    }
+    counts
+}
+
+/// Cuts leaves `first..end` into the fewest aligned subtrees, in order.
+pub fn nodes(first: u32, end: u32) -> Vec<Node> {
+    let mut nodes = Vec::new();
+    let mut at = first;
+    while at < end {
+        let aligned = if at == 0 { u32::MAX } else { 1 << at.trailing_zeros() };
+        let mut count = 1;
+        while count * 2 <= aligned && at + count * 2 <= end {
+            count *= 2;
+        }
+        nodes.push(Node { first: at, count });
+        at += count;
+    }
+    nodes
+}
+
+/// Gives leaves to workers by their speeds, each a run of neighbours; returns subtrees by worker.
+pub fn assign(leaves: &[u32], seconds: &[f64]) -> Vec<Vec<Node>> {
+    let counts = shares(leaves.len() as u32, seconds);
+    let mut rest = leaves;
+    let mut assigned = Vec::new();
+    for count in counts {
+        let (mine, others) = rest.split_at(count as usize);
+        rest = others;
+        let mut subtrees = Vec::new();
+        let mut index = 0;
+        while index < mine.len() {
+            let run = (index..mine.len())
+                .take_while(|&i| mine[i] as usize == mine[index] as usize + i - index);
+            let length = run.count();
+            subtrees.extend(nodes(mine[index], mine[index] + length as u32));
+            index += length;
+        }
+        assigned.push(subtrees);
+    }
+    assigned
+}
+
+/// The median of the others is what a worker is compared with.
+pub fn is_slow(of: usize, seconds: &[f64]) -> bool {
+    let mut others: Vec<f64> =
+        seconds.iter().enumerate().filter(|(index, _)| *index != of).map(|(_, s)| *s).collect();
+    others.sort_by(f64::total_cmp);
+    match others.get((others.len().saturating_sub(1)) / 2) {
+        Some(median) => seconds[of] > SLOW_FACTOR * median,
+        None => false,
+    }
+}
+
+/// Whether the others, who wait, are better off without a worker that should have taken
+/// `expected` and has taken `taken`.
+pub fn is_overdue(taken: Duration, expected: Duration) -> bool {
+    taken > HANG_FLOOR && taken.as_secs_f64() > OVERDUE_FACTOR * expected.as_secs_f64()
+}
+
+/// Whether a leaf is audited: a share of all, drawn from (seed, step, leaf).
+pub fn is_audited(share: f64, seed: u64, step: u64, leaf: u32) -> bool {
+    let mut z = seed ^ step.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (u64::from(leaf) << 40);
+    for factor in [0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB] {
+        z = (z ^ (z >> 30)).wrapping_mul(factor);
+    }
+    let z = z ^ (z >> 31);
+    ((z >> 11) as f64) < share * (1_u64 << 53) as f64
+}
+
+/// What votes about a value come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// All say the same.
+    Agreed,
+    /// More say one value than any other, and at least two; these voters said another.
+    Outvoted(Vec<usize>),
+    /// No value has more votes than another.
+    Tied,
+}
+
+/// Counts votes of (worker, value).
+pub fn verdict(votes: &[(usize, u64)]) -> Verdict {
+    let count = |value: u64| votes.iter().filter(|(_, other)| *other == value).count();
+    let Some(&(_, best)) = votes.iter().max_by_key(|(_, value)| count(*value)) else {
+        return Verdict::Agreed;
+    };
+    if count(best) == votes.len() {
+        return Verdict::Agreed;
+    }
+    let rivals = votes.iter().filter(|(_, value)| *value != best && count(*value) == count(best));
+    if rivals.count() > 0 || count(best) < 2 {
+        return Verdict::Tied;
+    }
+    let mut liars: Vec<usize> =
+        votes.iter().filter(|(_, value)| *value != best).map(|(worker, _)| *worker).collect();
+    liars.sort_unstable();
+    liars.dedup();
+    Verdict::Outvoted(liars)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_follow_speed_and_take_the_least_time_that_any_sharing_takes() {
+        assert_eq!(shares(8, &[1.0, 1.0]), [4, 4]);
+        assert_eq!(shares(8, &[1.0, 3.0]), [6, 2]);
+        assert_eq!(shares(4, &[1.0, 100.0]), [4, 0]);
+        let seconds = [1.0, 1.7, 2.9];
+        let worst = |counts: &[u32]| {
+            counts.iter().zip(seconds).map(|(c, s)| f64::from(*c) * s).fold(0.0, f64::max)
+        };
+        let best = (0..=16)
+            .flat_map(|a| (0..=16 - a).map(move |b| [a, b, 16 - a - b]))
+            .map(|counts| worst(&counts))
+            .fold(f64::INFINITY, f64::min);
+        assert_eq!(worst(&shares(16, &seconds)), best);
+    }
+
+    #[test]
+    fn subtrees_are_aligned_and_cover_the_leaves_once() {
+        for first in 0..16 {
+            for end in first..=16 {
+                let mut at = first;
+                for node in nodes(first, end) {
+                    assert_eq!(node.first, at);
+                    assert!(node.count.is_power_of_two() && node.first % node.count == 0);
+                    at += node.count;
+                }
+                assert_eq!(at, end);
+            }
+        }
+        assert_eq!(nodes(0, 8), [Node { first: 0, count: 8 }]);
+        let scattered = assign(&[0, 1, 5, 6, 7], &[1.0]);
+        let pairs: Vec<_> = scattered[0].iter().map(|node| (node.first, node.count)).collect();
+        assert_eq!(pairs, [(0, 2), (5, 1), (6, 2)]);
+    }
+
+    #[test]
+    fn the_audited_share_is_about_the_share_asked_for() {
+        let audited = (0..20_000).filter(|step| is_audited(0.1, 7, *step, 3)).count();
+        assert!((1800..2200).contains(&audited), "{audited}");
+        assert!((0..1000).all(|step| is_audited(1.0, 7, step, 0)));
+        assert!(!(0..1000).any(|step| is_audited(0.0, 7, step, 0)));
+    }
+
+    #[test]
+    fn a_liar_is_outvoted_and_two_alone_are_tied() {
+        assert_eq!(verdict(&[(0, 5), (1, 5)]), Verdict::Agreed);
+        assert_eq!(verdict(&[(0, 5), (1, 6)]), Verdict::Tied);
+        assert_eq!(verdict(&[(0, 5), (1, 6), (2, 6)]), Verdict::Outvoted(vec![0]));
+        assert_eq!(verdict(&[(0, 5), (1, 6), (0, 6), (1, 6)]), Verdict::Outvoted(vec![0]));
+        assert_eq!(verdict(&[(0, 5), (1, 6), (0, 5), (1, 6)]), Verdict::Tied);
+        assert_eq!(verdict(&[(0, 5), (1, 6), (2, 7)]), Verdict::Tied);
+    }
+
+    #[test]
+    fn slow_is_meant_against_the_others_median() {
+        assert!(is_slow(2, &[1.0, 1.1, 2.5]));
+        assert!(!is_slow(2, &[1.0, 1.1, 1.9]));
+        assert!(!is_slow(0, &[9.0]));
+        assert!(is_slow(0, &[9.0, 1.0]));
+        assert!(!is_slow(1, &[9.0, 1.0]));
+    }
+}

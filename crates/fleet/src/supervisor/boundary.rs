@@ -1,0 +1,375 @@
+//! The beginning and the end of a step: who takes part, what is handed out, what is saved.
+
+use crate::policy::{Verdict, assign, is_audited, is_slow, verdict};
+use crate::protocol::{Area, Command, Publish, Source, StateDigest};
+use crate::run_dir::{Event, EventKind};
+
+use super::losing::Loss;
+use super::round::{Audit, Evidence, Round};
+use super::workers::Standing;
+use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
+
+/// Slow steps in a row after which a worker is called slow: one may be the machine's noise.
+const SLOW_AFTER: u32 = 3;
+/// And after which one that gets no leaf any more is given up.
+const EVICT_AFTER: u32 = 6;
+/// A final snapshot is tried this often.
+const SAVE_TRIES: u32 = 3;
+
+impl Supervisor {
+    /// Begins once every worker has loaded or is out, and all have the same state.
+    pub(super) fn try_begin(&mut self) -> bool {
+        if self.workers.iter().any(|of| of.standing == Standing::Loading) {
+            return false;
+        }
+        let ready = self.those(Standing::Ready);
+        let loaded = |worker: &usize| self.workers[*worker].loaded;
+        let Some(step) = ready.iter().filter_map(loaded).map(|(step, _)| step).max() else {
+            let text = "no worker could start; see the events above".to_owned();
+            self.end(Ending::Failed(text));
+            return false;
+        };
+        // One that read the folder before the newest snapshot was there reads it again.
+        let late: Vec<usize> =
+            ready.iter().copied().filter(|w| loaded(w).is_none_or(|(of, _)| of < step)).collect();
+        if !late.is_empty() {
+            for worker in late {
+                self.outputs.push(Output::Kill { worker });
+                self.launch(worker, Source::Snapshot);
+            }
+            return false;
+        }
+        let digests: Vec<(usize, StateDigest)> =
+            ready.iter().filter_map(|w| loaded(w).map(|(_, digest)| (*w, digest))).collect();
+        let votes: Vec<(usize, u64)> = digests
+            .iter()
+            .map(|(w, [state, weights])| (*w, state ^ weights.rotate_left(1)))
+            .collect();
+        match verdict(&votes) {
+            Verdict::Agreed => {}
+            Verdict::Outvoted(liars) => {
+                for worker in liars {
+                    let cause = "loaded another state than the others".to_owned();
+                    self.lose(worker, Loss::new(EventKind::Corrupt, cause));
+                }
+                return true;
+            }
+            Verdict::Tied => {
+                let text = "the workers loaded different states and none can be outvoted; qualify \
+                            the devices";
+                self.end(Ending::Failed(text.to_owned()));
+                return false;
+            }
+        }
+        let first = self.ledger.goodput(self.now) == 0.0 && self.restarts == 0;
+        (self.step, self.agreed) = (step, digests[0].1);
+        self.ledger.rolled_back(step);
+        if step > 0 {
+            self.saved = Some(step);
+        }
+        for worker in ready {
+            self.workers[worker].standing = Standing::Member;
+        }
+        self.ledger.lose(if first { "startup" } else { "restart" }, self.since_round());
+        let kind = if step == 0 { EventKind::Started } else { EventKind::Resumed };
+        self.tell(Event::new(step, kind));
+        self.round = Round::new(self.now);
+        if step >= self.settings.steps || self.stop_asked {
+            self.finish()
+        } else {
+            self.begin_step()
+        }
+        true
+    }
+
+    fn since_round(&self) -> f64 {
+        self.now.saturating_sub(self.round.begun).as_secs_f64()
+    }
+
+    fn begin_step(&mut self) {
+        self.round = Round::new(self.now);
+        self.phase = Phase::Computing;
+        let Some(donor) = self.fastest() else { return };
+        let joining = !self.those(Standing::Ready).is_empty();
+        if joining && self.join_donor.is_none() {
+            self.export(donor, Area::Join);
+        }
+        if self.snapshot_due && self.saving.is_none() {
+            self.snapshot_due = false;
+            self.export(donor, Area::Snapshot);
+        }
+        let alone = self.those(Standing::Member).len() == 1 && !joining;
+        self.round.publish = if alone { Publish::Local } else { Publish::Shared };
+        let leaves: Vec<u32> = (0..self.settings.leaves).collect();
+        self.hand_out(&leaves, 0);
+    }
+
+    /// Gives leaves to members by their speeds; `turn` moves each part to another member.
+    pub(super) fn hand_out(&mut self, leaves: &[u32], turn: usize) {
+        let mut members = self.those(Standing::Member);
+        if members.is_empty() {
+            return;
+        }
+        let turn = turn % members.len();
+        members.rotate_left(turn);
+        let known: Vec<f64> = members.iter().filter_map(|w| self.workers[*w].seconds).collect();
+        let usual = match known.len() {
+            0 => 1.0,
+            count => known.iter().sum::<f64>() / count as f64,
+        };
+        let seconds: Vec<f64> =
+            members.iter().map(|w| self.workers[*w].seconds.unwrap_or(usual)).collect();
+        for (worker, nodes) in members.iter().zip(assign(leaves, &seconds)) {
+            if nodes.is_empty() {
+                continue;
+            }
+            let mut digests = Vec::new();
+            for leaf in nodes.iter().flat_map(|node| node.first..node.first + node.count) {
+                if self.audit(leaf, *worker, &members) {
+                    digests.push(leaf);
+                }
+            }
+            self.round.pending.extend(nodes.iter().map(|node| (*worker, *node, self.now)));
+            let (step, publish) = (self.step + 1, self.round.publish);
+            self.send(*worker, Command::Compute { step, nodes, digests, publish });
+        }
+        let replays: Vec<(usize, u32)> = self
+            .round
+            .audits
+            .iter_mut()
+            .filter(|audit| audit.asked.is_empty() && audit.votes.is_empty())
+            .map(|audit| {
+                let others: Vec<usize> =
+                    members.iter().copied().filter(|w| *w != audit.owner).collect();
+                let auditor = others[audit.leaf as usize % others.len()];
+                audit.asked.push(auditor);
+                (auditor, audit.leaf)
+            })
+            .collect();
+        for (worker, leaf) in replays {
+            self.replay(worker, leaf);
+        }
+    }
+
+    pub(super) fn replay(&mut self, worker: usize, leaf: u32) {
+        self.round.replays += 1;
+        self.send(worker, Command::Replay { step: self.step + 1, leaf });
+    }
+
+    /// Notes an audit of a leaf if it is drawn and there is someone to do it.
+    fn audit(&mut self, leaf: u32, owner: usize, members: &[usize]) -> bool {
+        let settings = &self.settings;
+        let drawn = self.workers[owner].on_probation
+            || is_audited(settings.audit, settings.seed, self.step + 1, leaf);
+        if !drawn || members.len() < 2 {
+            return false;
+        }
+        self.round.audits.retain(|audit| audit.leaf != leaf);
+        let (votes, asked) = (Vec::new(), Vec::new());
+        let evidence = Evidence::Gradient;
+        self.round.audits.push(Audit { leaf, evidence, owner, votes, asked });
+        true
+    }
+
+    /// Every replica has applied the step: compares them and closes it.
+    pub(super) fn try_close(&mut self) -> bool {
+        let replicas = self.replicas();
+        if replicas.iter().any(|worker| !self.round.applied.contains_key(worker)) {
+            return false;
+        }
+        let applied: Vec<(usize, StateDigest)> =
+            self.round.applied.iter().map(|(worker, (_, after))| (*worker, *after)).collect();
+        let votes: Vec<(usize, u64)> = applied
+            .iter()
+            .map(|(w, [state, weights])| (*w, state ^ weights.rotate_left(1)))
+            .collect();
+        let cause = "holds other weights than the others after the update";
+        match verdict(&votes) {
+            Verdict::Agreed => {}
+            Verdict::Outvoted(liars) => {
+                for worker in liars {
+                    self.lose(worker, Loss::new(EventKind::Corrupt, cause.to_owned()));
+                }
+                return true;
+            }
+            Verdict::Tied => {
+                self.start_over("two replicas hold different weights after the update");
+                return false;
+            }
+        }
+        self.agreed = applied[0].1;
+        self.step += 1;
+        self.restarts = 0;
+        for worker in replicas {
+            let of = &mut self.workers[worker];
+            (of.false_starts, of.on_probation) = (0, false);
+        }
+        let due = match self.settings.validation {
+            Validation::Never => false,
+            Validation::Every(every) => {
+                (every > 0 && self.step.is_multiple_of(every)) || self.step == self.settings.steps
+            }
+        };
+        match self.fastest() {
+            Some(worker) if due => {
+                self.phase = Phase::Scoring;
+                self.send(worker, Command::Score { step: self.step });
+            }
+            _ => self.close_step(),
+        }
+        true
+    }
+
+    pub(super) fn try_scored(&mut self) -> bool {
+        if self.round.valid_loss.is_none() {
+            return false;
+        }
+        self.close_step();
+        true
+    }
+
+    fn close_step(&mut self) {
+        let disturbance = self.settle();
+        let members = self.those(Standing::Member);
+        let missing = members.len() < self.workers.len();
+        let cause = disturbance.or(missing.then_some("missing_workers"));
+        let wall = self.now.saturating_sub(self.round.begun);
+        let checking = match self.fastest().and_then(|worker| self.workers[worker].seconds) {
+            Some(seconds) => f64::from(self.round.replays) * seconds / members.len() as f64,
+            None => 0.0,
+        };
+        let checking = checking.min(0.5 * wall.as_secs_f64());
+        self.ledger.lose("audit", checking);
+        let lost = self.ledger.step(self.step, wall.as_secs_f64() - checking, cause);
+        let lr = self.round.applied.values().next().map_or(0.0, |(lr, _)| *lr);
+        let norm = self.round.combined.values().next().map_or(0.0, |combined| combined.norm);
+        let losses = self.round.losses();
+        self.ledger.last_losses(&losses);
+        self.outputs.push(Output::Step(StepDone {
+            step: self.step,
+            losses,
+            norm,
+            lr,
+            wall,
+            lost: std::time::Duration::from_secs_f64(lost + checking),
+            goodput: self.ledger.goodput(self.now),
+            workers: members.len() as u32,
+            valid_loss: self.round.valid_loss,
+        }));
+        self.look_for_slowness(&members);
+        let every = self.settings.snapshot_every;
+        self.snapshot_due |= every > 0 && self.step.is_multiple_of(every);
+        let over = self.step >= self.settings.steps || self.stop_asked;
+        if over { self.finish() } else { self.begin_step() }
+    }
+
+    /// Names those that fell behind; gives up those that get no leaf any more.
+    fn look_for_slowness(&mut self, members: &[usize]) {
+        let Some(seconds) =
+            members.iter().map(|w| self.workers[*w].seconds).collect::<Option<Vec<f64>>>()
+        else {
+            return;
+        };
+        let counts = crate::policy::shares(self.settings.leaves, &seconds);
+        let even = self.settings.leaves / members.len().max(1) as u32;
+        for (index, &worker) in members.iter().enumerate() {
+            let of = &mut self.workers[worker];
+            of.slow_steps = if is_slow(index, &seconds) { of.slow_steps + 1 } else { 0 };
+            if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
+                let cause = format!(
+                    "{:.0} ms for a micro-batch: too slow to be of use",
+                    1e3 * seconds[index]
+                );
+                self.lose(worker, Loss::new(EventKind::Evicted, cause));
+            } else if of.slow_steps == SLOW_AFTER {
+                self.ledger.faults += 1;
+                let mut event = self.event(worker, EventKind::Slow);
+                event.detected_ms = self.workers[worker].since_injection(self.now);
+                event.cause = Some(format!("{:.0} ms for a micro-batch", 1e3 * seconds[index]));
+                event.action = Some(format!("its share is {} instead of {even}", counts[index]));
+                self.tell(event);
+            }
+        }
+    }
+
+    /// The last snapshot, then the end.
+    pub(super) fn finish(&mut self) {
+        self.phase = Phase::Finishing;
+        self.round.begun = self.now;
+    }
+
+    pub(super) fn try_end(&mut self) -> bool {
+        if self.saved == Some(self.step) || (self.step == 0 && self.ending.is_some()) {
+            self.ledger.lose("last_snapshot", self.since_round());
+            let finished = self.step >= self.settings.steps;
+            if finished && self.ending.is_none() {
+                self.tell(Event::new(self.step, EventKind::Finished));
+            }
+            let usual = if finished { Ending::Finished } else { Ending::Stopped };
+            let ending = self.ending.take().unwrap_or(usual);
+            self.end(ending);
+            return false;
+        }
+        if self.saving.is_none() {
+            if self.save_failures >= SAVE_TRIES {
+                let text = "the last snapshot could not be written; free some space or set \
+                            snapshot.to, then go on with --resume";
+                self.end(Ending::Failed(text.to_owned()));
+                return false;
+            }
+            match self.fastest() {
+                Some(donor) => self.export(donor, Area::Snapshot),
+                None => self.start_over("no worker is left to save the state"),
+            }
+        }
+        false
+    }
+
+    pub(super) fn exported(&mut self, worker: usize, step: u64, area: Area, digest: u64) {
+        if step != self.step || digest != self.agreed[0] {
+            let cause = "copied another state than all agreed on".to_owned();
+            return self.lose(worker, Loss::new(EventKind::Corrupt, cause).discarding());
+        }
+        match area {
+            Area::Join => {
+                self.join_donor = None;
+                for joiner in self.those(Standing::Ready) {
+                    self.workers[joiner].standing = Standing::Joining;
+                    self.send(joiner, Command::Import { step });
+                }
+            }
+            Area::Snapshot => {
+                self.saving = Some(Saving::Writing { step });
+                let numeric_class = self.workers[worker].numeric_class.clone();
+                self.outputs.push(Output::Save { step, digest, numeric_class });
+            }
+        }
+    }
+
+    pub(super) fn imported(&mut self, worker: usize, digest: StateDigest) {
+        if digest != self.agreed {
+            let cause = "took another state from its peer than the peer gave".to_owned();
+            return self.lose(worker, Loss::new(EventKind::Corrupt, cause));
+        }
+        let event = self.event(worker, EventKind::Joined);
+        self.tell(event);
+    }
+
+    pub(super) fn saved(&mut self, step: u64, folder: String) {
+        self.saving = None;
+        self.save_failures = 0;
+        self.saved = Some(step);
+        self.ledger.saved(step);
+        self.tell(Event { action: Some(folder), ..Event::new(step, EventKind::Snapshot) });
+    }
+
+    pub(super) fn save_failed(&mut self, step: u64, cause: String) {
+        self.saving = None;
+        self.save_failures += 1;
+        self.snapshot_due = true;
+        self.ledger.faults += 1;
+        let action = Some("goes on; tried again at the next step".to_owned());
+        let event = Event::new(step, EventKind::SnapshotFailed);
+        self.tell(Event { cause: Some(cause), action, ..event });
+    }
+}

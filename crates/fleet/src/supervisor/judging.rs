@@ -1,0 +1,257 @@
+//! What a step's results are worth: audits, sums and state are compared before anything is
+//! applied, and who is alone with a value is taken out.
+
+use crate::policy::{Verdict, verdict};
+use crate::protocol::{Command, Publish};
+use crate::run_dir::{Event, EventKind};
+
+use super::losing::Loss;
+use super::round::{Audit, Evidence};
+use super::workers::Standing;
+use super::{Ending, Phase, Supervisor};
+
+/// A leaf's loss beyond this many times the largest of the step before is computed once more.
+const SPIKE: f64 = 2.0;
+
+impl Supervisor {
+    /// All leaves are there and audited: lets every replica sum them.
+    pub(super) fn try_combine(&mut self) -> bool {
+        if self.those(Standing::Member).is_empty() {
+            self.start_over("no worker is left");
+            return false;
+        }
+        if !self.round.is_complete(self.settings.leaves) {
+            return false;
+        }
+        if let Some(moved) = self.judge_audits() {
+            return moved;
+        }
+        if let Some(moved) = self.judge_losses() {
+            return moved;
+        }
+        if self.join_donor.is_some() {
+            return false;
+        }
+        self.ask_for_sums();
+        true
+    }
+
+    fn ask_for_sums(&mut self) {
+        self.phase = Phase::Combining;
+        self.round.combined.clear();
+        let nodes = match self.round.publish {
+            Publish::Shared => self.round.nodes(),
+            Publish::Local => Vec::new(),
+        };
+        for worker in self.replicas() {
+            let nodes = nodes.clone();
+            self.send(worker, Command::Combine { step: self.step + 1, nodes });
+        }
+    }
+
+    /// `None` once every audit has agreed.
+    fn judge_audits(&mut self) -> Option<bool> {
+        let open = self.round.audits.iter().any(|audit| audit.verdict().is_none());
+        let members = self.those(Standing::Member);
+        for index in 0..self.round.audits.len() {
+            let audit = self.round.audits[index].clone();
+            match audit.verdict() {
+                None | Some(Verdict::Agreed) => {}
+                Some(Verdict::Outvoted(liars)) => {
+                    self.round.audits.swap_remove(index);
+                    let present: Vec<usize> =
+                        liars.iter().copied().filter(|liar| members.contains(liar)).collect();
+                    for liar in present {
+                        let cause = evidence(&audit, liar);
+                        self.lose(liar, Loss::new(EventKind::Corrupt, cause).discarding());
+                    }
+                    return Some(true);
+                }
+                Some(Verdict::Tied) => return Some(self.ask_a_third(index, &members)),
+            }
+        }
+        open.then_some(false)
+    }
+
+    /// Asks those who have not voted, or all who have once more; `false` as answers are awaited.
+    fn ask_a_third(&mut self, index: usize, members: &[usize]) -> bool {
+        let audit = &self.round.audits[index];
+        let votes = |worker: &usize| audit.votes.iter().filter(|(of, _)| of == worker).count();
+        let fewest = members.iter().map(votes).min().unwrap_or(0);
+        if fewest >= 2 {
+            let text = format!(
+                "step {}: {}, and no third worker can judge; qualify the devices and add one",
+                self.step + 1,
+                evidence(audit, audit.owner)
+            );
+            self.ending = Some(Ending::Failed(text));
+            self.finish();
+            return true;
+        }
+        let asked: Vec<usize> = members.iter().copied().filter(|w| votes(w) == fewest).collect();
+        let leaf = audit.leaf;
+        self.round.audits[index].asked.clone_from(&asked);
+        for worker in asked {
+            self.replay(worker, leaf);
+        }
+        false
+    }
+
+    /// `None` if every loss is a number and none has leapt.
+    fn judge_losses(&mut self) -> Option<bool> {
+        let losses = self.round.losses();
+        if let Some(bad) = losses.iter().copied().find(|loss| !loss.is_finite()) {
+            let owners: Vec<usize> = (self.round.done.values())
+                .filter(|subtree| subtree.losses.iter().any(|loss| !loss.is_finite()))
+                .map(|subtree| subtree.worker)
+                .collect();
+            return Some(self.once_more("the loss", bad, owners));
+        }
+        if let Some(suspects) = self.round.suspects.take() {
+            let members = self.those(Standing::Member);
+            let cause = "gave a loss or norm that is no number; another did not".to_owned();
+            if members.len() > 1 {
+                for worker in suspects.into_iter().filter(|w| members.contains(w)) {
+                    self.lose(worker, Loss::new(EventKind::Corrupt, cause.clone()).discarding());
+                }
+                return Some(true);
+            }
+            let event = self.event(members[0], EventKind::Corrupt);
+            self.ledger.faults += 1;
+            self.tell(Event { cause: Some(cause), action: Some("computed again".into()), ..event });
+        }
+        let limit = SPIKE * self.ledger.largest_loss()?;
+        let mut new = false;
+        let owners: Vec<(u32, usize, f64)> = (self.round.done.values())
+            .flat_map(|s| {
+                (s.node.first..).zip(&s.losses).map(|(leaf, loss)| (leaf, s.worker, *loss))
+            })
+            .filter(|(leaf, _, loss)| *loss > limit && !self.round.spikes.contains(leaf))
+            .collect();
+        for (leaf, owner, loss) in owners {
+            let members = self.those(Standing::Member);
+            let other = members.iter().copied().find(|worker| *worker != owner).unwrap_or(owner);
+            self.round.spikes.push(leaf);
+            self.round.audits.retain(|audit| audit.leaf != leaf);
+            let votes = vec![(owner, loss.to_bits())];
+            let asked = vec![other];
+            let evidence = Evidence::Loss;
+            self.round.audits.push(Audit { leaf, evidence, owner, votes, asked });
+            self.replay(other, leaf);
+            new = true;
+        }
+        new.then_some(false)
+    }
+
+    /// A value is no number: all is computed once more, elsewhere; the second time it is believed.
+    fn once_more(&mut self, what: &'static str, value: f64, suspects: Vec<usize>) -> bool {
+        if self.round.suspects.is_some() {
+            self.ending = Some(Ending::NonFinite { step: self.step + 1, what, value });
+            self.finish();
+            return true;
+        }
+        self.round.suspects = Some(suspects);
+        let leaves = self.round.discard(|_| true);
+        self.round.combined.clear();
+        self.phase = Phase::Computing;
+        self.hand_out(&leaves, 1);
+        true
+    }
+
+    /// Every replica has its sum: compares them, and the state they are applied to.
+    pub(super) fn try_apply(&mut self) -> bool {
+        let replicas = self.replicas();
+        if replicas.is_empty() {
+            self.start_over("no worker is left");
+            return false;
+        }
+        if replicas.iter().any(|worker| !self.round.combined.contains_key(worker)) {
+            return false;
+        }
+        for &worker in &replicas {
+            if self.round.combined[&worker].before != self.agreed {
+                let cause = "its weights or moments changed between two steps".to_owned();
+                self.lose(worker, Loss::new(EventKind::Corrupt, cause).discarding());
+                return true;
+            }
+        }
+        if let Some(moved) = self.judge_slots(&replicas) {
+            return moved;
+        }
+        let votes: Vec<(usize, u64)> = replicas
+            .iter()
+            .map(|worker| (*worker, &self.round.combined[worker]))
+            .map(|(worker, of)| (worker, of.gradient ^ of.norm.to_bits()))
+            .collect();
+        match verdict(&votes) {
+            Verdict::Agreed => {}
+            Verdict::Outvoted(liars) => {
+                for worker in liars {
+                    let cause = "summed the same gradients to another sum".to_owned();
+                    self.lose(worker, Loss::new(EventKind::Corrupt, cause).discarding());
+                }
+                return true;
+            }
+            Verdict::Tied if self.round.recombined => {
+                self.start_over("two replicas sum the same gradients to different sums");
+                return false;
+            }
+            Verdict::Tied => {
+                self.round.recombined = true;
+                self.ask_for_sums();
+                return true;
+            }
+        }
+        let norm = self.round.combined[&replicas[0]].norm;
+        if !norm.is_finite() {
+            return self.once_more("the gradient's norm", norm, Vec::new());
+        }
+        self.phase = Phase::Applying;
+        for worker in replicas {
+            if self.workers[worker].standing == Standing::Joining {
+                self.workers[worker].standing = Standing::Member;
+            }
+            self.send(worker, Command::Apply { step: self.step + 1 });
+        }
+        true
+    }
+
+    /// A subtree that nobody reads as it was published is computed again.
+    fn judge_slots(&mut self, replicas: &[usize]) -> Option<bool> {
+        if self.round.publish == Publish::Local {
+            return None;
+        }
+        let published: Vec<(u32, usize, u64)> =
+            self.round.done.values().map(|s| (s.node.first, s.worker, s.digest)).collect();
+        let spoilt = |index: usize, digest: u64| {
+            let reads = |worker: &usize| self.round.combined[worker].nodes.get(index).copied();
+            replicas.iter().all(|worker| reads(worker) != Some(digest))
+        };
+        let place = (0..published.len()).find(|&index| spoilt(index, published[index].2))?;
+        let (first, owner, _) = published[place];
+        let leaves = self.round.discard(|subtree| subtree.node.first == first);
+        let event = self.event(owner, EventKind::Corrupt);
+        self.ledger.faults += 1;
+        let cause = format!("the gradient from micro-batch {first} on changed on its way");
+        let lost_micro_batches = Some(leaves.len() as u64);
+        let action = Some("computed again".to_owned());
+        self.tell(Event { cause: Some(cause), action, lost_micro_batches, ..event });
+        self.round.combined.clear();
+        self.phase = Phase::Computing;
+        self.hand_out(&leaves, 0);
+        Some(true)
+    }
+}
+
+fn evidence(audit: &Audit, liar: usize) -> String {
+    let what = match audit.evidence {
+        Evidence::Gradient => "gradient",
+        Evidence::Loss => "loss",
+    };
+    let of = |mine: bool| {
+        let votes = audit.votes.iter().filter(|(worker, _)| (*worker == liar) == mine);
+        votes.map(|(worker, value)| format!("worker {worker}: {value:016x}")).collect::<Vec<_>>()
+    };
+    let (mine, others) = (of(true).join(", "), of(false).join(", "));
+    format!("micro-batch {}: another {what} ({mine}) than others ({others})", audit.leaf)
+}

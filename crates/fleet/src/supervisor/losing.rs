@@ -1,0 +1,261 @@
+//! What happens when a worker is lost: who takes over its work, whether it comes back, and when
+//! the whole run goes back to a snapshot.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::policy::is_overdue;
+use crate::protocol::{Area, Source, Trouble};
+use crate::run_dir::{Event, EventKind};
+
+use super::round::Round;
+use super::workers::{Standing, Worker};
+use super::{Ending, LOAD_DEADLINE, Output, Phase, Saving, Supervisor};
+
+/// A device that was taken out this often stays out.
+const STRIKES: u32 = 3;
+/// A process that ends this often before it computes is not started again.
+const FALSE_STARTS: u32 = 3;
+/// Restarts from a snapshot without a step done between them.
+const RESTARTS: u32 = 5;
+
+/// Why a worker is taken out, and what becomes of what it did.
+#[derive(Clone, Debug)]
+pub(super) struct Loss {
+    kind: EventKind,
+    cause: String,
+    discards: bool,
+    /// Filled in when it happens.
+    event: Option<Event>,
+    since: Duration,
+}
+
+impl Loss {
+    pub fn new(kind: EventKind, cause: String) -> Loss {
+        Loss { kind, cause, discards: false, event: None, since: Duration::ZERO }
+    }
+
+    /// What the worker computed in this step is not to be used either.
+    pub fn discarding(mut self) -> Loss {
+        self.discards = true;
+        self
+    }
+}
+
+impl Worker {
+    /// Milliseconds since a fault was injected into it.
+    pub(super) fn since_injection(&self, now: Duration) -> Option<u64> {
+        let (_, at) = self.injected.as_ref()?;
+        Some(now.saturating_sub(*at).as_millis() as u64)
+    }
+}
+
+impl Supervisor {
+    /// Takes a worker out. What it had to do goes to the others; a new process takes its place
+    /// unless the device has been taken out too often.
+    pub(super) fn lose(&mut self, worker: usize, mut loss: Loss) {
+        let was = self.workers[worker].standing;
+        if matches!(was, Standing::Out | Standing::Retired) {
+            return;
+        }
+        self.outputs.push(Output::Kill { worker });
+        let mut lost = self.round.take_pending(worker);
+        if loss.discards {
+            lost.extend(self.round.discard(|subtree| subtree.worker == worker));
+        }
+        self.round.combined.remove(&worker);
+        self.round.applied.remove(&worker);
+        let mut event = self.event(worker, loss.kind);
+        event.step = self.step + u64::from(was == Standing::Member);
+        event.cause = Some(loss.cause.clone());
+        event.detected_ms = self.workers[worker].since_injection(self.now);
+        event.lost_micro_batches = Some(lost.len() as u64);
+        let of = &mut self.workers[worker];
+        of.standing = Standing::Out;
+        if was != Standing::Member {
+            of.false_starts += 1;
+        }
+        if matches!(loss.kind, EventKind::Corrupt | EventKind::Evicted) {
+            (of.strikes, of.on_probation) = (of.strikes + 1, true);
+            of.seconds = None;
+        }
+        let stays_out = of.strikes >= STRIKES || of.false_starts >= FALSE_STARTS;
+        event.action = Some(match stays_out {
+            true => format!("out for good; {} micro-batches to others", lost.len()),
+            false => format!("a new process; {} micro-batches to others", lost.len()),
+        });
+        (loss.event, loss.since) = (Some(event), self.now);
+        self.ledger.faults += 1;
+        self.losses.push(loss);
+        if stays_out {
+            self.workers[worker].standing = Standing::Retired;
+        } else {
+            let starting = self.phase == Phase::Starting;
+            let again = match self.settings.source {
+                Source::Fresh if self.saved.is_none() => Source::Fresh,
+                _ => Source::Snapshot,
+            };
+            self.launch(worker, if starting { again } else { Source::Nothing });
+        }
+        self.carry_on_without(worker, &lost);
+    }
+
+    fn carry_on_without(&mut self, worker: usize, lost: &[u32]) {
+        let in_step = matches!(self.phase, Phase::Computing | Phase::Combining);
+        if !in_step && !matches!(self.phase, Phase::Applying | Phase::Scoring | Phase::Finishing) {
+            return;
+        }
+        let members = self.those(Standing::Member);
+        if members.is_empty() {
+            return self.start_over("no worker is left");
+        }
+        self.drop_from_audits(worker, &members);
+        if let Some(donor) = self.fastest() {
+            if self.join_donor == Some(worker) {
+                self.export(donor, Area::Join);
+            }
+            if matches!(self.saving, Some(Saving::Copying { donor, .. }) if donor == worker) {
+                self.export(donor, Area::Snapshot);
+            }
+            if self.phase == Phase::Scoring {
+                let step = self.step;
+                self.send(donor, crate::protocol::Command::Score { step });
+            }
+        }
+        if in_step && !lost.is_empty() {
+            self.round.combined.clear();
+            self.phase = Phase::Computing;
+            let leaves: Vec<u32> =
+                lost.iter().copied().collect::<BTreeSet<u32>>().into_iter().collect();
+            self.hand_out(&leaves, 0);
+        }
+    }
+
+    /// Audits of a lost worker's leaves go with it; those it should have done go to another.
+    fn drop_from_audits(&mut self, worker: usize, members: &[usize]) {
+        let mut again = Vec::new();
+        self.round.audits.retain_mut(|audit| {
+            if audit.owner == worker {
+                return false;
+            }
+            let Some(place) = audit.asked.iter().position(|asked| *asked == worker) else {
+                return true;
+            };
+            audit.asked.swap_remove(place);
+            let busy = |w: &usize| *w == audit.owner || audit.asked.contains(w);
+            match members.iter().copied().find(|w| !busy(w)) {
+                Some(other) => {
+                    audit.asked.push(other);
+                    again.push((other, audit.leaf));
+                    true
+                }
+                None => audit.votes.len() > 1 || !audit.asked.is_empty(),
+            }
+        });
+        for (other, leaf) in again {
+            self.replay(other, leaf);
+        }
+    }
+
+    /// All go back to the newest snapshot.
+    pub(super) fn start_over(&mut self, cause: &str) {
+        self.restarts += 1;
+        if self.restarts > RESTARTS {
+            let text = format!("{cause}, {RESTARTS} times without a step between");
+            return self.end(Ending::Failed(text));
+        }
+        let back = self.saved.unwrap_or(0);
+        let event = Event::new(self.step, EventKind::RolledBack);
+        let action = Some(format!("all go on from step {back}"));
+        self.ledger.faults += 1;
+        self.tell(Event { cause: Some(cause.to_owned()), action, ..event });
+        if matches!(self.saving, Some(Saving::Copying { .. })) {
+            self.saving = None;
+        }
+        self.join_donor = None;
+        self.round = Round::new(self.now);
+        for worker in 0..self.workers.len() {
+            if !matches!(self.workers[worker].standing, Standing::Out | Standing::Retired) {
+                self.outputs.push(Output::Kill { worker });
+                self.workers[worker].standing = Standing::Out;
+            }
+        }
+        if self.workers.iter().all(|of| of.standing == Standing::Retired) {
+            let text = "every worker is out for good; see events.jsonl".to_owned();
+            return self.end(Ending::Failed(text));
+        }
+        let fresh = self.saved.is_none() && self.settings.source == Source::Fresh;
+        self.start(if fresh { Source::Fresh } else { Source::Snapshot });
+    }
+
+    pub(super) fn failed(&mut self, worker: usize, trouble: Trouble, text: String) {
+        let kind = match trouble {
+            Trouble::Lost => EventKind::Crash,
+            Trouble::Hang => EventKind::Hang,
+            Trouble::MemoryFault => EventKind::MemoryFault,
+            Trouble::OutOfMemory => EventKind::OutOfMemory,
+            Trouble::LinkDown => EventKind::LinkDown,
+            Trouble::Run => return self.end(Ending::Failed(text)),
+        };
+        self.lose(worker, Loss::new(kind, text));
+    }
+
+    /// Finds those that do not answer, and those for which all others wait.
+    pub(super) fn look_for_silence(&mut self) {
+        for worker in 0..self.workers.len() {
+            let of = &self.workers[worker];
+            if matches!(of.standing, Standing::Out | Standing::Retired) || of.open == 0 {
+                continue;
+            }
+            let silent = self.now.saturating_sub(of.progressed);
+            let deadline = match of.standing {
+                Standing::Loading => LOAD_DEADLINE,
+                _ => self.settings.hang_after.deadline(of.longest_pause),
+            };
+            if silent > deadline {
+                let cause = format!(
+                    "no progress for {:.1} s, and {:.1} s is the most",
+                    silent.as_secs_f64(),
+                    deadline.as_secs_f64()
+                );
+                self.lose(worker, Loss::new(EventKind::Hang, cause));
+            } else if self.is_holding_up(worker) {
+                let cause = "all others wait for it".to_owned();
+                self.lose(worker, Loss::new(EventKind::Evicted, cause));
+            }
+        }
+    }
+
+    fn is_holding_up(&self, worker: usize) -> bool {
+        if self.phase != Phase::Computing || self.those(Standing::Member).len() < 2 {
+            return false;
+        }
+        let pending = &self.round.pending;
+        let mine = pending.iter().filter(|(of, ..)| *of == worker);
+        let (leaves, since) = mine.fold((0, self.now), |(leaves, since), (_, node, from)| {
+            (leaves + node.count, since.min(*from))
+        });
+        let alone = pending.iter().all(|(of, ..)| *of == worker);
+        match self.workers[worker].seconds {
+            Some(seconds) if alone && leaves > 0 => {
+                let expected = Duration::from_secs_f64(seconds * f64::from(leaves));
+                is_overdue(self.now.saturating_sub(since), expected)
+            }
+            _ => false,
+        }
+    }
+
+    /// Writes down the losses that the run has got over; returns what disturbed it, if anything.
+    pub(super) fn settle(&mut self) -> Option<&'static str> {
+        let losses = std::mem::take(&mut self.losses);
+        let first = losses.first().map(|loss| loss.kind.name());
+        for loss in losses {
+            if let Some(mut event) = loss.event {
+                let took = self.now.saturating_sub(loss.since);
+                event.recovery_ms = Some(took.as_millis() as u64);
+                self.tell(event);
+            }
+        }
+        first
+    }
+}

@@ -1,0 +1,83 @@
+//! What the supervisor knows of one worker.
+
+use std::time::Duration;
+
+use crate::protocol::StateDigest;
+
+/// Where a worker stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// No process.
+    Out,
+    /// A process that loads.
+    Loading,
+    /// Loaded, waiting for a step to begin.
+    Ready,
+    /// It was told to take a peer's state and ends the present step with the others.
+    Joining,
+    /// It computes.
+    Member,
+    /// No process, and no more of them.
+    Retired,
+}
+
+pub(super) struct Worker {
+    pub device: String,
+    pub numeric_class: String,
+    pub standing: Standing,
+    /// Processes so far.
+    pub incarnation: u32,
+    /// Seconds for a leaf, lately.
+    pub seconds: Option<f64>,
+    /// Answers it owes.
+    pub open: u32,
+    /// When it last showed that it gets on.
+    pub progressed: Duration,
+    pub operations: u64,
+    pub longest_pause: Duration,
+    /// Times it was taken out for what it did.
+    pub strikes: u32,
+    /// Processes lost without having computed.
+    pub false_starts: u32,
+    /// Whether all its leaves are audited in its next step.
+    pub on_probation: bool,
+    /// Steps in a row in which it was slow.
+    pub slow_steps: u32,
+    /// A fault that was injected, and when.
+    pub injected: Option<(String, Duration)>,
+    /// The state it loaded by itself.
+    pub loaded: Option<(u64, StateDigest)>,
+}
+
+impl Worker {
+    pub fn new(device: &str) -> Worker {
+        Worker {
+            device: device.to_owned(),
+            numeric_class: String::new(),
+            standing: Standing::Out,
+            incarnation: 0,
+            seconds: None,
+            open: 0,
+            progressed: Duration::ZERO,
+            operations: 0,
+            longest_pause: Duration::ZERO,
+            strikes: 0,
+            false_starts: 0,
+            on_probation: false,
+            slow_steps: 0,
+            injected: None,
+            loaded: None,
+        }
+    }
+
+    /// Whether something comes from its present process.
+    pub fn is(&self, incarnation: u32) -> bool {
+        let running = !matches!(self.standing, Standing::Out | Standing::Retired);
+        running && self.incarnation == incarnation
+    }
+
+    /// Takes in the time of a leaf; the last two count most.
+    pub fn took(&mut self, seconds: f64) {
+        self.seconds = Some(self.seconds.map_or(seconds, |before| 0.5 * (before + seconds)));
+    }
+}

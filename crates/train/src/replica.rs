@@ -1,0 +1,444 @@
+//! A copy of the run's state on one device, as the fleet's worker drives it.
+//!
+//! Gradients and state pass through the exchange in pieces. Read next: `step.rs`, what a device
+//! does in a step; `supervised.rs`, the other side.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pontoon_fleet::digest::Digest;
+use pontoon_fleet::exchange::{Exchange, Layout};
+use pontoon_fleet::protocol::{Area, DeviceFacts, Node, Publish, Source, StateDigest, Trouble};
+use pontoon_fleet::snapshot::{Parts, SnapshotReader};
+use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replica};
+use pontoon_fleet::world::{Clock, Disk};
+use pontoon_models::{HostWeights, Model, Weights};
+use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support};
+use pontoon_program::ProgramError;
+
+use crate::config::RunConfig;
+use crate::data::Batch;
+use crate::error::TrainError;
+use crate::run_files::{restore_moments, restore_weights, samples};
+use crate::step::TrainingState;
+use crate::trainer::{Data, model_of};
+
+/// Bytes moved at a time: a piece stays in the cache from copy to digest.
+const PIECE: usize = 256 << 10;
+
+/// Where the parts of a run's exchange lie.
+pub fn layout(model: &Model, config: &RunConfig) -> Layout {
+    let trainable = 4 * model.table.trainable_elements() as u64;
+    let frozen = 4 * model.table.frozen_elements() as u64;
+    let leaves = config.train.micro_batches as u32;
+    Layout { gradient: trainable, leaves, state: 3 * trainable + frozen }
+}
+
+/// What a worker is given.
+pub struct WorkerRun<'a> {
+    /// The run's settings, with absolute paths.
+    pub config: RunConfig,
+    /// Where snapshots are.
+    pub snapshots: PathBuf,
+    /// The memory shared with the others.
+    pub exchange: Exchange,
+    /// Told of every operation.
+    pub progress: Arc<Progress>,
+    /// The disk.
+    pub disk: &'a dyn Disk,
+    /// The clock.
+    pub clock: &'a dyn Clock,
+}
+
+/// The replica of one worker.
+pub struct TrainingReplica<'a> {
+    run: WorkerRun<'a>,
+    backend: Watched<'a>,
+    model: Model,
+    layout: Layout,
+    data: Data,
+    state: Option<TrainingState>,
+    /// The micro-batches of a step, and the step.
+    batches: (u64, Vec<Batch>),
+    piece: Vec<u8>,
+    norm: f64,
+    passed_over: Vec<(u64, String)>,
+}
+
+impl<'a> TrainingReplica<'a> {
+    /// Opens model and data; the device stays empty until it is told to load.
+    pub fn new(
+        run: WorkerRun<'a>,
+        backend: &'a mut dyn Backend,
+    ) -> Result<TrainingReplica<'a>, TrainError> {
+        let base = PathBuf::new();
+        let model = model_of(&run.config, &base)?;
+        let data = Data::open(&run.config, &model, &base)?;
+        let (progress, clock) = (Arc::clone(&run.progress), run.clock);
+        Ok(TrainingReplica {
+            backend: Watched { inner: backend, progress, clock, last: clock.now() },
+            layout: layout(&model, &run.config),
+            batches: (0, vec![Batch::default(); run.config.train.micro_batches]),
+            run,
+            model,
+            data,
+            state: None,
+            piece: vec![0; PIECE],
+            norm: 0.0,
+            passed_over: Vec::new(),
+        })
+    }
+
+    fn fill(&mut self, step: u64) {
+        if self.batches.0 == step {
+            return;
+        }
+        let size = self.run.config.train.micro_batch;
+        for (index, batch) in self.batches.1.iter_mut().enumerate() {
+            let position = (step - 1) * samples(&self.run.config) + (index * size) as u64;
+            self.data.train.batch(position, size, batch);
+        }
+        self.batches.0 = step;
+    }
+
+    fn digest_state(&mut self) -> Result<StateDigest, TrainError> {
+        let (state, weights) = loaded(&mut self.state).state_buffers();
+        let mut digest = |buffers: &[(BufferId, usize)]| {
+            let mut digest = Digest::default();
+            for &(buffer, bytes) in buffers {
+                pieces(&mut self.backend, (buffer, bytes), &mut self.piece, |_, piece| {
+                    digest.update(piece);
+                    Ok(())
+                })?;
+            }
+            Ok::<u64, TrainError>(digest.finish())
+        };
+        Ok([digest(&state)?, digest(&weights)?])
+    }
+
+    fn first_state(&mut self, from: Source) -> Result<(u64, Option<StateDigest>), TrainError> {
+        let config = &self.run.config;
+        let snapshot = match from {
+            Source::Snapshot => {
+                let reader = SnapshotReader::new(self.run.disk, &self.run.snapshots);
+                let newest = reader.read_newest(Parts::All)?;
+                let rejected = newest.rejected.into_iter();
+                self.passed_over = rejected.map(|of| (of.step, of.reason.to_string())).collect();
+                newest.snapshot
+            }
+            _ => None,
+        };
+        let weights = match (&snapshot, &config.model.init) {
+            _ if from == Source::Nothing => HostWeights::zeros(&self.model),
+            (Some(snapshot), _) => restore_weights(snapshot, &self.model, config)?,
+            (None, Some(folder)) => self.model.load(&Weights::open(folder)?)?,
+            (None, None) => self.model.initialise(config.train.seed),
+        };
+        let mut state = TrainingState::load(&mut self.backend, &self.model, config, &weights)?;
+        if let Some(snapshot) = &snapshot {
+            restore_moments(snapshot, &self.model, &mut state, &mut self.backend)?;
+        }
+        self.state = Some(state);
+        let step = snapshot.map_or(0, |snapshot| snapshot.state.step);
+        match from {
+            Source::Nothing => Ok((step, None)),
+            _ => Ok((step, Some(self.digest_state()?))),
+        }
+    }
+
+    fn take_state(&mut self) -> Result<StateDigest, TrainError> {
+        let mut weights = HostWeights::zeros(&self.model);
+        let mut position = self.layout.area(Area::Join);
+        let state = loaded(&mut self.state);
+        let (buffers, _) = state.state_buffers();
+        for (index, (buffer, bytes)) in buffers.into_iter().enumerate() {
+            let whole = match index {
+                0 => Some(&mut weights.trainable),
+                3 => Some(&mut weights.frozen),
+                _ => None,
+            };
+            match whole {
+                Some(values) => {
+                    let place = bytemuck::cast_slice_mut(values);
+                    self.run.exchange.read(position, place).map_err(TrainError::Exchange)?;
+                }
+                None => {
+                    let (exchange, piece) = (&self.run.exchange, &mut self.piece);
+                    upload(&mut self.backend, (buffer, bytes), exchange, position, piece, |_| ())?;
+                }
+            }
+            position += bytes as u64;
+        }
+        state.set_weights(&mut self.backend, &weights, self.run.config.train.dtype.dtype())?;
+        self.digest_state()
+    }
+
+    fn compute_subtree(
+        &mut self,
+        step: u64,
+        node: Node,
+        digests: &[u32],
+        publish: Publish,
+    ) -> Result<Computed, TrainError> {
+        self.fill(step);
+        let begun = self.run.clock.now();
+        let bytes = self.layout.gradient as usize;
+        let leaves = node.first as usize..(node.first + node.count) as usize;
+        let state = loaded(&mut self.state);
+        let mut of_leaves = Vec::new();
+        let piece = &mut self.piece;
+        let mut seen = |backend: &mut dyn Backend, leaf: usize, buffer: BufferId| {
+            if digests.contains(&(leaf as u32)) {
+                of_leaves.push((leaf as u32, digest_of(backend, (buffer, bytes), piece)?));
+            }
+            Ok(())
+        };
+        let losses = state.subtree(&mut self.backend, &self.batches.1, leaves, &mut seen)?;
+        let sum = (state.gradient_buffer(0), bytes);
+        let digest = match publish {
+            Publish::Local => 0,
+            Publish::Shared => {
+                let slot = self.layout.slot(node.first);
+                let mut digest = Digest::default();
+                pieces(&mut self.backend, sum, &mut self.piece, |at, piece| {
+                    digest.update(piece);
+                    self.run.exchange.write(slot + at as u64, piece).map_err(TrainError::Exchange)
+                })?;
+                digest.finish()
+            }
+        };
+        let seconds = self.run.clock.now().duration_since(begun).as_secs_f64();
+        Ok(Computed { digest, leaves: of_leaves, losses, seconds })
+    }
+
+    fn sum_up(&mut self, nodes: &[Node]) -> Result<Combined, TrainError> {
+        let bytes = self.layout.gradient as usize;
+        let before = self.digest_state()?;
+        let state = loaded(&mut self.state);
+        let counts: Vec<u32> = nodes.iter().map(|node| node.count).collect();
+        let mut read = Vec::with_capacity(nodes.len());
+        let (exchange, piece) = (&self.run.exchange, &mut self.piece);
+        let mut fill = |backend: &mut dyn Backend, index: usize, buffer: BufferId| {
+            let mut digest = Digest::default();
+            let slot = self.layout.slot(nodes[index].first);
+            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| digest.update(piece))?;
+            read.push(digest.finish());
+            Ok(())
+        };
+        state.sum(&mut self.backend, &counts, &mut fill)?;
+        let sum = (state.gradient_buffer(0), bytes);
+        self.norm = state.gradient_norm(&mut self.backend)?;
+        let gradient = digest_of(&mut self.backend, sum, &mut self.piece)?;
+        Ok(Combined { before, nodes: read, gradient, norm: self.norm })
+    }
+
+    fn copy_out(&mut self, area: Area) -> Result<u64, TrainError> {
+        let (buffers, _) = loaded(&mut self.state).state_buffers();
+        let mut position = self.layout.area(area);
+        let mut digest = Digest::default();
+        for (buffer, bytes) in buffers {
+            pieces(&mut self.backend, (buffer, bytes), &mut self.piece, |at, piece| {
+                digest.update(piece);
+                let place = position + at as u64;
+                self.run.exchange.write(place, piece).map_err(TrainError::Exchange)
+            })?;
+            position += bytes as u64;
+        }
+        Ok(digest.finish())
+    }
+
+    fn validate(&mut self) -> Result<f64, TrainError> {
+        let batches = self.data.validation(&self.run.config);
+        loaded(&mut self.state).score(&mut self.backend, &batches)
+    }
+}
+
+impl Replica for TrainingReplica<'_> {
+    fn load(&mut self, from: Source) -> Result<(u64, Option<StateDigest>), Fault> {
+        self.first_state(from).map_err(fault)
+    }
+
+    fn facts(&self) -> DeviceFacts {
+        DeviceFacts {
+            numeric_class: self.backend.info().numeric_class.clone(),
+            memory_bytes: self.backend.memory_used() as u64,
+            passed_over: self.passed_over.clone(),
+        }
+    }
+
+    fn import(&mut self, _step: u64) -> Result<StateDigest, Fault> {
+        self.take_state().map_err(fault)
+    }
+
+    fn compute(
+        &mut self,
+        step: u64,
+        node: Node,
+        digests: &[u32],
+        publish: Publish,
+    ) -> Result<Computed, Fault> {
+        self.compute_subtree(step, node, digests, publish).map_err(fault)
+    }
+
+    fn replay(&mut self, step: u64, leaf: u32) -> Result<(u64, f64), Fault> {
+        let node = Node { first: leaf, count: 1 };
+        let computed = self.compute_subtree(step, node, &[leaf], Publish::Local).map_err(fault)?;
+        Ok((computed.leaves[0].1, computed.losses[0]))
+    }
+
+    fn combine(&mut self, _step: u64, nodes: &[Node]) -> Result<Combined, Fault> {
+        self.sum_up(nodes).map_err(fault)
+    }
+
+    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault> {
+        let state = loaded(&mut self.state);
+        let lr = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
+        Ok((lr, self.digest_state().map_err(fault)?))
+    }
+
+    fn export(&mut self, area: Area) -> Result<u64, Fault> {
+        self.copy_out(area).map_err(fault)
+    }
+
+    fn score(&mut self) -> Result<f64, Fault> {
+        self.validate().map_err(fault)
+    }
+}
+
+fn loaded(state: &mut Option<TrainingState>) -> &mut TrainingState {
+    state.as_mut().expect("the supervisor sends Load before anything else")
+}
+
+fn fault(error: TrainError) -> Fault {
+    let text = error.to_string();
+    let device = match error {
+        TrainError::Device(error) | TrainError::Program(ProgramError::Device(error)) => error,
+        _ => return Fault { trouble: Trouble::Run, text },
+    };
+    let trouble = match device.kind {
+        DeviceErrorKind::Lost => Trouble::Lost,
+        DeviceErrorKind::Hang => Trouble::Hang,
+        DeviceErrorKind::MemoryFault => Trouble::MemoryFault,
+        DeviceErrorKind::OutOfMemory => Trouble::OutOfMemory,
+        DeviceErrorKind::LinkDown => Trouble::LinkDown,
+        DeviceErrorKind::Unsupported | DeviceErrorKind::BadArgument => Trouble::Run,
+    };
+    Fault { trouble, text }
+}
+
+/// Shows a buffer's bytes piece by piece, each with its place.
+fn pieces(
+    backend: &mut dyn Backend,
+    (buffer, bytes): (BufferId, usize),
+    piece: &mut [u8],
+    mut show: impl FnMut(usize, &[u8]) -> Result<(), TrainError>,
+) -> Result<(), TrainError> {
+    for at in (0..bytes).step_by(PIECE) {
+        let piece = &mut piece[..PIECE.min(bytes - at)];
+        backend.download(buffer, at, piece)?;
+        show(at, piece)?;
+    }
+    Ok(())
+}
+
+fn digest_of(
+    backend: &mut dyn Backend,
+    buffer: (BufferId, usize),
+    piece: &mut [u8],
+) -> Result<u64, TrainError> {
+    let mut digest = Digest::default();
+    pieces(backend, buffer, piece, |_, piece| {
+        digest.update(piece);
+        Ok(())
+    })?;
+    Ok(digest.finish())
+}
+
+/// Fills a buffer from the exchange; `show` sees every piece.
+fn upload(
+    backend: &mut dyn Backend,
+    (buffer, bytes): (BufferId, usize),
+    exchange: &Exchange,
+    position: u64,
+    piece: &mut [u8],
+    mut show: impl FnMut(&[u8]),
+) -> Result<(), TrainError> {
+    for at in (0..bytes).step_by(PIECE) {
+        let piece = &mut piece[..PIECE.min(bytes - at)];
+        exchange.read(position + at as u64, piece).map_err(TrainError::Exchange)?;
+        show(piece);
+        backend.upload(buffer, at, piece)?;
+    }
+    Ok(())
+}
+
+/// A device that tells of its progress.
+struct Watched<'a> {
+    inner: &'a mut dyn Backend,
+    progress: Arc<Progress>,
+    clock: &'a dyn Clock,
+    last: Instant,
+}
+
+impl Watched<'_> {
+    fn tell<T>(&mut self, result: T) -> T {
+        let now = self.clock.now();
+        self.progress.done(now.duration_since(self.last));
+        self.last = now;
+        result
+    }
+
+    fn begin(&mut self) {
+        self.last = self.clock.now();
+    }
+}
+
+impl Backend for Watched<'_> {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
+        self.inner.alloc(bytes)
+    }
+
+    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
+        self.inner.free(buffer)
+    }
+
+    fn upload(&mut self, buffer: BufferId, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.begin();
+        let result = self.inner.upload(buffer, at, bytes);
+        self.tell(result)
+    }
+
+    fn download(
+        &mut self,
+        buffer: BufferId,
+        at: usize,
+        bytes: &mut [u8],
+    ) -> Result<(), DeviceError> {
+        self.begin();
+        let result = self.inner.download(buffer, at, bytes);
+        self.tell(result)
+    }
+
+    fn supports(&self, op: &Op) -> Support {
+        self.inner.supports(op)
+    }
+
+    fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
+        self.begin();
+        let result = self.inner.launch(op);
+        self.tell(result)
+    }
+
+    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {
+        self.inner.wait(deadline)
+    }
+
+    fn memory_used(&self) -> usize {
+        self.inner.memory_used()
+    }
+}

@@ -1,0 +1,349 @@
+//! A run under a supervisor: does what the state machine in `fleet` says, writes its metrics and
+//! events, and saves snapshots in the background.
+//!
+//! Holds no device: those are in workers. Read next: `replica.rs`, the workers' side.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Sender};
+use std::time::{Duration, Instant};
+
+use pontoon_fleet::exchange::{Exchange, Layout};
+use pontoon_fleet::policy::HangAfter;
+use pontoon_fleet::protocol::{Area, Source};
+use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
+use pontoon_fleet::snapshot::SnapshotWriter;
+use pontoon_fleet::supervisor::{
+    Ending, Input, Output, Settings, StepDone, Supervisor, Validation,
+};
+use pontoon_fleet::world::{Launcher, Launching, Link};
+use pontoon_models::{HostWeights, Model};
+
+use crate::config::{HangSetting, RunConfig};
+use crate::data::Batch;
+use crate::error::TrainError;
+use crate::replica::layout;
+use crate::run_files::{Saving, SnapshotFrame, samples};
+use crate::step::fits;
+use crate::tensorboard::TensorBoard;
+use crate::trainer::{
+    Beginning, Data, Metrics, Observer, Run, Start, Summary, model_of, refuse_old_run,
+    write_settings,
+};
+
+/// How often silence is looked for.
+const TICK: Duration = Duration::from_millis(10);
+
+/// Trains on workers, one for each of `devices`.
+pub fn supervise(
+    run: &Run<'_>,
+    devices: &[String],
+    launcher: &mut dyn Launcher,
+    observer: &mut dyn Observer,
+) -> Result<Summary, TrainError> {
+    let mut config = run.config.clone();
+    let model = model_of(&config, &run.base)?;
+    fits(&model, config.data.sequence)?;
+    config.data.tokenizer = config.data.tokenizer.as_ref().map(|path| run.base.join(path));
+    let data = Data::open(&config, &model, &run.base)?;
+    let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
+    let to = config.snapshot.to.as_ref();
+    let snapshots = to.map_or_else(|| folder.snapshots(), |path| run.base.join(path));
+    let writer = SnapshotWriter::open(run.disk, &snapshots)?;
+    if run.start == Start::Fresh {
+        refuse_old_run(run, &snapshots)?;
+    }
+    write_settings(run, &config)?;
+    let layout = layout(&model, &config);
+    let exchange = Exchange::create(&layout).map_err(TrainError::Exchange)?;
+    let saver = Saver {
+        frame: SnapshotFrame::new(&model, &config)?,
+        config: &config,
+        model: &model,
+        layout,
+        exchange: &exchange,
+        writer: &writer,
+        newest: Mutex::new(None),
+    };
+    let (inputs, arrived) = mpsc::channel();
+    let mut driver = Driver {
+        run,
+        config: &config,
+        data: &data,
+        saver: &saver,
+        launcher,
+        observer,
+        inputs,
+        links: devices.iter().map(|_| None).collect(),
+        devices,
+        metrics: JsonLines::open(run.disk, &folder.metrics())?,
+        events: EventLog::open(run.disk, run.clock, &folder.events())?,
+        board: board(run)?,
+        begun: run.clock.now(),
+        done: Done::default(),
+    };
+    let mut supervisor = Supervisor::new(settings(run, &config, devices));
+    let ending: Result<Ending, TrainError> = std::thread::scope(|scope| {
+        let mut input = Input::Start;
+        loop {
+            let now = run.clock.now().duration_since(driver.begun);
+            for output in supervisor.handle(now, input) {
+                match output {
+                    Output::End(ending) => return Ok(ending),
+                    Output::Save { step, digest, numeric_class } => {
+                        let (saver, inputs) = (&saver, driver.inputs.clone());
+                        scope.spawn(move || saver.save(step, digest, &numeric_class, &inputs));
+                    }
+                    output => driver.obey(output)?,
+                }
+            }
+            let silence = if run.stop.load(Ordering::Relaxed) { Input::Stop } else { Input::Tick };
+            input = arrived.recv_timeout(TICK).unwrap_or(silence);
+        }
+    });
+    // Workers end before the folder's lock is given up, whatever went wrong.
+    driver.links.clear();
+    driver.summary(ending?, &supervisor)
+}
+
+fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {
+    TensorBoard::create(run.disk, &run.dir, run.clock.unix_time().as_secs_f64())
+}
+
+fn settings(run: &Run<'_>, config: &RunConfig, devices: &[String]) -> Settings {
+    Settings {
+        devices: devices.to_vec(),
+        leaves: config.train.micro_batches as u32,
+        steps: config.train.steps,
+        seed: config.train.seed,
+        snapshot_every: config.snapshot.every,
+        validation: match config.data.valid.as_slice() {
+            [] => Validation::Never,
+            _ => Validation::Every(config.train.valid_every),
+        },
+        audit: config.fleet.audit,
+        hang_after: match config.fleet.hang_after {
+            HangSetting::Seconds(seconds) => HangAfter::Fixed(Duration::from_secs_f64(seconds)),
+            HangSetting::Word(_) => HangAfter::Auto,
+        },
+        source: if run.start == Start::Resume { Source::Snapshot } else { Source::Fresh },
+    }
+}
+
+/// Writes snapshots from the exchange.
+struct Saver<'a> {
+    frame: SnapshotFrame,
+    config: &'a RunConfig,
+    model: &'a Model,
+    layout: Layout,
+    exchange: &'a Exchange,
+    writer: &'a SnapshotWriter<'a>,
+    /// The newest snapshot's step and the hash of its weights.
+    newest: Mutex<Option<(u64, String)>>,
+}
+
+impl Saver<'_> {
+    fn save(&self, step: u64, digest: u64, numeric_class: &str, to: &Sender<Input>) {
+        let input = match self.write(step, digest, numeric_class) {
+            Ok(folder) => Input::Saved { step, folder },
+            Err(error) => Input::SaveFailed { step, cause: error.to_string() },
+        };
+        // Nobody listens only if the run has ended.
+        let _ = to.send(input);
+    }
+
+    fn write(&self, step: u64, digest: u64, numeric_class: &str) -> Result<String, TrainError> {
+        let mut weights = HostWeights::zeros(self.model);
+        let mut first = vec![0.0_f32; weights.trainable.len()];
+        let mut second = first.clone();
+        let mut position = self.layout.area(Area::Snapshot);
+        let mut check = pontoon_fleet::digest::Digest::default();
+        let parts = [&mut weights.trainable, &mut first, &mut second, &mut weights.frozen];
+        for values in parts {
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
+            self.exchange.read(position, bytes).map_err(TrainError::Exchange)?;
+            check.update(bytes);
+            position += bytes.len() as u64;
+        }
+        if check.finish() != digest {
+            let text = "the state changed on its way to the snapshot; it was not written";
+            return Err(TrainError::Supervised(text.to_owned()));
+        }
+        let written = Saving {
+            writer: self.writer,
+            frame: &self.frame,
+            config: self.config,
+            model: self.model,
+            weights: &weights,
+            moments: [&first, &second],
+            numeric_class,
+            step,
+        }
+        .write()?;
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        *newest = Some((step, written.weights_blake3));
+        Ok(written.folder.display().to_string())
+    }
+}
+
+/// What was done in this life of the run.
+#[derive(Default)]
+struct Done {
+    step: u64,
+    loss: Option<f64>,
+    valid_loss: Option<f64>,
+    tokens: u64,
+    seconds: f64,
+}
+
+struct Driver<'a> {
+    run: &'a Run<'a>,
+    config: &'a RunConfig,
+    data: &'a Data,
+    saver: &'a Saver<'a>,
+    launcher: &'a mut dyn Launcher,
+    observer: &'a mut dyn Observer,
+    inputs: Sender<Input>,
+    links: Vec<Option<Box<dyn Link>>>,
+    devices: &'a [String],
+    metrics: JsonLines<'a>,
+    events: EventLog<'a>,
+    board: TensorBoard,
+    begun: Instant,
+    done: Done,
+}
+
+impl Driver<'_> {
+    fn obey(&mut self, output: Output) -> Result<(), TrainError> {
+        match output {
+            Output::Launch { worker, incarnation, step } => {
+                let device = self.devices[worker].clone();
+                let exchange = self.saver.exchange.descriptor();
+                let what = Launching { worker, incarnation, device, step, exchange };
+                match self.launcher.launch(&what, self.inputs.clone()) {
+                    Ok(link) => self.links[worker] = Some(link),
+                    Err(error) => {
+                        let cause = format!("its process cannot be started: {error}");
+                        let _ = self.inputs.send(Input::Gone { worker, incarnation, cause });
+                    }
+                }
+            }
+            Output::Kill { worker } => {
+                if let Some(mut link) = self.links[worker].take() {
+                    link.kill();
+                }
+            }
+            Output::Send { worker, command } => {
+                if let Some(link) = &mut self.links[worker] {
+                    // A broken pipe is the end of the process, which is reported by itself.
+                    let _ = link.send(&command);
+                }
+            }
+            Output::Event(event) => self.event(&event)?,
+            Output::Step(step) => self.step(&step)?,
+            Output::Save { .. } | Output::End(_) => unreachable!("the loop takes these"),
+        }
+        Ok(())
+    }
+
+    fn event(&mut self, event: &Event) -> Result<(), TrainError> {
+        self.events.append(event)?;
+        if matches!(event.kind, EventKind::Started | EventKind::Resumed) {
+            self.metrics.truncate_after_step(event.step)?;
+            self.done.step = event.step;
+            let model = self.saver.model;
+            self.observer.begin(&Beginning {
+                parameters: model.table.parameter_count() as u64,
+                step: event.step,
+                steps: self.config.train.steps,
+                step_tokens: self.step_tokens(),
+                data_tokens: self.data.train.tokens() as u64,
+                memory_bytes: 0,
+            });
+        }
+        self.observer.event(event);
+        Ok(())
+    }
+
+    fn step_tokens(&self) -> u64 {
+        samples(self.config) * self.config.data.sequence as u64
+    }
+
+    fn step(&mut self, step: &StepDone) -> Result<(), TrainError> {
+        let size = self.config.train.micro_batch;
+        let mut batch = Batch::default();
+        let mut valid = 0;
+        for leaf in 0..self.config.train.micro_batches {
+            let position = (step.step - 1) * samples(self.config) + (leaf * size) as u64;
+            self.data.train.batch(position, size, &mut batch);
+            valid += batch.valid;
+        }
+        let (tokens, seconds) = (self.step_tokens(), step.wall.as_secs_f64());
+        let metrics = Metrics {
+            step: step.step,
+            tokens: step.step * tokens,
+            loss: step.losses.iter().sum::<f64>() / valid.max(1) as f64,
+            grad_norm: step.norm,
+            lr: step.lr,
+            tokens_per_s: tokens as f64 / seconds.max(1e-9),
+            step_ms: seconds * 1e3,
+            mfu: None,
+            goodput: step.goodput,
+            workers: step.workers,
+            valid_loss: step.valid_loss,
+        };
+        self.done.step = step.step;
+        self.done.loss = Some(metrics.loss);
+        self.done.valid_loss = step.valid_loss.or(self.done.valid_loss);
+        self.done.tokens += tokens;
+        self.done.seconds += seconds;
+        self.metrics.append(&metrics)?;
+        let mut scalars = vec![
+            ("train/loss", metrics.loss),
+            ("train/grad_norm", metrics.grad_norm),
+            ("train/lr", metrics.lr),
+            ("speed/tokens_per_s", metrics.tokens_per_s),
+            ("speed/goodput", metrics.goodput),
+        ];
+        scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
+        let unix = self.run.clock.unix_time().as_secs_f64();
+        self.board.scalars(unix, metrics.step, &scalars)?;
+        self.observer.step(&metrics);
+        Ok(())
+    }
+
+    fn summary(&mut self, ending: Ending, of: &Supervisor) -> Result<Summary, TrainError> {
+        self.metrics.sync()?;
+        match ending {
+            Ending::Failed(text) => return Err(TrainError::Supervised(text)),
+            Ending::NonFinite { step, what, value } => {
+                return Err(TrainError::NonFinite { step, what, value, kept: step - 1 });
+            }
+            Ending::Finished | Ending::Stopped => {}
+        }
+        let newest = self.saver.newest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let hash = match newest {
+            Some((_, hash)) => hash,
+            None => {
+                let text = "all steps were done before; `pontoon status` shows the run".to_owned();
+                return Err(TrainError::Supervised(text));
+            }
+        };
+        let lost: BTreeMap<String, f64> =
+            of.lost().into_iter().map(|(cause, seconds)| (cause.to_owned(), seconds)).collect();
+        Ok(Summary {
+            steps: self.done.step,
+            loss: self.done.loss,
+            valid_loss: self.done.valid_loss,
+            weights_blake3: hash,
+            tokens_per_s: self.done.tokens as f64 / self.done.seconds.max(1e-9),
+            goodput: of.goodput(),
+            faults: of.faults(),
+            dir: self.run.dir.clone(),
+            finished: ending == Ending::Finished,
+            lost_s: lost,
+        })
+    }
+}
