@@ -16,9 +16,9 @@ const CHUNK_LOGITS: usize = 4 << 20;
 /// Most rows of a chunk: more would not make the products faster.
 const CHUNK_ROWS_MAX: usize = 512;
 
-/// Elements from row to row of logits and their gradients: a vocabulary is often a power of two, and
-/// rows a multiple of a page apart would all compete for the same few places in the caches. The
-/// padding is one cache line of the narrowest type.
+/// Elements from row to row of logits and their gradients. A vocabulary is often a power of two,
+/// and rows a multiple of a page apart would all compete for the same few places in the caches.
+/// What is added is one cache line of the narrowest type.
 fn padded_row(vocabulary: usize) -> usize {
     vocabulary + 32
 }
