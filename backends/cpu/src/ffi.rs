@@ -363,19 +363,19 @@ impl<'a, T: crate::simd::Element> Scattered<'a, T> {
         scattered
     }
 
-    /// Rounds and stores consecutive elements from `start` on.
+    /// Stores consecutive elements from `start` on.
     #[inline(always)]
-    pub(crate) fn store(&self, start: usize, values: &[f32]) {
+    pub(crate) fn store(&self, start: usize, values: &[T]) {
         if !self.wide.is_empty() {
-            for (to, value) in self.wide[start..][..values.len()].iter().zip(values) {
-                to.store(value.to_bits(), Ordering::Relaxed);
+            let words = bytemuck::cast_slice::<T, u32>(values);
+            for (to, word) in self.wide[start..][..words.len()].iter().zip(words) {
+                to.store(*word, Ordering::Relaxed);
             }
             return;
         }
-        for (to, value) in self.narrow[start..][..values.len()].iter().zip(values) {
-            let rounded = T::from_f32(*value);
-            let bytes = bytemuck::bytes_of(&rounded);
-            to.store(u16::from_ne_bytes([bytes[0], bytes[1]]), Ordering::Relaxed);
+        let halves = bytemuck::cast_slice::<T, u16>(values);
+        for (to, half) in self.narrow[start..][..halves.len()].iter().zip(halves) {
+            to.store(*half, Ordering::Relaxed);
         }
     }
 }
@@ -390,7 +390,8 @@ mod tests {
     fn narrow_elements_may_be_scattered_from_an_address_no_wide_one_could_have() {
         let mut elements = [bf16::ZERO; 5];
         for start in 0..2 {
-            Scattered::new(&mut elements[start..]).store(1, &[1.5, -2.0]);
+            let values = [1.5, -2.0].map(bf16::from_f32);
+            Scattered::new(&mut elements[start..]).store(1, &values);
         }
         assert_eq!(elements.map(f32::from), [0.0, 1.5, 1.5, -2.0, 0.0]);
     }

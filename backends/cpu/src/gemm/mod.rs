@@ -12,7 +12,7 @@
 
 mod gemv;
 mod grouped;
-mod pack;
+pub(crate) mod pack;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -234,12 +234,12 @@ impl Unit for f16 {
 }
 
 /// Whether operands of this type stay bf16 pairs.
-fn is_dot(kind: UnitKind, isa: Isa) -> bool {
+pub(crate) fn is_dot(kind: UnitKind, isa: Isa) -> bool {
     kind == UnitKind::Bf16 && isa.has_bf16_dot()
 }
 
 /// 32-bit units in a chain of length k.
-fn units(kind: UnitKind, isa: Isa, k: usize) -> usize {
+pub(crate) fn units(kind: UnitKind, isa: Isa, k: usize) -> usize {
     if is_dot(kind, isa) { k.div_ceil(2) } else { k }
 }
 

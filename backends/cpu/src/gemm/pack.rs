@@ -15,21 +15,21 @@ use crate::simd::{Kernel, Simd};
 
 /// Where a stretch of an operand comes from.
 #[derive(Clone, Copy)]
-pub(super) struct Source<'a, T> {
+pub(crate) struct Source<'a, T> {
     /// Elements of the operand.
-    pub(super) data: &'a [T],
+    pub(crate) data: &'a [T],
     /// Elements from one row to the next.
-    pub(super) stride: usize,
+    pub(crate) stride: usize,
     /// First of the rows (k is along a row) or columns (k is across rows) to take.
-    pub(super) first: usize,
+    pub(crate) first: usize,
     /// How many of them.
-    pub(super) count: usize,
+    pub(crate) count: usize,
     /// Length of the chain in elements.
-    pub(super) k: usize,
+    pub(crate) k: usize,
     /// Length of the chain in units.
-    pub(super) units: usize,
+    pub(crate) units: usize,
     /// Units are bf16 pairs.
-    pub(super) dot: bool,
+    pub(crate) dot: bool,
 }
 
 /// `LANES` units of one row from unit `unit` on; zero past the end.
@@ -45,7 +45,7 @@ fn row_units<S: Simd, T: Unit, const DOT: bool>(simd: S, row: &[T], unit: usize)
 
 /// A square of units: up to `LANES` rows, `LANES` units each; zero where the matrix ends.
 #[inline(always)]
-pub(super) fn units_square<S: Simd, T: Unit, const DOT: bool>(
+pub(crate) fn units_square<S: Simd, T: Unit, const DOT: bool>(
     simd: S,
     from: &Source<'_, T>,
     row: usize,
@@ -93,10 +93,10 @@ fn column_units<S: Simd, T: Unit, const DOT: bool>(
 }
 
 /// Packs rows of an operand, k along the row, into right panels (the transposing case).
-pub(super) struct PackRowsAsColumns<'a, T> {
-    pub(super) from: Source<'a, T>,
+pub(crate) struct PackRowsAsColumns<'a, T> {
+    pub(crate) from: Source<'a, T>,
     /// Panels of `units * 2 * LANES`.
-    pub(super) to: &'a mut [u32],
+    pub(crate) to: &'a mut [u32],
 }
 
 impl<T: Unit> Kernel for PackRowsAsColumns<'_, T> {
@@ -138,15 +138,15 @@ fn pack_rows_as_columns<S: Simd, T: Unit, const DOT: bool>(
 }
 
 /// Packs columns of an operand, k across rows, into panels of any width.
-pub(super) struct PackColumns<'a, T> {
-    pub(super) from: Source<'a, T>,
+pub(crate) struct PackColumns<'a, T> {
+    pub(crate) from: Source<'a, T>,
     /// Columns of a panel.
-    pub(super) width: usize,
+    pub(crate) width: usize,
     /// Words from one panel to the next: at least `units * width`, and room for one vector more
     /// where the width is no multiple of `LANES`.
-    pub(super) panel_words: usize,
+    pub(crate) panel_words: usize,
     /// The panels.
-    pub(super) to: &'a mut [u32],
+    pub(crate) to: &'a mut [u32],
 }
 
 impl<T: Unit> Kernel for PackColumns<'_, T> {
@@ -191,12 +191,12 @@ impl<T: Unit> PackColumns<'_, T> {
 }
 
 /// Copies rows of an operand, k along the row, into rows of units.
-pub(super) struct PackRows<'a, T> {
-    pub(super) from: Source<'a, T>,
+pub(crate) struct PackRows<'a, T> {
+    pub(crate) from: Source<'a, T>,
     /// Words from one row to the next, at least `units`.
-    pub(super) row_words: usize,
+    pub(crate) row_words: usize,
     /// The rows.
-    pub(super) to: &'a mut [u32],
+    pub(crate) to: &'a mut [u32],
 }
 
 impl<T: Unit> Kernel for PackRows<'_, T> {

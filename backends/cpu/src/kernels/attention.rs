@@ -1,88 +1,88 @@
 //! Attention over packed documents and over a paged cache, with one inner tile for both, so that
 //! training, prefill and decoding agree bit for bit.
 //!
-//! Scores, probabilities and sums are f32. A task owns one head of one range of query rows. Keys
-//! are taken in tiles of `KEY_TILE` from the document's start; per row, every tile does the same
-//! arithmetic whatever other rows are present.
+//! Products run on the inner loop of `gemm`, on bf16 pairs where the CPU multiplies those; there
+//! probabilities are rounded to bf16 before they meet the values, but summed unrounded. Scores,
+//! maxima and sums are f32. A task owns one head of one range of query rows. Keys are taken in
+//! tiles of `KEY_TILE` from the document's start; per row, every tile does the same arithmetic
+//! whatever other rows are present.
 
 use std::cell::RefCell;
 
+use half::bf16;
 use pontoon_ops::{self as ops, DeviceError, KEY_TILE, View};
 
-use super::product::{Left, multiply_add, padded_width};
+use super::product::{Product, all_finite, within};
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Scattered;
-use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
+use crate::gemm::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
+use crate::gemm::{Unit, is_dot, units};
+use crate::simd::micro::{LeftUnits, Start};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
 
-/// Query rows of one task: enough to share a widened key tile, few enough to balance threads.
+/// Query rows of one task: enough to share a packed key tile, few enough to balance threads.
 const QUERY_ROWS: usize = 128;
 
+/// Rows of one head that lie `stride` elements apart.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a, T> {
+    pub data: &'a [T],
+    pub stride: usize,
+}
+
 /// Where one head of one sequence finds its keys and values by position.
-pub(super) trait KeyValues: Sync {
-    /// Widens the key at `position` into `to`.
-    fn key(&self, position: usize, to: &mut [f32]);
-    /// Widens the value at `position` into `to`.
-    fn value(&self, position: usize, to: &mut [f32]);
+#[derive(Clone, Copy)]
+enum KeyValues<'a, T> {
+    /// In rows of a tensor.
+    InRows { k: Rows<'a, T>, v: Rows<'a, T> },
+    /// In blocks of a cache, `block` positions each, named by `blocks`.
+    InBlocks { k: Rows<'a, T>, v: Rows<'a, T>, blocks: &'a [i32], block: usize },
 }
 
-/// Keys and values that lie in rows of a tensor.
-struct InRows<'a, T> {
-    k: &'a [T],
-    v: &'a [T],
-    k_row: usize,
-    v_row: usize,
-}
-
-impl<T: Element> KeyValues for InRows<'_, T> {
-    fn key(&self, position: usize, to: &mut [f32]) {
-        widen(&self.k[position * self.k_row..][..to.len()], to);
-    }
-
-    fn value(&self, position: usize, to: &mut [f32]) {
-        widen(&self.v[position * self.v_row..][..to.len()], to);
-    }
-}
-
-/// Keys and values that lie in blocks of a cache.
-struct InBlocks<'a, T> {
-    k: &'a [T],
-    v: &'a [T],
-    blocks: &'a [i32],
-    /// Positions in a block.
-    block: usize,
-    k_row: usize,
-    v_row: usize,
-}
-
-impl<T> InBlocks<'_, T> {
-    fn slot(&self, position: usize) -> usize {
-        self.blocks[position / self.block] as usize * self.block + position % self.block
-    }
-}
-
-impl<T: Element> KeyValues for InBlocks<'_, T> {
-    fn key(&self, position: usize, to: &mut [f32]) {
-        widen(&self.k[self.slot(position) * self.k_row..][..to.len()], to);
-    }
-
-    fn value(&self, position: usize, to: &mut [f32]) {
-        widen(&self.v[self.slot(position) * self.v_row..][..to.len()], to);
-    }
-}
-
-pub(super) fn widen<T: Element>(from: &[T], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = from.to_f32();
+impl<'a, T: Unit> KeyValues<'a, T> {
+    /// The keys and values of `count` positions from `start` on; from a cache they are copied into
+    /// `memory` first.
+    fn tile<'b>(
+        &self,
+        (start, count): (usize, usize),
+        (qk_width, v_width): (usize, usize),
+        memory: &'b mut Vec<u32>,
+    ) -> [Rows<'b, T>; 2]
+    where
+        'a: 'b,
+    {
+        match *self {
+            KeyValues::InRows { k, v } => {
+                let from =
+                    |rows: Rows<'a, T>| Rows { data: &rows.data[start * rows.stride..], ..rows };
+                [from(k), from(v)]
+            }
+            KeyValues::InBlocks { k, v, blocks, block } => {
+                let memory = grown(memory, KEY_TILE * (qk_width + v_width));
+                let (keys, values) =
+                    bytemuck::cast_slice_mut::<u32, T>(memory).split_at_mut(KEY_TILE * qk_width);
+                for index in 0..count {
+                    let position = start + index;
+                    let slot = blocks[position / block] as usize * block + position % block;
+                    let copy = |from: Rows<'_, T>, to: &mut [T], width: usize| {
+                        let from = &from.data[slot * from.stride..][..width];
+                        to[index * width..][..width].copy_from_slice(from);
+                    };
+                    copy(k, keys, qk_width);
+                    copy(v, values, v_width);
+                }
+                [Rows { data: keys, stride: qk_width }, Rows { data: values, stride: v_width }]
+            }
+        }
     }
 }
 
 /// One head's share of one range of query rows of one sequence.
-struct Work<'a, T, K> {
+struct Work<'a, T> {
     isa: Isa,
-    /// The first query row's elements.
-    q: &'a [T],
-    q_row: usize,
-    keys: K,
+    /// The query rows.
+    q: Rows<'a, T>,
+    keys: KeyValues<'a, T>,
     /// The position of the first query row in its sequence.
     first: usize,
     rows: usize,
@@ -93,193 +93,351 @@ struct Work<'a, T, K> {
 
 /// Working memory of one thread, grown once.
 #[derive(Default)]
-struct Tile {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    scores: Vec<f32>,
-    out: Vec<f32>,
-    peak: Vec<f32>,
-    sum: Vec<f32>,
-    line: Vec<f32>,
+struct Memory {
+    gathered: Vec<u32>,
+    q: Vec<u32>,
+    k: Vec<u32>,
+    v: Vec<u32>,
+    p: Vec<u32>,
+    scores: Vec<u32>,
+    out: Vec<u32>,
+    /// The running maximum and sum of each row.
+    softmax: Vec<u32>,
+    result: Vec<u32>,
 }
 
 thread_local! {
-    static TILE: RefCell<Tile> = RefCell::default();
+    static MEMORY: RefCell<Memory> = RefCell::default();
 }
 
-fn grown(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
+/// The first `len` words, contents arbitrary.
+pub(super) fn grown(memory: &mut Vec<u32>, len: usize) -> &mut [u32] {
     if memory.len() < len {
-        memory.resize(len, 0.0);
+        memory.resize(len, 0);
     }
     &mut memory[..len]
 }
 
-impl<T: Element, K: KeyValues> Work<'_, T, K> {
+fn floats(memory: &mut Vec<u32>, len: usize) -> &mut [f32] {
+    bytemuck::cast_slice_mut(grown(memory, len))
+}
+
+impl<T: Unit> Work<'_, T> {
     /// Calls `finish(row, output row, lse)` for every row when all keys have been seen.
-    fn run(&self, mut finish: impl FnMut(usize, &[f32], f32)) {
-        TILE.with_borrow_mut(|tile| {
-            let v_padded = padded_width(self.v_width);
-            let q = grown(&mut tile.q, self.rows * self.qk_width);
-            for (row, to) in q.chunks_mut(self.qk_width).enumerate() {
-                widen(&self.q[row * self.q_row..][..self.qk_width], to);
-            }
-            let out = grown(&mut tile.out, self.rows * v_padded);
-            let peak = grown(&mut tile.peak, self.rows);
-            let sum = grown(&mut tile.sum, self.rows);
+    fn run(&self, mut finish: impl FnMut(usize, &[T], f32)) {
+        MEMORY.with_borrow_mut(|memory| {
+            let geometry = self.isa.geometry();
+            let (width, dot) = (geometry.micro_columns, is_dot(T::KIND, self.isa));
+            let qk_units = units(T::KIND, self.isa, self.qk_width);
+            let key_units = units(T::KIND, self.isa, KEY_TILE);
+            let v_panels = self.v_width.div_ceil(width);
+            let q = grown(&mut memory.q, self.rows * qk_units);
+            let from = self.source(self.q, self.rows, self.qk_width);
+            dispatch(self.isa, PackRows { from, row_words: qk_units.max(1), to: &mut *q });
+            let k = grown(&mut memory.k, KEY_TILE * qk_units);
+            let v = grown(&mut memory.v, v_panels * width * key_units);
+            let p = grown(&mut memory.p, geometry.micro_rows * key_units);
+            let scores = floats(&mut memory.scores, geometry.micro_rows * KEY_TILE);
+            let out = floats(&mut memory.out, v_panels * width * self.rows);
+            let (peak, sum) = floats(&mut memory.softmax, 2 * self.rows).split_at_mut(self.rows);
             out.fill(0.0);
             peak.fill(f32::NEG_INFINITY);
             sum.fill(0.0);
-            let k = grown(&mut tile.k, self.qk_width * KEY_TILE);
-            let v = grown(&mut tile.v, KEY_TILE * v_padded);
-            let scores = grown(&mut tile.scores, self.rows * KEY_TILE);
-            let line = grown(&mut tile.line, self.qk_width.max(v_padded));
             let end = self.first + self.rows;
             for start in (0..end).step_by(KEY_TILE) {
                 let keys = KEY_TILE.min(end - start);
-                load_tile(&self.keys, start, keys, (&mut *k, &mut *v, &mut *line), self.widths());
-                let step = Step {
-                    q,
-                    k,
-                    v,
-                    scores,
-                    out,
-                    peak,
-                    sum,
-                    start,
-                    first: self.first,
-                    qk_width: self.qk_width,
-                    v_padded,
-                    scale: self.scale,
-                };
+                let widths = (self.qk_width, self.v_width);
+                let tile = self.keys.tile((start, keys), widths, &mut memory.gathered);
+                self.pack(tile, keys, (&mut *k, &mut *v));
+                let (p, scores) = (&mut *p, &mut *scores);
+                let softmax = Softmax { peak: &mut *peak, sum: &mut *sum, scale: self.scale };
+                let (first, out) = (self.first, &mut *out);
+                let step =
+                    Step { q, k, v, qk_units, p, scores, out, softmax, start, keys, first, dot };
                 dispatch(self.isa, step);
             }
+            let result = grown(&mut memory.result, self.v_width.max(1));
             for row in 0..self.rows {
-                let (total, out) = (sum[row], &mut out[row * v_padded..][..self.v_width]);
-                out.iter_mut().for_each(|value| *value /= total);
-                finish(row, out, peak[row] + total.ln());
+                let to = &mut bytemuck::cast_slice_mut::<u32, T>(result)[..self.v_width];
+                let sums = SumsRow { sums: out, step: self.rows * width, row };
+                dispatch(self.isa, Divide { sums, divisor: sum[row], to: &mut *to });
+                finish(row, to, peak[row] + sum[row].ln());
             }
         });
     }
 
-    fn widths(&self) -> (usize, usize) {
-        (self.qk_width, self.v_width)
-    }
-}
-
-/// Widens one tile: keys transposed `[qk_width, KEY_TILE]`, values `[KEY_TILE, padded width]`;
-/// missing keys and columns are zero.
-pub(super) fn load_tile(
-    keys: &impl KeyValues,
-    start: usize,
-    count: usize,
-    (k, v, line): (&mut [f32], &mut [f32], &mut [f32]),
-    (qk_width, v_width): (usize, usize),
-) {
-    let v_padded = padded_width(v_width);
-    if count < KEY_TILE {
-        k.fill(0.0);
-    }
-    v[count * v_padded..].fill(0.0);
-    for index in 0..count {
-        let line = &mut line[..qk_width];
-        keys.key(start + index, line);
-        for (element, value) in line.iter().enumerate() {
-            k[element * KEY_TILE + index] = *value;
+    /// Rows as the source of packing, k along the row.
+    fn source<'b>(&self, rows: Rows<'b, T>, count: usize, width: usize) -> Source<'b, T> {
+        Source {
+            data: rows.data,
+            stride: rows.stride,
+            first: 0,
+            count,
+            k: width,
+            units: units(T::KIND, self.isa, width),
+            dot: is_dot(T::KIND, self.isa),
         }
-        let row = &mut v[index * v_padded..][..v_padded];
-        keys.value(start + index, &mut row[..v_width]);
-        row[v_width..].fill(0.0);
+    }
+
+    /// Packs a tile: keys as columns, values as rows of units of neighbouring keys.
+    fn pack(
+        &self,
+        [keys, values]: [Rows<'_, T>; 2],
+        count: usize,
+        (k, v): (&mut [u32], &mut [u32]),
+    ) {
+        let width = self.isa.geometry().micro_columns;
+        let from = self.source(keys, count, self.qk_width);
+        let panels = count.div_ceil(width);
+        if from.units > 0 {
+            dispatch(
+                self.isa,
+                PackRowsAsColumns { from, to: &mut k[..panels * width * from.units] },
+            );
+        }
+        let from = Source {
+            count: self.v_width,
+            k: count,
+            units: units(T::KIND, self.isa, count),
+            ..self.source(values, count, self.v_width)
+        };
+        let panel_words = units(T::KIND, self.isa, KEY_TILE) * width;
+        dispatch(self.isa, PackColumns { from, width, panel_words, to: v });
     }
 }
 
-/// One tile of keys against all query rows.
-struct Step<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
-    scores: &'a mut [f32],
-    out: &'a mut [f32],
+/// The running softmax of all rows.
+struct Softmax<'a> {
     peak: &'a mut [f32],
     sum: &'a mut [f32],
+    scale: f32,
+}
+
+/// One tile of keys against all query rows, a block of rows at a time, so that a block's scores
+/// and probabilities stay in the first-level cache.
+struct Step<'a> {
+    /// Rows of units.
+    q: &'a [u32],
+    /// Panels of keys.
+    k: &'a [u32],
+    /// Panels of values.
+    v: &'a [u32],
+    /// Units of a query row.
+    qk_units: usize,
+    /// Room for the probabilities of a block of rows, in units.
+    p: &'a mut [u32],
+    /// Room for the scores of a block of rows, panel after panel.
+    scores: &'a mut [f32],
+    /// Sums of all rows, panel after panel.
+    out: &'a mut [f32],
+    softmax: Softmax<'a>,
     /// Position of the tile's first key.
     start: usize,
+    /// Keys in the tile.
+    keys: usize,
     /// Position of the first query row.
     first: usize,
-    qk_width: usize,
-    v_padded: usize,
-    scale: f32,
+    /// Units are bf16 pairs.
+    dot: bool,
 }
 
 impl Kernel for Step<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let rows = self.peak.len();
-        // Rows before the tile's first key see none of it.
-        let skipped = self.start.saturating_sub(self.first).min(rows);
-        let seen = rows - skipped;
-        let (q, out) =
-            (&self.q[skipped * self.qk_width..], &mut self.out[skipped * self.v_padded..]);
-        let scores = &mut self.scores[..seen * KEY_TILE];
-        scores.fill(0.0);
-        let left = Left { a: q, row_step: self.qk_width, k_step: 1 };
-        multiply_add(simd, left, self.k, scores, (seen, 0..self.qk_width, KEY_TILE));
-        for row in 0..seen {
-            let position = self.first + skipped + row;
-            let visible = (position + 1 - self.start).min(KEY_TILE);
-            let line = &mut scores[row * KEY_TILE..][..KEY_TILE];
-            line[visible..].fill(f32::NEG_INFINITY);
-            let at = skipped + row;
-            let out = &mut out[row * self.v_padded..][..self.v_padded];
-            soften(simd, line, self.scale, (&mut self.peak[at], &mut self.sum[at]), out);
+        if S::BF16_DOT && self.dot {
+            self.step::<S, true>(simd);
+        } else {
+            self.step::<S, false>(simd);
         }
-        // Rows that see the whole tile go together; the others stop at their own key.
-        let full_from = (self.start + KEY_TILE).saturating_sub(self.first + skipped + 1).min(seen);
-        for row in 0..full_from {
-            let visible = self.first + skipped + row + 1 - self.start;
-            let left = Left { a: &scores[row * KEY_TILE..], row_step: KEY_TILE, k_step: 1 };
-            let out = &mut out[row * self.v_padded..];
-            multiply_add(simd, left, self.v, out, (1, 0..visible, self.v_padded));
-        }
-        let left = Left { a: &scores[full_from * KEY_TILE..], row_step: KEY_TILE, k_step: 1 };
-        let out = &mut out[full_from * self.v_padded..];
-        multiply_add(simd, left, self.v, out, (seen - full_from, 0..KEY_TILE, self.v_padded));
     }
 }
 
-/// Turns one row's scores into unnormalised probabilities under the running maximum, and rescales
-/// what was summed before.
+impl Step<'_> {
+    #[inline(always)]
+    fn step<S: Simd, const DOT: bool>(mut self, simd: S) {
+        let rows = self.softmax.peak.len();
+        // Rows before the tile's first key see none of it.
+        let skipped = self.start.saturating_sub(self.first).min(rows);
+        let all_whole = self.visible(skipped) == KEY_TILE;
+        let clean = all_whole || self.is_clean::<S, DOT>();
+        for row in (skipped..rows).step_by(S::MICRO_ROWS) {
+            let count = S::MICRO_ROWS.min(rows - row);
+            self.score::<S, DOT>(simd, row, count);
+            for index in 0..count {
+                self.soften::<S, DOT>(simd, row + index, index);
+            }
+            self.mix::<S, DOT>(simd, (row, count), clean);
+        }
+    }
+
+    /// How many of the tile's keys a row sees.
+    #[inline(always)]
+    fn visible(&self, row: usize) -> usize {
+        (self.first + row + 1 - self.start).min(KEY_TILE)
+    }
+
+    /// Whether all values are finite.
+    #[inline(always)]
+    fn is_clean<S: Simd, const DOT: bool>(&self) -> bool {
+        let (units, width) = (self.keys.div_ceil(if DOT { 2 } else { 1 }), 2 * S::LANES);
+        let panel_words = width * KEY_TILE / if DOT { 2 } else { 1 };
+        self.v.chunks(panel_words).all(|panel| all_finite::<DOT>(&panel[..units * width]))
+    }
+
+    /// The scores of a block of rows against the keys that its last row sees.
+    #[inline(always)]
+    fn score<S: Simd, const DOT: bool>(&mut self, simd: S, row: usize, count: usize) {
+        let (width, row_bytes) = (2 * S::LANES, self.qk_units * 4);
+        let bytes = bytemuck::cast_slice(self.q);
+        let mut product = Product {
+            left: LeftUnits { bytes, start: row * row_bytes, row_bytes, unit_bytes: 4 },
+            rows: count,
+            right: self.k,
+            panel_words: self.qk_units * width,
+            panels: 0..self.visible(row + count - 1).div_ceil(width),
+            sums: &mut *self.scores,
+            sums_step: S::MICRO_ROWS * width,
+            start: Start::Zero,
+        };
+        product.run::<S, DOT>(simd, 0..self.qk_units);
+    }
+
+    /// Turns one row's scores into unnormalised probabilities under the running maximum, and
+    /// rescales what was summed before. `index` is the row's place in its block.
+    #[inline(always)]
+    fn soften<S: Simd, const DOT: bool>(&mut self, simd: S, row: usize, index: usize) {
+        let visible = self.visible(row);
+        let width = 2 * S::LANES;
+        let place = |at: usize| at / width * S::MICRO_ROWS * width + index * width + at % width;
+        let factor = simd.splat(self.softmax.scale);
+        let none = simd.splat(f32::NEG_INFINITY);
+        let mut best = none;
+        for at in (0..visible).step_by(S::LANES) {
+            let line = &mut self.scores[place(at)..][..S::LANES];
+            let score = simd.mul(simd.load(line), factor);
+            let score = within(simd, at, &(0..visible), score, none);
+            simd.store(score, line);
+            best = simd.max(score, best);
+        }
+        let (peak, sum) = (&mut self.softmax.peak[row], &mut self.softmax.sum[row]);
+        let new_peak = simd.reduce_max(best).max(*peak);
+        let shift = simd.splat(new_peak);
+        let mut total = simd.zero();
+        let row_words = self.p.len() / S::MICRO_ROWS;
+        let p = &mut self.p[index * row_words..][..row_words];
+        for at in (0..KEY_TILE).step_by(S::LANES) {
+            let mut probability = simd.zero();
+            if at < visible {
+                let line = &self.scores[place(at)..][..S::LANES];
+                probability = simd.exp(simd.sub(simd.load(line), shift));
+                total = simd.add(total, probability);
+            }
+            store_units::<S, DOT>(simd, probability, p, at);
+        }
+        if new_peak != *peak {
+            let correction =
+                if new_peak == f32::NEG_INFINITY { 0.0 } else { (*peak - new_peak).exp() };
+            *sum *= correction;
+            *peak = new_peak;
+            let again = simd.splat(correction);
+            let rows = self.softmax.peak.len();
+            for panel in self.out.chunks_mut(rows * width) {
+                for chunk in panel[row * width..][..width].chunks_mut(S::LANES) {
+                    simd.store(simd.mul(simd.load(chunk), again), chunk);
+                }
+            }
+        }
+        self.softmax.sum[row] += simd.reduce_sum(total);
+    }
+
+    /// Adds a block of rows' probabilities times the values to their sums.
+    #[inline(always)]
+    fn mix<S: Simd, const DOT: bool>(
+        &mut self,
+        simd: S,
+        (row, count): (usize, usize),
+        clean: bool,
+    ) {
+        let (per_unit, width) = (if DOT { 2 } else { 1 }, 2 * S::LANES);
+        let rows = self.softmax.peak.len();
+        let (first, last) = (self.visible(row), self.visible(row + count - 1));
+        let row_bytes = self.p.len() / S::MICRO_ROWS * 4;
+        let panel_words = width * KEY_TILE / per_unit;
+        let start = self.start;
+        let mut product = Product {
+            left: LeftUnits {
+                bytes: bytemuck::cast_slice(self.p),
+                start: 0,
+                row_bytes,
+                unit_bytes: 4,
+            },
+            rows: count,
+            right: self.v,
+            panel_words,
+            panels: 0..self.v.len() / panel_words,
+            sums: &mut self.out[row * width..],
+            sums_step: rows * width,
+            start: Start::Resume,
+        };
+        // A key that a row does not see has probability zero, which leaves the sum as it is unless
+        // the value is infinite or NaN.
+        if first == KEY_TILE || clean {
+            product.run::<S, DOT>(simd, 0..last.div_ceil(per_unit));
+        } else {
+            let first = self.first + row + 1 - start;
+            product.run_apart::<S, DOT>(simd, |index| 0..(first + index).min(KEY_TILE));
+        }
+    }
+}
+
+/// Writes a vector of elements at `at` of a row of units.
 #[inline(always)]
-fn soften<S: Simd>(
+pub(super) fn store_units<S: Simd, const DOT: bool>(
     simd: S,
-    line: &mut [f32],
-    scale: f32,
-    (peak, sum): (&mut f32, &mut f32),
-    out: &mut [f32],
+    value: S::F32,
+    row: &mut [u32],
+    at: usize,
 ) {
-    let factor = simd.splat(scale);
-    let mut best = simd.splat(f32::NEG_INFINITY);
-    for chunk in line.chunks_mut(S::LANES) {
-        let score = simd.mul(simd.load(chunk), factor);
-        simd.store(score, chunk);
-        best = simd.max(score, best);
+    if DOT {
+        let row: &mut [bf16] = bytemuck::cast_slice_mut(row);
+        simd.store_bf16(value, &mut row[at..][..S::LANES]);
+    } else {
+        let row: &mut [f32] = bytemuck::cast_slice_mut(row);
+        simd.store(value, &mut row[at..][..S::LANES]);
     }
-    let new_peak = simd.reduce_max(best).max(*peak);
-    let correction = if new_peak == f32::NEG_INFINITY { 0.0 } else { (*peak - new_peak).exp() };
-    let shift = simd.splat(new_peak);
-    let mut total = simd.zero();
-    for chunk in line.chunks_mut(S::LANES) {
-        let probability = simd.exp(simd.sub(simd.load(chunk), shift));
-        simd.store(probability, chunk);
-        total = simd.add(total, probability);
-    }
-    *sum = *sum * correction + simd.reduce_sum(total);
-    *peak = new_peak;
-    let again = simd.splat(correction);
-    for chunk in out.chunks_mut(S::LANES) {
-        let value = simd.mul(simd.load(chunk), again);
-        simd.store(value, chunk);
+}
+
+/// One row of sums that lie panel after panel.
+#[derive(Clone, Copy)]
+pub(super) struct SumsRow<'a> {
+    pub sums: &'a [f32],
+    /// Floats from one panel to the next.
+    pub step: usize,
+    pub row: usize,
+}
+
+/// Rounds a row of sums over a divisor to the storage type.
+pub(super) struct Divide<'a, T> {
+    pub sums: SumsRow<'a>,
+    pub divisor: f32,
+    pub to: &'a mut [T],
+}
+
+impl<T: Unit> Kernel for Divide<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = 2 * S::LANES;
+        let divisor = simd.splat(self.divisor);
+        for (index, to) in self.to.chunks_mut(S::LANES).enumerate() {
+            let at = index * S::LANES;
+            let from = at / width * self.sums.step + self.sums.row * width + at % width;
+            let sum = simd.load(&self.sums.sums[from..][..S::LANES]);
+            // Adding zero makes a negative zero positive: whether a sum of zeros has a sign may
+            // depend on keys that the row does not see.
+            T::store(simd, simd.add(simd.div(sum, divisor), simd.zero()), to);
+        }
     }
 }
 
@@ -335,7 +493,7 @@ fn head_stride(view: &View) -> usize {
     view.stride(1)
 }
 
-fn attention_as<T: Element>(context: &mut Context<'_>, op: &ops::Attention) -> Done {
+fn attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::Attention) -> Done {
     let q = context.operands.read::<T>(&op.q)?;
     let k = context.operands.read::<T>(&op.k)?;
     let v = context.operands.read::<T>(&op.v)?;
@@ -354,17 +512,13 @@ fn attention_as<T: Element>(context: &mut Context<'_>, op: &ops::Attention) -> D
     let isa = context.isa;
     context.pool.run(ranges.len() * heads, |task| {
         let (range, head) = (ranges[task / heads], task % heads);
-        let keys = InRows {
-            k: &k[range.origin * k_row + head / group * head_stride(&op.k)..],
-            v: &v[range.origin * v_row + head / group * head_stride(&op.v)..],
-            k_row,
-            v_row,
-        };
+        let k = &k[range.origin * k_row + head / group * head_stride(&op.k)..];
+        let v = &v[range.origin * v_row + head / group * head_stride(&op.v)..];
+        let (k, v) = (Rows { data: k, stride: k_row }, Rows { data: v, stride: v_row });
         let work = Work {
             isa,
-            q: &q[range.row * q_row + head * head_stride(&op.q)..],
-            q_row,
-            keys,
+            q: Rows { data: &q[range.row * q_row + head * head_stride(&op.q)..], stride: q_row },
+            keys: KeyValues::InRows { k, v },
             first: range.position,
             rows: range.rows,
             qk_width,
@@ -411,7 +565,7 @@ fn paged_ranges(
     Ok(ranges)
 }
 
-fn paged_attention_as<T: Element>(context: &mut Context<'_>, op: &ops::PagedAttention) -> Done {
+fn paged_attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::PagedAttention) -> Done {
     let q = context.operands.read::<T>(&op.q)?;
     let k = context.operands.read::<T>(&op.k_cache)?;
     let v = context.operands.read::<T>(&op.v_cache)?;
@@ -428,18 +582,15 @@ fn paged_attention_as<T: Element>(context: &mut Context<'_>, op: &ops::PagedAtte
     let isa = context.isa;
     context.pool.run(ranges.len() * heads, |task| {
         let (range, head) = (ranges[task / heads], task % heads);
-        let keys = InBlocks {
-            k: &k[head / group * qk_width..],
-            v: &v[head / group * v_width..],
+        let keys = KeyValues::InBlocks {
+            k: Rows { data: &k[head / group * qk_width..], stride: kv_heads * qk_width },
+            v: Rows { data: &v[head / group * v_width..], stride: kv_heads * v_width },
             blocks: &blocks[range.sequence * blocks_max..][..blocks_max],
             block,
-            k_row: kv_heads * qk_width,
-            v_row: kv_heads * v_width,
         };
         let work = Work {
             isa,
-            q: &q[range.row * q_row + head * head_stride(&op.q)..],
-            q_row,
+            q: Rows { data: &q[range.row * q_row + head * head_stride(&op.q)..], stride: q_row },
             keys,
             first: range.position,
             rows: range.rows,
@@ -459,7 +610,7 @@ pub(super) fn kv_write(context: &mut Context<'_>, op: &ops::KvWrite) -> Done {
     with_float!(op.k.dtype, T => kv_write_as::<T>(context, op))
 }
 
-fn kv_write_as<T: Element>(context: &mut Context<'_>, op: &ops::KvWrite) -> Done {
+fn kv_write_as<T: Unit>(context: &mut Context<'_>, op: &ops::KvWrite) -> Done {
     let k = context.operands.read::<T>(&op.k)?;
     let v = context.operands.read::<T>(&op.v)?;
     let slots = context.operands.read::<i32>(&op.slots)?;

@@ -2,70 +2,64 @@
 //! log-sums.
 //!
 //! A task owns one key head of one document, so that its key and value gradients are summed by one
-//! thread in a fixed order: query heads of the group ascending, query rows ascending. All
-//! arithmetic is f32. Masked pairs are never multiplied, so nothing leaks through them.
+//! thread in a fixed order: query heads of the group ascending, query rows ascending. Scores are
+//! computed with keys as rows, so that probabilities and score gradients already are the left
+//! operands of the gradients of values and keys. They are rounded to bf16 where the CPU multiplies
+//! bf16 pairs; all sums are f32. Masked pairs bring nothing, not even where they hold NaN.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
+use half::bf16;
 use pontoon_ops as ops;
 
-use super::attention::{documents, widen};
-use super::product::{Left, multiply_add, padded_width};
+use super::attention::{Divide, Rows, SumsRow, documents, grown, store_units};
+use super::product::{Product, all_finite, within};
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Scattered;
-use crate::simd::{Element, Kernel, Simd, dispatch};
+use crate::gemm::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
+use crate::gemm::{Unit, is_dot, units};
+use crate::simd::micro::{LeftUnits, Start};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
 
 /// Rows and keys of a tile; the same, so that exactly the tiles on the diagonal are partly masked.
 const TILE: usize = 64;
 
-/// Working memory of one thread, grown once.
+/// Working memory of one thread, grown once. `rows` are left operands; `turned` and `columns` are
+/// right operands, per tile: rows as columns, and rows as units.
 #[derive(Default)]
 struct Memory {
-    q: Vec<f32>,
-    dout: Vec<f32>,
-    k: Vec<f32>,
-    k_turned: Vec<f32>,
-    v_turned: Vec<f32>,
-    dq: Vec<f32>,
-    dk: Vec<f32>,
-    dv: Vec<f32>,
-    p: Vec<f32>,
-    ds: Vec<f32>,
-    delta: Vec<f32>,
-    lse: Vec<f32>,
+    k_rows: Vec<u32>,
+    v_rows: Vec<u32>,
+    k_columns: Vec<u32>,
+    q_turned: Vec<u32>,
+    q_columns: Vec<u32>,
+    dout_turned: Vec<u32>,
+    dout_columns: Vec<u32>,
+    dq: Vec<u32>,
+    dk: Vec<u32>,
+    dv: Vec<u32>,
+    lse: Vec<u32>,
+    delta: Vec<u32>,
+    p: Vec<u32>,
+    ds: Vec<u32>,
+    ds_panels: Vec<u32>,
+    scores: Vec<u32>,
+    slopes: Vec<u32>,
+    result: Vec<u32>,
 }
 
 thread_local! {
     static MEMORY: RefCell<Memory> = RefCell::default();
 }
 
-fn zeroed(memory: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if memory.len() < len {
-        memory.resize(len, 0.0);
-    }
-    memory[..len].fill(0.0);
-    &mut memory[..len]
+fn floats(memory: &mut Vec<u32>, len: usize) -> &mut [f32] {
+    bytemuck::cast_slice_mut(grown(memory, len))
 }
 
-/// A head's rows in a tensor.
-#[derive(Clone, Copy)]
-struct Head<'a, T> {
-    data: &'a [T],
-    row: usize,
-}
-
-impl<'a, T: Element> Head<'a, T> {
-    /// The rows of one head from row `start` on.
-    fn of(data: &'a [T], view: &ops::View, start: usize, head: usize) -> Self {
-        Head { data: &data[place(view, start, head)..], row: row_stride(view) }
-    }
-
-    /// Widens consecutive rows into rows of `padded` elements.
-    fn load(&self, rows: usize, width: usize, padded: usize, to: &mut [f32]) {
-        for (row, to) in to.chunks_mut(padded).take(rows).enumerate() {
-            widen(&self.data[row * self.row..][..width], &mut to[..width]);
-        }
-    }
+/// The rows of one head from row `start` on.
+fn head_rows<'a, T>(data: &'a [T], view: &ops::View, start: usize, head: usize) -> Rows<'a, T> {
+    Rows { data: &data[place(view, start, head)..], stride: row_stride(view) }
 }
 
 /// Where a head's part of a row begins.
@@ -77,7 +71,7 @@ pub(super) fn attention_bwd(context: &mut Context<'_>, op: &ops::AttentionBwd) -
     with_float!(op.q.dtype, T => attention_bwd_as::<T>(context, op))
 }
 
-fn attention_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::AttentionBwd) -> Done {
+fn attention_bwd_as<T: Unit>(context: &mut Context<'_>, op: &ops::AttentionBwd) -> Done {
     let read = |view| context.operands.read::<T>(view);
     let (q, k, v) = (read(&op.q)?, read(&op.k)?, read(&op.v)?);
     let (out, dout) = (read(&op.out)?, read(&op.dout)?);
@@ -89,217 +83,488 @@ fn attention_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::AttentionBw
     let (heads, kv_heads) = (op.q.dim(1), op.k.dim(1));
     let documents = documents(starts, op.q.dim(0))?;
     let isa = context.isa;
+    let (qk, v_side) = (Side::new::<T>(isa, op.q.dim(2)), Side::new::<T>(isa, op.v.dim(2)));
     context.pool.run(documents.len() * kv_heads, |task| {
         let ((start, rows), kv_head) = (documents[task / kv_heads], task % kv_heads);
         MEMORY.with_borrow_mut(|memory| {
-            let mut document = Document {
-                isa,
-                rows,
-                qk_width: op.q.dim(2),
-                v_width: op.v.dim(2),
-                scale: op.scale,
-                memory,
-            };
-            document.begin(Head::of(k, &op.k, start, kv_head), Head::of(v, &op.v, start, kv_head));
+            let mut document = Document { isa, rows, qk, v: v_side, scale: op.scale, memory };
+            let keys = head_rows(k, &op.k, start, kv_head);
+            document.begin(keys, head_rows(v, &op.v, start, kv_head));
             let group = heads / kv_heads;
             for head in kv_head * group..(kv_head + 1) * group {
                 document.load_query(
-                    Head::of(q, &op.q, start, head),
-                    Head::of(dout, &op.dout, start, head),
-                    Head::of(out, &op.out, start, head),
+                    head_rows(q, &op.q, start, head),
+                    head_rows(dout, &op.dout, start, head),
+                    head_rows(out, &op.out, start, head),
                 );
-                for row in 0..rows {
-                    document.memory.lse[row] = lse[place(&op.lse, start + row, head)];
+                let to = floats(&mut document.memory.lse, rows.next_multiple_of(TILE));
+                for (row, to) in to.iter_mut().take(rows).enumerate() {
+                    *to = lse[place(&op.lse, start + row, head)];
                 }
-                document.run();
-                let width = padded_width(document.qk_width);
-                for row in 0..rows {
-                    let values = &document.memory.dq[row * width..][..document.qk_width];
+                document.run::<T>();
+                let sums = bytemuck::cast_slice(&document.memory.dq);
+                let result = &mut document.memory.result;
+                finish((isa, rows, qk), sums, result, |row, values: &[T]| {
                     dq.store(place(&op.dq, start + row, head), values);
-                }
+                });
             }
-            document.finish(|row, dk_row, dv_row| {
-                dk.store(place(&op.dk, start + row, kv_head), dk_row);
-                dv.store(place(&op.dv, start + row, kv_head), dv_row);
+            let Memory { dk: k_sums, dv: v_sums, result, .. } = document.memory;
+            finish((isa, rows, qk), bytemuck::cast_slice(k_sums), result, |row, values: &[T]| {
+                dk.store(place(&op.dk, start + row, kv_head), values);
             });
+            finish(
+                (isa, rows, v_side),
+                bytemuck::cast_slice(v_sums),
+                result,
+                |row, values: &[T]| {
+                    dv.store(place(&op.dv, start + row, kv_head), values);
+                },
+            );
         });
     });
     Ok(())
 }
 
+/// Rounds sums that lie tile after tile and hands out their rows.
+fn finish<T: Unit>(
+    (isa, rows, side): (Isa, usize, Side),
+    sums: &[f32],
+    result: &mut Vec<u32>,
+    mut store: impl FnMut(usize, &[T]),
+) {
+    let to = grown(result, side.width);
+    let to = &mut bytemuck::cast_slice_mut::<u32, T>(to)[..side.width];
+    for row in 0..rows {
+        let sums = &sums[row / TILE * side.sums_len()..][..side.sums_len()];
+        let sums = SumsRow { sums, step: TILE * side.panel_width, row: row % TILE };
+        dispatch(isa, Divide { sums, divisor: 1.0, to: &mut *to });
+        store(row, to);
+    }
+}
+
+/// The widths of a head's rows: of queries and keys, or of values.
+#[derive(Clone, Copy)]
+struct Side {
+    /// Elements.
+    width: usize,
+    /// Units.
+    units: usize,
+    /// Panels that the elements fill.
+    panels: usize,
+    /// Columns of a panel.
+    panel_width: usize,
+    /// Units of a tile's rows.
+    tile_units: usize,
+}
+
+impl Side {
+    fn new<T: Unit>(isa: Isa, width: usize) -> Self {
+        let panel_width = isa.geometry().micro_columns;
+        Side {
+            width,
+            units: units(T::KIND, isa, width),
+            panels: width.div_ceil(panel_width),
+            panel_width,
+            tile_units: units(T::KIND, isa, TILE),
+        }
+    }
+
+    /// Words of one tile's rows as columns.
+    fn turned_words(&self) -> usize {
+        TILE * self.units
+    }
+
+    /// Words of one tile's rows as units.
+    fn columns_words(&self) -> usize {
+        self.panels * self.panel_words()
+    }
+
+    fn panel_words(&self) -> usize {
+        self.panel_width * self.tile_units
+    }
+
+    /// Sums of one tile.
+    fn sums_len(&self) -> usize {
+        self.panels * self.panel_width * TILE
+    }
+}
+
 /// One key head of one document.
 struct Document<'a> {
-    isa: crate::simd::Isa,
+    isa: Isa,
     rows: usize,
-    qk_width: usize,
-    v_width: usize,
+    qk: Side,
+    v: Side,
     scale: f32,
     memory: &'a mut Memory,
 }
 
 impl Document<'_> {
-    /// Widens keys and values, as rows and turned per tile, and clears their gradients.
-    fn begin<T: Element>(&mut self, k: Head<'_, T>, v: Head<'_, T>) {
-        let (rows, qk, vw) = (self.rows, self.qk_width, self.v_width);
-        let (qk_padded, v_padded) = (padded_width(qk), padded_width(vw));
-        let tiles = rows.div_ceil(TILE);
-        let memory = &mut *self.memory;
-        let key_rows = zeroed(&mut memory.k, tiles * TILE * qk_padded);
-        k.load(rows, qk, qk_padded, key_rows);
-        turn(key_rows, qk, qk_padded, zeroed(&mut memory.k_turned, tiles * TILE * qk));
-        let value_rows = zeroed(&mut memory.dv, tiles * TILE * v_padded);
-        v.load(rows, vw, v_padded, value_rows);
-        turn(value_rows, vw, v_padded, zeroed(&mut memory.v_turned, tiles * TILE * vw));
-        zeroed(&mut memory.dv, tiles * TILE * v_padded);
-        zeroed(&mut memory.dk, tiles * TILE * qk_padded);
+    fn tiles(&self) -> usize {
+        self.rows.div_ceil(TILE)
     }
 
-    /// Widens one query head, and sums `dout * out` per row.
-    fn load_query<T: Element>(&mut self, q: Head<'_, T>, dout: Head<'_, T>, out: Head<'_, T>) {
-        let (rows, qk, vw) = (self.rows, self.qk_width, self.v_width);
-        let (qk_padded, v_padded) = (padded_width(qk), padded_width(vw));
+    /// Packs keys and values, and clears their gradients.
+    fn begin<T: Unit>(&mut self, k: Rows<'_, T>, v: Rows<'_, T>) {
+        let (isa, rows, tiles) = (self.isa, self.rows, self.tiles());
         let memory = &mut *self.memory;
-        q.load(rows, qk, qk_padded, zeroed(&mut memory.q, rows * qk_padded));
-        let dout_rows = zeroed(&mut memory.dout, rows * v_padded);
-        dout.load(rows, vw, v_padded, dout_rows);
-        zeroed(&mut memory.dq, rows * qk_padded);
-        zeroed(&mut memory.lse, rows);
-        let delta = zeroed(&mut memory.delta, rows);
-        for (row, delta) in delta.iter_mut().enumerate() {
-            let out = &out.data[row * out.row..][..vw];
-            let dout = &dout_rows[row * v_padded..][..vw];
-            *delta = dout.iter().zip(out).map(|(d, o)| d * o.to_f32()).sum();
+        for (from, side, to) in [(k, self.qk, &mut memory.k_rows), (v, self.v, &mut memory.v_rows)]
+        {
+            let to = grown(to, rows * side.units);
+            let from = source(isa, from, rows, side.width);
+            dispatch(isa, PackRows { from, row_words: side.units.max(1), to });
+        }
+        let columns = grown(&mut memory.k_columns, tiles * self.qk.columns_words());
+        pack_tiles(isa, k, (rows, self.qk), &mut [], columns);
+        floats(&mut memory.dk, tiles * self.qk.sums_len()).fill(0.0);
+        floats(&mut memory.dv, tiles * self.v.sums_len()).fill(0.0);
+    }
+
+    /// Packs one query head, and sums `dout * out` per row.
+    fn load_query<T: Unit>(&mut self, q: Rows<'_, T>, dout: Rows<'_, T>, out: Rows<'_, T>) {
+        let (isa, rows, tiles) = (self.isa, self.rows, self.tiles());
+        let memory = &mut *self.memory;
+        let turned = grown(&mut memory.q_turned, tiles * self.qk.turned_words());
+        let columns = grown(&mut memory.q_columns, tiles * self.qk.columns_words());
+        pack_tiles(isa, q, (rows, self.qk), turned, columns);
+        let turned = grown(&mut memory.dout_turned, tiles * self.v.turned_words());
+        let columns = grown(&mut memory.dout_columns, tiles * self.v.columns_words());
+        pack_tiles(isa, dout, (rows, self.v), turned, columns);
+        floats(&mut memory.dq, tiles * self.qk.sums_len()).fill(0.0);
+        let delta = floats(&mut memory.delta, tiles * TILE);
+        for (row, delta) in delta.iter_mut().take(rows).enumerate() {
+            let a = &dout.data[row * dout.stride..][..self.v.width];
+            let b = &out.data[row * out.stride..][..self.v.width];
+            *delta = dispatch(isa, RowDot { a, b });
         }
     }
 
     /// All tiles of one query head.
-    fn run(&mut self) {
-        for row_start in (0..self.rows).step_by(TILE) {
-            for key_start in (0..=row_start).step_by(TILE) {
-                let (rows, keys) =
-                    (TILE.min(self.rows - row_start), TILE.min(self.rows - key_start));
-                let (qk, vw) = (self.qk_width, self.v_width);
-                let (qk_padded, v_padded) = (padded_width(qk), padded_width(vw));
-                let memory = &mut *self.memory;
+    fn run<T: Unit>(&mut self) {
+        let (qk, v) = (self.qk, self.v);
+        let geometry = self.isa.geometry();
+        let left_words = qk.tile_units * geometry.micro_rows + geometry.lanes;
+        let block = geometry.micro_rows;
+        let memory = &mut *self.memory;
+        for (query_tile, query) in (0..self.rows).step_by(TILE).enumerate() {
+            for (key_tile, key) in (0..=query).step_by(TILE).enumerate() {
+                let (queries, keys) = (TILE.min(self.rows - query), TILE.min(self.rows - key));
+                let float = bytemuck::cast_slice::<u32, f32>;
                 let tile = Tile {
-                    q: &memory.q[row_start * qk_padded..][..rows * qk_padded],
-                    dout: &memory.dout[row_start * v_padded..][..rows * v_padded],
-                    k: &memory.k[key_start * qk_padded..][..TILE * qk_padded],
-                    k_turned: &memory.k_turned[key_start * qk..][..TILE * qk],
-                    v_turned: &memory.v_turned[key_start * vw..][..TILE * vw],
-                    lse: &memory.lse[row_start..][..rows],
-                    delta: &memory.delta[row_start..][..rows],
-                    dq: &mut memory.dq[row_start * qk_padded..][..rows * qk_padded],
-                    dk: &mut memory.dk[key_start * qk_padded..][..TILE * qk_padded],
-                    dv: &mut memory.dv[key_start * v_padded..][..TILE * v_padded],
-                    p: zeroed(&mut memory.p, rows * TILE),
-                    ds: zeroed(&mut memory.ds, rows * TILE),
-                    widths: (qk, vw),
+                    k_rows: &memory.k_rows[key * qk.units..][..keys * qk.units],
+                    v_rows: &memory.v_rows[key * v.units..][..keys * v.units],
+                    k_columns: of_tile(&memory.k_columns, key_tile, qk.columns_words()),
+                    q_turned: of_tile(&memory.q_turned, query_tile, qk.turned_words()),
+                    q_columns: of_tile(&memory.q_columns, query_tile, qk.columns_words()),
+                    dout_turned: of_tile(&memory.dout_turned, query_tile, v.turned_words()),
+                    dout_columns: of_tile(&memory.dout_columns, query_tile, v.columns_words()),
+                    lse: float(&memory.lse[query..][..TILE]),
+                    delta: float(&memory.delta[query..][..TILE]),
+                    dq: sums_of_tile(&mut memory.dq, query_tile, qk),
+                    dk: sums_of_tile(&mut memory.dk, key_tile, qk),
+                    dv: sums_of_tile(&mut memory.dv, key_tile, v),
+                    p: grown(&mut memory.p, block * qk.tile_units),
+                    ds: grown(&mut memory.ds, TILE * qk.tile_units),
+                    ds_panels: grown(&mut memory.ds_panels, TILE.div_ceil(block) * left_words),
+                    scores: floats(&mut memory.scores, block * TILE),
+                    slopes: floats(&mut memory.slopes, block * TILE),
+                    sides: (qk, v),
+                    queries,
                     keys,
-                    diagonal: row_start == key_start,
+                    diagonal: query == key,
                     scale: self.scale,
+                    dot: is_dot(T::KIND, self.isa),
                 };
                 dispatch(self.isa, tile);
             }
         }
     }
+}
 
-    fn finish(&self, mut store: impl FnMut(usize, &[f32], &[f32])) {
-        let (qk, vw) = (self.qk_width, self.v_width);
-        for row in 0..self.rows {
-            let dk = &self.memory.dk[row * padded_width(qk)..][..qk];
-            let dv = &self.memory.dv[row * padded_width(vw)..][..vw];
-            store(row, dk, dv);
-        }
+fn of_tile(words: &[u32], tile: usize, tile_words: usize) -> &[u32] {
+    &words[tile * tile_words..][..tile_words]
+}
+
+fn sums_of_tile(words: &mut [u32], tile: usize, side: Side) -> &mut [f32] {
+    bytemuck::cast_slice_mut(&mut words[tile * side.sums_len()..][..side.sums_len()])
+}
+
+/// Rows as the source of packing, k along the row.
+fn source<T: Unit>(isa: Isa, rows: Rows<'_, T>, count: usize, width: usize) -> Source<'_, T> {
+    Source {
+        data: rows.data,
+        stride: rows.stride,
+        first: 0,
+        count,
+        k: width,
+        units: units(T::KIND, isa, width),
+        dot: is_dot(T::KIND, isa),
     }
 }
 
-/// Rows of `padded` elements to tiles of `[width, TILE]`.
-fn turn(rows: &[f32], width: usize, padded: usize, to: &mut [f32]) {
-    for (tile, to) in to.chunks_mut(TILE * width.max(1)).enumerate() {
-        for key in 0..TILE {
-            let row = &rows[(tile * TILE + key) * padded..][..width];
-            for (element, value) in row.iter().enumerate() {
-                to[element * TILE + key] = *value;
-            }
+/// Packs rows tile by tile: as columns into `turned`, unless that is empty, and as units into
+/// `columns`.
+fn pack_tiles<T: Unit>(
+    isa: Isa,
+    from: Rows<'_, T>,
+    (rows, side): (usize, Side),
+    turned: &mut [u32],
+    columns: &mut [u32],
+) {
+    let (width, panel_words) = (side.panel_width, side.panel_words());
+    for (tile, start) in (0..rows).step_by(TILE).enumerate() {
+        let count = TILE.min(rows - start);
+        let from = Rows { data: &from.data[start * from.stride..], ..from };
+        let from = source(isa, from, count, side.width);
+        if !turned.is_empty() {
+            let to = &mut turned[tile * side.turned_words()..][..side.turned_words()];
+            let used = count.div_ceil(width) * width * side.units;
+            dispatch(isa, PackRowsAsColumns { from, to: &mut to[..used] });
         }
+        let to = &mut columns[tile * side.columns_words()..][..side.columns_words()];
+        let units = units(T::KIND, isa, count);
+        let from = Source { count: side.width, k: count, units, ..from };
+        dispatch(isa, PackColumns { from, width, panel_words, to });
     }
 }
 
-/// One tile of query rows against one tile of keys.
+/// The sum of the products of two rows' elements, in vector lanes, added by a fixed tree.
+struct RowDot<'a, T> {
+    a: &'a [T],
+    b: &'a [T],
+}
+
+impl<T: Unit> Kernel for RowDot<'_, T> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        let mut sum = simd.zero();
+        for (a, b) in self.a.chunks(S::LANES).zip(self.b.chunks(S::LANES)) {
+            sum = simd.fma(T::load(simd, a), T::load(simd, b), sum);
+        }
+        simd.reduce_sum(sum)
+    }
+}
+
+/// One tile of keys against one tile of query rows, a block of keys at a time.
 struct Tile<'a> {
-    q: &'a [f32],
-    dout: &'a [f32],
-    k: &'a [f32],
-    k_turned: &'a [f32],
-    v_turned: &'a [f32],
+    k_rows: &'a [u32],
+    v_rows: &'a [u32],
+    k_columns: &'a [u32],
+    q_turned: &'a [u32],
+    q_columns: &'a [u32],
+    dout_turned: &'a [u32],
+    dout_columns: &'a [u32],
     lse: &'a [f32],
     delta: &'a [f32],
     dq: &'a mut [f32],
     dk: &'a mut [f32],
     dv: &'a mut [f32],
-    p: &'a mut [f32],
-    ds: &'a mut [f32],
-    widths: (usize, usize),
+    /// Room for the probabilities of a block of keys: rows of query units.
+    p: &'a mut [u32],
+    /// Room for the score gradients of all keys, likewise.
+    ds: &'a mut [u32],
+    /// Room for the same with queries as rows.
+    ds_panels: &'a mut [u32],
+    /// Room for the scores of a block of keys, panel after panel.
+    scores: &'a mut [f32],
+    /// Room for `v dout^T` of a block of keys.
+    slopes: &'a mut [f32],
+    /// Of queries and keys, and of values.
+    sides: (Side, Side),
+    queries: usize,
     keys: usize,
-    /// Whether row i of the tile sees only keys up to i.
+    /// Whether key i of the tile is seen only by queries from i on.
     diagonal: bool,
     scale: f32,
+    /// Units are bf16 pairs.
+    dot: bool,
 }
 
 impl Kernel for Tile<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
-        let rows = self.lse.len();
-        let (qk, vw) = self.widths;
-        let (qk_padded, v_padded) = (padded_width(qk), padded_width(vw));
-        let q = Left { a: self.q, row_step: qk_padded, k_step: 1 };
-        multiply_add(simd, q, self.k_turned, self.p, (rows, 0..qk, TILE));
-        let dout = Left { a: self.dout, row_step: v_padded, k_step: 1 };
-        multiply_add(simd, dout, self.v_turned, self.ds, (rows, 0..vw, TILE));
-        for row in 0..rows {
-            self.score_gradient(simd, row);
+    fn run<S: Simd>(self, simd: S) {
+        if S::BF16_DOT && self.dot {
+            self.tile::<S, true>(simd);
+        } else {
+            self.tile::<S, false>(simd);
         }
-        if self.diagonal {
-            for row in 0..rows {
-                let seen = row + 1;
-                let ds = Left { a: &self.ds[row * TILE..], row_step: TILE, k_step: 1 };
-                let dq = &mut self.dq[row * qk_padded..];
-                multiply_add(simd, ds, self.k, dq, (1, 0..seen, qk_padded));
-            }
-            for key in 0..self.keys {
-                let p = Left { a: &self.p[key..], row_step: 1, k_step: TILE };
-                let dv = &mut self.dv[key * v_padded..];
-                multiply_add(simd, p, self.dout, dv, (1, key..rows, v_padded));
-                let ds = Left { a: &self.ds[key..], row_step: 1, k_step: TILE };
-                let dk = &mut self.dk[key * qk_padded..];
-                multiply_add(simd, ds, self.q, dk, (1, key..rows, qk_padded));
-            }
-            return;
-        }
-        let ds = Left { a: self.ds, row_step: TILE, k_step: 1 };
-        multiply_add(simd, ds, self.k, self.dq, (rows, 0..TILE, qk_padded));
-        let p = Left { a: self.p, row_step: 1, k_step: TILE };
-        multiply_add(simd, p, self.dout, self.dv, (TILE, 0..rows, v_padded));
-        let ds = Left { a: self.ds, row_step: 1, k_step: TILE };
-        multiply_add(simd, ds, self.q, self.dk, (TILE, 0..rows, qk_padded));
     }
 }
 
 impl Tile<'_> {
-    /// Turns a row of scores into probabilities, and of `dout v^T` into `scale * ds`.
     #[inline(always)]
-    fn score_gradient<S: Simd>(&mut self, simd: S, row: usize) {
-        let (scale, lse) = (simd.splat(self.scale), simd.splat(self.lse[row]));
-        let delta = simd.splat(self.delta[row]);
-        let p = &mut self.p[row * TILE..][..TILE];
-        let ds = &mut self.ds[row * TILE..][..TILE];
-        for (p, ds) in p.chunks_mut(S::LANES).zip(ds.chunks_mut(S::LANES)) {
-            let probability = simd.exp(simd.sub(simd.mul(simd.load(p), scale), lse));
-            let slope = simd.mul(probability, simd.sub(simd.load(ds), delta));
-            simd.store(probability, p);
-            simd.store(simd.mul(slope, scale), ds);
+    fn tile<S: Simd, const DOT: bool>(mut self, simd: S) {
+        let (per_unit, width) = (if DOT { 2 } else { 1 }, 2 * S::LANES);
+        let (qk, v) = self.sides;
+        let clean = |words: &[u32], side: Side, count: usize| {
+            let used = count.div_ceil(per_unit) * width;
+            words.chunks(side.panel_words()).all(|panel| all_finite::<DOT>(&panel[..used]))
+        };
+        let clean = !self.diagonal
+            || (clean(self.q_columns, qk, self.queries)
+                && clean(self.dout_columns, v, self.queries)
+                && clean(self.k_columns, qk, self.keys));
+        for key in (0..self.keys).step_by(S::MICRO_ROWS) {
+            let count = S::MICRO_ROWS.min(self.keys - key);
+            self.score::<S, DOT>(simd, key, count);
+            for index in 0..count {
+                self.differentiate::<S, DOT>(simd, key + index, index);
+            }
+            let p = LeftUnits {
+                bytes: bytemuck::cast_slice(self.p),
+                start: 0,
+                row_bytes: qk.tile_units * 4,
+                unit_bytes: 4,
+            };
+            let ds = LeftUnits {
+                bytes: bytemuck::cast_slice(self.ds),
+                start: key * qk.tile_units * 4,
+                ..p
+            };
+            let seen = self.seen(key).start / per_unit..self.queries.div_ceil(per_unit);
+            let operands =
+                [(p, self.dout_columns, &mut *self.dv, v), (ds, self.q_columns, &mut *self.dk, qk)];
+            for (left, right, sums, side) in operands {
+                let sums = &mut sums[key * width..];
+                let mut product = to_sums(left, count, right, sums, side);
+                // A masked pair has zeros on the left, which leave the sums as they are unless the
+                // right side is infinite or NaN.
+                if clean {
+                    product.run::<S, DOT>(simd, seen.clone());
+                } else {
+                    product.run_apart::<S, DOT>(simd, |index| key + index..self.queries);
+                }
+            }
         }
+        self.turn::<S, DOT>(simd);
+        self.sum_dq::<S, DOT>(simd, clean);
+    }
+
+    /// The queries that see a key.
+    #[inline(always)]
+    fn seen(&self, key: usize) -> Range<usize> {
+        if self.diagonal { key..self.queries } else { 0..self.queries }
+    }
+
+    /// Scores, and `v dout^T`, of a block of keys against the queries that see its first key.
+    #[inline(always)]
+    fn score<S: Simd, const DOT: bool>(&mut self, simd: S, key: usize, count: usize) {
+        let width = 2 * S::LANES;
+        let (qk, v) = self.sides;
+        let seen = self.seen(key);
+        let panels = seen.start / width..seen.end.div_ceil(width);
+        let operands = [
+            (self.k_rows, self.q_turned, &mut *self.scores, qk.units),
+            (self.v_rows, self.dout_turned, &mut *self.slopes, v.units),
+        ];
+        for (left, right, sums, units) in operands {
+            let bytes = bytemuck::cast_slice(left);
+            let row_bytes = units * 4;
+            let mut product = Product {
+                left: LeftUnits { bytes, start: key * row_bytes, row_bytes, unit_bytes: 4 },
+                rows: count,
+                right,
+                panel_words: units * width,
+                panels: panels.clone(),
+                sums,
+                sums_step: S::MICRO_ROWS * width,
+                start: Start::Zero,
+            };
+            product.run::<S, DOT>(simd, 0..units);
+        }
+    }
+
+    /// Turns one key's scores into probabilities, and `v dout^T` into `scale * ds`; zero where
+    /// masked. `index` is the key's place in its block.
+    #[inline(always)]
+    fn differentiate<S: Simd, const DOT: bool>(&mut self, simd: S, key: usize, index: usize) {
+        let width = 2 * S::LANES;
+        let seen = self.seen(key);
+        let scale = simd.splat(self.scale);
+        let row_words = self.sides.0.tile_units;
+        let p = &mut self.p[index * row_words..][..row_words];
+        let ds = &mut self.ds[key * row_words..][..row_words];
+        for at in (0..TILE).step_by(S::LANES) {
+            let (mut probability, mut slope) = (simd.zero(), simd.zero());
+            if at + S::LANES > seen.start && at < seen.end {
+                let from = at / width * S::MICRO_ROWS * width + index * width + at % width;
+                let score = simd.mul(simd.load(&self.scores[from..][..S::LANES]), scale);
+                let all = simd.exp(simd.sub(score, simd.load(&self.lse[at..][..S::LANES])));
+                let delta = simd.load(&self.delta[at..][..S::LANES]);
+                let apart = simd.sub(simd.load(&self.slopes[from..][..S::LANES]), delta);
+                let gradient = simd.mul(simd.mul(all, apart), scale);
+                probability = within(simd, at, &seen, all, probability);
+                slope = within(simd, at, &seen, gradient, slope);
+            }
+            store_units::<S, DOT>(simd, probability, p, at);
+            store_units::<S, DOT>(simd, slope, ds, at);
+        }
+    }
+
+    /// Brings the score gradients into panels with queries as rows.
+    #[inline(always)]
+    fn turn<S: Simd, const DOT: bool>(&mut self, simd: S) {
+        let width = S::MICRO_ROWS;
+        let panel_words = self.sides.0.tile_units * width + S::LANES;
+        let to = &mut self.ds_panels[..self.queries.div_ceil(width) * panel_words];
+        let (count, k) = (self.queries, self.keys);
+        if DOT {
+            let data: &[bf16] = bytemuck::cast_slice(self.ds);
+            let units = k.div_ceil(2);
+            let from = Source { data, stride: TILE, first: 0, count, k, units, dot: true };
+            PackColumns { from, width, panel_words, to }.run(simd);
+        } else {
+            let data: &[f32] = bytemuck::cast_slice(self.ds);
+            let from = Source { data, stride: TILE, first: 0, count, k, units: k, dot: false };
+            PackColumns { from, width, panel_words, to }.run(simd);
+        }
+    }
+
+    /// Adds `ds k` to the query gradients.
+    #[inline(always)]
+    fn sum_dq<S: Simd, const DOT: bool>(&mut self, simd: S, clean: bool) {
+        let (per_unit, width) = (if DOT { 2 } else { 1 }, 2 * S::LANES);
+        let side = self.sides.0;
+        let panel_words = side.tile_units * S::MICRO_ROWS + S::LANES;
+        for query in (0..self.queries).step_by(S::MICRO_ROWS) {
+            let count = S::MICRO_ROWS.min(self.queries - query);
+            let left = LeftUnits {
+                bytes: bytemuck::cast_slice(self.ds_panels),
+                start: query / S::MICRO_ROWS * panel_words * 4,
+                row_bytes: 4,
+                unit_bytes: 4 * S::MICRO_ROWS,
+            };
+            let sums = &mut self.dq[query * width..];
+            let mut product = to_sums(left, count, self.k_columns, sums, side);
+            let last = if self.diagonal { (query + count).min(self.keys) } else { self.keys };
+            if clean {
+                product.run::<S, DOT>(simd, 0..last.div_ceil(per_unit));
+            } else {
+                product.run_apart::<S, DOT>(simd, |index| 0..query + index + 1);
+            }
+        }
+    }
+}
+
+/// A block of rows times a tile's columns, added to the tile's sums.
+#[inline(always)]
+fn to_sums<'a>(
+    left: LeftUnits<'a>,
+    rows: usize,
+    right: &'a [u32],
+    sums: &'a mut [f32],
+    side: Side,
+) -> Product<'a> {
+    Product {
+        left,
+        rows,
+        right,
+        panel_words: side.panel_words(),
+        panels: 0..side.panels,
+        sums,
+        sums_step: TILE * side.panel_width,
+        start: Start::Resume,
     }
 }

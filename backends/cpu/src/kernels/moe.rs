@@ -135,12 +135,12 @@ fn join<T: Element>(context: &mut Context<'_>, (x, slots, weights, y): JoinViews
     Ok(())
 }
 
-/// `dx_j = weight_j * dy` into a buffer of f32, and `dot(dy, x_j)`.
+/// `dx_j = weight_j * dy` into a buffer, and `dot(dy, x_j)`.
 struct JoinBwd<'a, T> {
     dy: &'a [T],
     x: &'a [T],
     weight: f32,
-    dx: &'a mut [f32],
+    dx: &'a mut [T],
 }
 
 impl<T: Element> Kernel for JoinBwd<'_, T> {
@@ -153,7 +153,7 @@ impl<T: Element> Kernel for JoinBwd<'_, T> {
         for ((dy, x), dx) in inputs.zip(self.dx.chunks_mut(S::LANES)) {
             let dy = T::load(simd, dy);
             dot = simd.fma(dy, T::load(simd, x), dot);
-            simd.store(simd.mul(weight, dy), dx);
+            T::store(simd, simd.mul(weight, dy), dx);
         }
         simd.reduce_sum(dot)
     }
@@ -182,7 +182,7 @@ fn unpermute_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::UnpermuteBw
     let isa = context.isa;
     context.pool.run(rows.div_ceil(per_task), |task| {
         let dweights = dweights.take(task);
-        let mut line = vec![0.0; width];
+        let mut line = vec![T::from_f32(0.0); width];
         for row in 0..per_task.min(rows - task * per_task) {
             let at = task * per_task + row;
             let dy = &dy[at * dy_s..][..width];

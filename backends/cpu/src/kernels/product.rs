@@ -1,78 +1,138 @@
-//! Small f32 products inside attention: a few rows times a tile that lies in cache.
+//! The products inside attention: a tile of rows in units times panels that lie in cache, on the
+//! inner loop of matrix products.
 //!
-//! Every element is one chain over `k` in ascending order, continued from what stands in `c`, so
-//! results do not depend on how many rows are taken together.
+//! Every element is one chain over ascending units, continued from what stands in the sums, so
+//! results do not depend on how many rows are taken together. Units, panels and their packing are
+//! described in `gemm/pack.rs`.
+
+use std::ops::Range;
 
 use crate::simd::Simd;
+use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 
-/// Where the left operand's elements lie: `a[row * row_step + k * k_step]`.
-#[derive(Clone, Copy)]
-pub(super) struct Left<'a> {
-    pub a: &'a [f32],
-    pub row_step: usize,
-    pub k_step: usize,
+/// Rows of units times panels, added to sums.
+pub(super) struct Product<'a> {
+    /// The rows; in units that follow each other, or in panels of `MICRO_ROWS`.
+    pub left: LeftUnits<'a>,
+    /// Rows to take, at most `MICRO_ROWS`.
+    pub rows: usize,
+    /// Packed panels; their units are counted like those of `left`.
+    pub right: &'a [u32],
+    /// Words from one panel to the next.
+    pub panel_words: usize,
+    /// The panels to take.
+    pub panels: Range<usize>,
+    /// Rows of two vectors, panel after panel.
+    pub sums: &'a mut [f32],
+    /// Floats from one panel's sums to the next.
+    pub sums_step: usize,
+    /// What the sums start from.
+    pub start: Start,
 }
 
-/// Rows taken together: with two vectors of columns each, twelve accumulators.
-const ROWS: usize = 6;
-
-/// `c[row, n] += sum over k in range of a[row, k] * b[k, n]`; `b` and `c` are dense with `columns`
-/// a multiple of two vectors.
-#[inline(always)]
-pub(super) fn multiply_add<S: Simd>(
-    simd: S,
-    left: Left<'_>,
-    b: &[f32],
-    c: &mut [f32],
-    (rows, range, columns): (usize, std::ops::Range<usize>, usize),
-) {
-    let mut row = 0;
-    while row + ROWS <= rows {
-        block::<S, ROWS>(simd, left, b, c, (row, range.clone(), columns));
-        row += ROWS;
-    }
-    while row < rows {
-        block::<S, 1>(simd, left, b, c, (row, range.clone(), columns));
-        row += 1;
-    }
-}
-
-/// `R` rows against all columns, two vectors at a time.
-#[inline(always)]
-fn block<S: Simd, const R: usize>(
-    simd: S,
-    left: Left<'_>,
-    b: &[f32],
-    c: &mut [f32],
-    (row, range, columns): (usize, std::ops::Range<usize>, usize),
-) {
-    let width = 2 * S::LANES;
-    for column in (0..columns).step_by(width) {
-        let mut sums = [[simd.zero(); 2]; R];
-        for (r, pair) in sums.iter_mut().enumerate() {
-            let from = &c[(row + r) * columns + column..][..width];
-            *pair = [simd.load(&from[..S::LANES]), simd.load(&from[S::LANES..])];
+impl Product<'_> {
+    /// Runs the chains of all rows over the same units.
+    #[inline(always)]
+    pub(super) fn run<S: Simd, const DOT: bool>(&mut self, simd: S, units: Range<usize>) {
+        let width = 2 * S::LANES;
+        for panel in self.panels.clone() {
+            let mut left = self.left;
+            left.start += units.start * left.unit_bytes;
+            let from = panel * self.panel_words + units.start * width;
+            let tile = MicroTile {
+                left,
+                right: &self.right[from..][..units.len() * width],
+                units: units.len(),
+                sums: &mut self.sums[panel * self.sums_step..],
+                start: self.start,
+            };
+            micro_tile::<S, DOT>(simd, self.rows, tile);
         }
-        for k in range.clone() {
-            let right = &b[k * columns + column..][..width];
-            let low = simd.load(&right[..S::LANES]);
-            let high = simd.load(&right[S::LANES..]);
-            for (r, pair) in sums.iter_mut().enumerate() {
-                let factor = simd.splat(left.a[(row + r) * left.row_step + k * left.k_step]);
-                pair[0] = simd.fma(factor, low, pair[0]);
-                pair[1] = simd.fma(factor, high, pair[1]);
+    }
+
+    /// Runs each row's chain over its own elements of k and over nothing else: for operands in
+    /// which a product with zero is not zero.
+    #[inline(always)]
+    pub(super) fn run_apart<S: Simd, const DOT: bool>(
+        &mut self,
+        simd: S,
+        elements: impl Fn(usize) -> Range<usize>,
+    ) {
+        let per_unit = if DOT { 2 } else { 1 };
+        for row in 0..self.rows {
+            let Range { start, end } = elements(row);
+            for unit in start / per_unit..end.div_ceil(per_unit) {
+                let lanes = start.max(unit * per_unit)..end.min((unit + 1) * per_unit);
+                let kept = match (lanes.len() == per_unit, lanes.start % per_unit) {
+                    (true, _) => u32::MAX,
+                    (false, 0) => LOW_HALF,
+                    (false, _) => !LOW_HALF,
+                };
+                self.run_unit::<S, DOT>(simd, row, unit, kept);
             }
         }
-        for (r, pair) in sums.iter().enumerate() {
-            let to = &mut c[(row + r) * columns + column..][..width];
-            let (low, high) = to.split_at_mut(S::LANES);
-            simd.store(pair[0], low);
-            simd.store(pair[1], high);
+    }
+
+    /// Continues one row's chains by one unit, of whose words only the bits `kept` count.
+    #[inline(always)]
+    fn run_unit<S: Simd, const DOT: bool>(&mut self, simd: S, row: usize, unit: usize, kept: u32) {
+        let width = 2 * S::LANES;
+        for panel in self.panels.clone() {
+            let mut right = [0; WIDTH_MAX];
+            let words = &self.right[panel * self.panel_words + unit * width..][..width];
+            for (to, word) in right.iter_mut().zip(words) {
+                *to = word & kept;
+            }
+            let mut left = self.left;
+            left.start += row * left.row_bytes + unit * left.unit_bytes;
+            let sums = &mut self.sums[panel * self.sums_step + row * width..];
+            let tile =
+                MicroTile { left, right: &right[..width], units: 1, sums, start: Start::Resume };
+            micro_tile::<S, DOT>(simd, 1, tile);
         }
     }
 }
 
-/// The next width that [`multiply_add`] takes for any instruction set.
-pub(super) fn padded_width(width: usize) -> usize {
-    width.next_multiple_of(32)
+/// The first element of a pair.
+const LOW_HALF: u32 = 0xffff;
+/// Most columns of a panel of any set.
+const WIDTH_MAX: usize = 32;
+
+/// Whether no unit holds an infinity or NaN, so that a product with zero is zero.
+#[inline(always)]
+pub(super) fn all_finite<const DOT: bool>(words: &[u32]) -> bool {
+    let (mut high, mut low) = (0, 0);
+    for &word in words {
+        high = high.max(word & 0x7fff_ffff);
+        low = low.max(word & 0x7fff);
+    }
+    high < 0x7f80_0000 && (!DOT || low < 0x7f80)
+}
+
+/// Positions 0 to 63 in a tile, to compare lanes with bounds.
+static POSITIONS: [f32; 64] = {
+    let mut positions = [0.0; 64];
+    let mut index = 0;
+    while index < 64 {
+        positions[index] = index as f32;
+        index += 1;
+    }
+    positions
+};
+
+/// `value` in the lanes from `at` on whose positions lie in `range`, `other` in the rest.
+#[inline(always)]
+pub(super) fn within<S: Simd>(
+    simd: S,
+    at: usize,
+    range: &Range<usize>,
+    value: S::F32,
+    other: S::F32,
+) -> S::F32 {
+    if range.start <= at && at + S::LANES <= range.end {
+        return value;
+    }
+    let position = simd.load(&POSITIONS[at..]);
+    let value = simd.select_gt(simd.splat(range.end as f32), position, value, other);
+    simd.select_gt(position, simd.splat(range.start as f32 - 0.5), value, other)
 }
