@@ -9,21 +9,21 @@
 
 pub mod bisect;
 pub mod cases;
-//PART pub mod compare;
+pub mod compare;
 pub mod conformance;
 mod error;
 pub mod exact;
-//PART pub mod forecast;
+pub mod forecast;
 pub mod gradient;
 pub mod invariance;
 pub mod memory;
 pub mod reference;
-//PART pub mod report;
+pub mod report;
 pub mod reproducer;
-//PART pub mod speed;
+pub mod speed;
 pub mod step;
-//PART pub mod stress;
-//PART pub mod suite;
-//PART pub mod verdict;
+pub mod stress;
+pub mod suite;
+pub mod verdict;
 
 pub use error::QualifyError;
