@@ -8,7 +8,7 @@ mod limits;
 
 use serde::Serialize;
 
-pub use limits::{Limits, Sizes};
+pub use limits::{Experts, Limits, Sizes};
 
 /// What one device computed.
 #[derive(Clone, Debug, Default)]
@@ -289,7 +289,13 @@ mod tests {
         let tensors = [("a", 0..2), ("b", 2..4)];
         let tensors = tensors.map(|(name, range)| Tensor { name: name.to_owned(), range });
         certify(&Comparison {
-            sizes: Sizes { dtype: DType::F32, layers: 2, width: 64, steps: 2 },
+            sizes: Sizes {
+                dtype: DType::F32,
+                layers: 2,
+                width: 64,
+                steps: 2,
+                experts: Experts::None,
+            },
             vocabulary: 3,
             generated: &[0, 1],
             tensors: &tensors,

@@ -7,7 +7,7 @@ use pontoon_ops::{BufferId, View};
 use pontoon_program::BufferKind;
 
 use crate::memory::Memory;
-use crate::reference::{Want, reference};
+use crate::reference::{Want, decided};
 use crate::step::Step;
 
 /// The most matrix work that is worth doing in naive loops: some ten seconds.
@@ -33,7 +33,8 @@ impl Evaluated {
     }
 }
 
-/// Evaluates a program. Nothing if a choice in it, such as a router's, is too close to make.
+/// Evaluates a program. Nothing if it draws a token that is
+/// too close to call.
 ///
 /// The program should compute in f32: 16-bit programs round some intermediates by contract.
 pub fn evaluate(step: &Step) -> Option<Evaluated> {
@@ -50,7 +51,7 @@ pub fn evaluate(step: &Step) -> Option<Evaluated> {
         assert_eq!(placed, id, "buffers keep their numbers");
     }
     for op in &step.program.ops {
-        for expected in reference(op, &memory) {
+        for expected in decided(op, &memory) {
             let mut values = memory.read(&expected.view);
             for (value, want) in values.iter_mut().zip(&expected.wants) {
                 match *want {

@@ -10,7 +10,9 @@ use clap::Args;
 use pontoon_models::{GeneratorOptions, HostWeights, Model, SamplingSettings};
 use pontoon_ops::{Backend, DType};
 use pontoon_program::{Class, GRADIENTS};
-use pontoon_qualify::compare::{Certificate, Comparison, Measured, Sizes, Tensor, certify};
+use pontoon_qualify::compare::{
+    Certificate, Comparison, Experts, Measured, Sizes, Tensor, certify,
+};
 use pontoon_qualify::exact::{evaluate, feasible};
 use pontoon_train::data::Batch;
 use pontoon_train::{RunConfig, TrainingState};
@@ -91,6 +93,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             layers: model.config.layer_count,
             width: model.config.width.max(model.config.mlp_width),
             steps: work.drift_steps as usize,
+            experts: match model.config.experts_per_token() {
+                0 => Experts::None,
+                _ => Experts::Some,
+            },
         },
         vocabulary: model.config.vocab_size,
         generated: &generated,
@@ -262,7 +268,7 @@ impl<'a> Work<'a> {
         let view = logits.program.output("logits")?;
         let gradients = training.program.buffer(GRADIENTS).view;
         let (Some(logits), Some(training)) = (evaluate(&logits), evaluate(&training)) else {
-            eprintln!("no f64 reference: a router's choice is too close to call");
+            eprintln!("no f64 reference: a choice is too close to call");
             return Ok(None);
         };
         Ok(Some(Measured {

@@ -13,18 +13,32 @@ use super::Apart;
 /// Results that are rounded on the way through one layer and back into the residual stream: two
 /// norms, four projections, rope, attention, gate, three of the feed-forward part.
 const ROUNDINGS_PER_LAYER: f64 = 12.0;
-/// How far above the estimate a good device may be.
-const SAFETY: f64 = 4.0;
 /// The largest of many normal errors: five deviations are met once in two million.
 const WORST_DEVIATIONS: f64 = 8.0;
-/// A gradient passes every layer twice, and a norm's weight or a key's projection gets the small
+/// A gradient passes every layer twice, and the weight of a norm or of keys gets the small
 /// difference of large terms.
-const GRADIENT_FACTOR: f64 = 8.0;
-/// Losses are means over rows, but a step's update moves each weight by its gradient's sign, which
-/// rounding can turn; the error grows with each step.
-const DRIFT_FACTOR: f64 = 1.0;
+const GRADIENT_FACTOR: f64 = 2.0;
+/// Each training step starts from weights that already differ by a little.
+const DRIFT_FACTOR: f64 = 0.1;
+/// A router's choice between nearly equal experts can fall either way, and then a row changes by
+/// an expert's share. It happens in proportion to the rounding error, so its square adds the
+/// error itself, times this.
+const ROUTED: f64 = 0.25;
+/// A row that went to another expert changes by up to the logits' whole spread.
+const ROUTED_WORST: f64 = 2.0;
+/// An expert with few rows gets another gradient if one of them goes elsewhere.
+const ROUTED_GRADIENT: f64 = 50.0;
 /// Divergences below this are rounding of the divergence itself.
 const KL_FLOOR: f64 = 1e-13;
+
+/// Whether a model has experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Experts {
+    /// It has.
+    Some,
+    /// It has not.
+    None,
+}
 
 /// The sizes of a model that decide how errors grow.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +51,8 @@ pub struct Sizes {
     pub width: usize,
     /// Training steps of the loss comparison.
     pub steps: usize,
+    /// Whether rows are sent to experts.
+    pub experts: Experts,
 }
 
 /// What the numbers of a comparison may be.
@@ -65,13 +81,16 @@ pub struct Limits {
 impl Limits {
     /// The limits for a model whose logits spread this far around their mean.
     pub fn of(sizes: &Sizes, spread: f64) -> Limits {
-        let sum = DType::F32.epsilon() * (sizes.width as f64).sqrt();
+        // The root of k roundings that grow with the partial sum: a quarter of it is what is met.
+        let sum = DType::F32.epsilon() * (sizes.width as f64).sqrt() / 4.0;
         let rounding = (sizes.dtype.epsilon().powi(2) + sum.powi(2)).sqrt() / 2.0;
         let count = ROUNDINGS_PER_LAYER * sizes.layers as f64 + 2.0;
-        let relative = SAFETY * rounding * count.sqrt();
-        let typical = relative * spread;
-        let worst = WORST_DEVIATIONS * typical;
-        let gradient = (GRADIENT_FACTOR * relative).min(1.0);
+        let relative = rounding * count.sqrt();
+        let routed = if sizes.experts == Experts::Some { 1.0 } else { 0.0 };
+        let typical = (relative * relative + routed * ROUTED * relative).sqrt() * spread;
+        let worst = (WORST_DEVIATIONS * typical).max(routed * ROUTED_WORST * spread);
+        let gradient = (GRADIENT_FACTOR * relative).powi(2) + routed * ROUTED_GRADIENT * relative;
+        let gradient = gradient.sqrt().min(1.0);
         Limits {
             rounding,
             worst_logit_error: worst,
