@@ -158,7 +158,8 @@ impl Qualification {
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;\
 padding:0 1rem;color:#1c2733;background:#fff}h1{margin-bottom:0}table{border-collapse:collapse;\
-width:100%;font-size:13px}td,th{text-align:left;padding:.15rem .5rem;border-bottom:1px solid #e3e8ee}\
+width:100%;font-size:13px}td,th{text-align:left;padding:.15rem .5rem;\
+border-bottom:1px solid #e3e8ee}\
 .verdict{font-size:1.6rem;font-weight:700}.fit{color:#1b7f4b}.limits{color:#b26a00}\
 .unfit{color:#b3261e}.bad td{background:#fde8e6}svg{width:100%;height:auto}svg text{font:11px \
 system-ui,sans-serif;fill:#1c2733}footer{margin-top:2rem;color:#66727f}";

@@ -88,16 +88,12 @@ pub fn write(
         ("op".to_owned(), json(&case.op)),
         ("origin".to_owned(), json(origin)),
     ]);
-    let view = |part: &Part| {
-        TensorView::new(part.dtype, part.shape.clone(), &part.bytes)
-            .map(|_| ())
-            .map_err(|error| wrong(path, error))
+    let view = |part| {
+        let Part { name, dtype, shape, bytes }: &Part = part;
+        let view = TensorView::new(*dtype, shape.clone(), bytes);
+        view.map(|view| (name.as_str(), view)).map_err(|error| wrong(path, error))
     };
-    parts.iter().try_for_each(view)?;
-    let views = parts.iter().filter_map(|part| {
-        let view = TensorView::new(part.dtype, part.shape.clone(), &part.bytes).ok()?;
-        Some((part.name.clone(), view))
-    });
+    let views: Vec<_> = parts.iter().map(view).collect::<Result<_, _>>()?;
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(|error| wrong(path, error))
 }
 
@@ -219,7 +215,6 @@ mod tests {
         for view in case.op.views_mut() {
             view.byte_offset += 1 << 20;
         }
-        let outcomes = Outcomes { first: None, second: None };
         case.memory.buffers_mut()[0].truncate(70);
         // The expectation is computed from the buffers, so the file is made by hand.
         let op = json(&case.op);
@@ -236,6 +231,5 @@ mod tests {
         safetensors::serialize_to_file([("buffer.0", view)], Some(metadata), &path).unwrap();
         let text = read(&path).unwrap_err().to_string();
         assert!(text.contains("outside its buffer"), "{text}");
-        drop(outcomes);
     }
 }

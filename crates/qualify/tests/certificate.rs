@@ -1,6 +1,8 @@
 //! Certificates: good devices of other arithmetic agree well within the limits, planted defects do
 //! not.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
+
 mod common;
 
 use common::{Defect, LASTING, Liar, model, step};

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use pontoon_models::{BatchShape, Model, ModelConfig, PagedHead, PagedShape, preset};
-use pontoon_ops::{Backend, DType};
+use pontoon_ops::{Backend, DType, DeviceInfo};
 use pontoon_program::{Program, Recompute};
 use pontoon_qualify::cases::Size;
 use pontoon_qualify::conformance::check;
@@ -332,16 +332,20 @@ fn qualify(
         forecast: forecast.as_ref(),
         needed: &needed,
     });
-    let device = Device {
+    let device = device_of(arguments, &info);
+    let (seconds, version) = (begun.elapsed().as_secs_f64(), env!("CARGO_PKG_VERSION").to_owned());
+    Ok(Qualification { device, verdict, conformance, stability, speed, forecast, seconds, version })
+}
+
+fn device_of(arguments: &Arguments, info: &DeviceInfo) -> Device {
+    Device {
         name: arguments.device.clone(),
-        chip: info.chip,
-        numeric_class: info.numeric_class,
+        chip: info.chip.clone(),
+        numeric_class: info.numeric_class.clone(),
         emulated: info.emulated,
         memory_bytes: info.memory_bytes,
         compute_units: info.compute_units,
-    };
-    let (seconds, version) = (begun.elapsed().as_secs_f64(), env!("CARGO_PKG_VERSION").to_owned());
-    Ok(Qualification { device, verdict, conformance, stability, speed, forecast, seconds, version })
+    }
 }
 
 /// Roofs that the device's own code can measure better than operations do.

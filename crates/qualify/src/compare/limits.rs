@@ -109,7 +109,7 @@ impl Limits {
     pub fn broken_by(&self, pair: &Apart) -> Vec<String> {
         let mut broken = Vec::new();
         let mut most = |what: &str, got: f64, limit: f64| {
-            if !(got <= limit) {
+            if got > limit || got.is_nan() {
                 let Apart { device, with, .. } = pair;
                 broken.push(format!("{device} and {with}: {what} is {got:.3e}, limit {limit:.3e}"));
             }

@@ -1,6 +1,7 @@
 //! What these tests share: a device that lies in one way, and steps of small real models.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
+#![allow(dead_code, reason = "each file of tests uses a part of this")]
 
 use std::time::Duration;
 
