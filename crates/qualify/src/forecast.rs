@@ -134,7 +134,8 @@ pub fn forecast(
     let cache: usize = question.decoding.buffers.iter().skip(3).map(|buffer| buffer.bytes).sum();
     let serving_bytes = compute + cache;
     let rows = question.sequence * question.micro_batch;
-    let step_s = seconds(question.training, speed) + update_seconds(question, speed);
+    let step_s =
+        seconds(question.training, speed, question.micro_batch) + update_seconds(question, speed);
     let predicted = rows as f64 / step_s;
     let one = question.measured.unwrap_or(predicted);
     let days_watched = soaked.seconds.max(1.0) / DAY_S;
@@ -164,7 +165,7 @@ pub fn forecast(
         tokens_per_s: one * devices as f64,
         tokens_per_s_predicted: predicted * devices as f64,
         tokens_per_s_measured: question.measured.map(|tokens| tokens * devices as f64),
-        decode_tokens_per_s: 1.0 / seconds(question.decoding, speed),
+        decode_tokens_per_s: 1.0 / seconds(question.decoding, speed, 1),
         tokens,
         devices,
         days,
@@ -195,16 +196,21 @@ fn goodput(losses: &Losses) -> f64 {
     1.0 / (1.0 + per_second)
 }
 
-/// Predicted seconds of a program.
-fn seconds(program: &Program, speed: &Speed) -> f64 {
-    program.ops.iter().map(|op| op_seconds(op, speed)).sum()
+/// Predicted seconds of a program whose rows are so many sequences.
+fn seconds(program: &Program, speed: &Speed, sequences: usize) -> f64 {
+    program.ops.iter().map(|op| op_seconds(op, speed, sequences)).sum()
 }
 
-fn op_seconds(op: &Op, speed: &Speed) -> f64 {
+fn op_seconds(op: &Op, speed: &Speed, sequences: usize) -> f64 {
+    let mut least = cost(op);
+    // The cost of attention is that of one long document; rows see only their own sequence.
+    if matches!(op, Op::Attention(_) | Op::AttentionBwd(_)) {
+        least.matrix_flops /= sequences as f64;
+    }
     let operands = op.operands();
     let floats = operands.iter().map(|operand| operand.view.dtype).find(|dtype| dtype.is_float());
     let dtype = floats.unwrap_or(DType::F32);
-    let (floor, _) = speed.roofs.floor(&cost(op), dtype);
+    let (floor, _) = speed.roofs.floor(&least, dtype);
     floor / fraction(op.name().name(), dtype, speed) + speed.roofs.latency
 }
 

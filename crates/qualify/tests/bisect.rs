@@ -1,6 +1,8 @@
 //! Every planted defect is bisected to its operation on a real model, written to a file, and shown
 //! again by replaying the file.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
+
 mod common;
 
 use common::{Defect, LASTING, Liar, training};

@@ -46,8 +46,8 @@ const TOKENS_PER_PARAMETER: f64 = 20.0;
 const MEASURED_PARAMETERS_MAX: u64 = 50_000_000;
 /// The same with `--quick`.
 const QUICK_PARAMETERS_MAX: u64 = 2_000_000;
-/// Sequences and tokens of the measured step.
-const MEASURED_BATCH: [usize; 2] = [4, 256];
+/// Tokens of the measured step, in sequences as long as the model's.
+const MEASURED_TOKENS: usize = 1024;
 
 /// The arguments of `pontoon qualify`.
 #[derive(Args)]
@@ -126,7 +126,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let verdict = &qualification.verdict;
     if verdict.verdict == Fitness::Unfit {
         let first = verdict.reasons.first().map_or("", String::as_str);
-        bail!("{} is unfit: {first}; do not use it", arguments.device);
+        let purpose = arguments.model.as_ref().map_or(String::new(), |name| format!(" for {name}"));
+        bail!("{} is unfit{purpose}: {first}; do not use it", arguments.device);
     }
     Ok(())
 }
@@ -182,8 +183,8 @@ impl Asked {
         if large || self.dtype == DType::F16 {
             return Ok(None);
         }
-        let [count, tokens] = MEASURED_BATCH;
-        let sequence = tokens.min(self.sequence);
+        let sequence = MEASURED_TOKENS.min(self.sequence);
+        let count = (MEASURED_TOKENS / sequence).max(1);
         let settings = format!(
             "[data]\nsequence = {sequence}\n[train]\nmicro_batch = {count}\nmicro_batches = 1\n\
              dtype = \"{}\"\nwarmup = 0\nschedule = \"constant\"\n",
