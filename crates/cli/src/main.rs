@@ -7,13 +7,17 @@ mod commands;
 mod devices;
 mod engine;
 mod model_source;
+mod steps;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use commands::{bench, data, demo, eval, export, generate, new, score, status, tokenizer, train};
+use commands::{
+    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, status,
+    tokenizer, train,
+};
 
 /// Trains and serves language models on whatever accelerators there are.
 #[derive(Parser)]
@@ -58,6 +62,18 @@ enum Command {
     /// Writes a folder that Hugging Face transformers loads unchanged.
     #[command(after_help = "Example:\n  pontoon export my-run/run my-model")]
     Export(export::Arguments),
+    /// Says whether a device can be trusted, and with what: FIT, FIT WITH LIMITS or UNFIT.
+    #[command(after_help = "Example:\n  pontoon qualify --device cpu --model qwen3-30m \
+                            --minutes 5 --report cpu.json")]
+    Qualify(qualify::Arguments),
+    /// Certifies that devices agree on a model.
+    #[command(
+        after_help = "Example:\n  pontoon compare my-run/run --devices cpu,cpu:threads=1 --json"
+    )]
+    Compare(compare::Arguments),
+    /// Finds the first operation on which two devices do not agree.
+    #[command(after_help = "Example:\n  pontoon bisect qwen3-1m --devices cpu,cpu:threads=1")]
+    Bisect(bisect::Arguments),
     /// One device of a supervised run; `train` starts it.
     #[command(hide = true)]
     Worker(commands::worker::Arguments),
@@ -89,6 +105,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::Score(arguments) => score::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Export(arguments) => export::run(arguments),
+        Command::Qualify(arguments) => qualify::run(arguments),
+        Command::Compare(arguments) => compare::run(arguments),
+        Command::Bisect(arguments) => bisect::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Bench(command) => bench::run(command),
     }

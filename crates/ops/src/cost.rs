@@ -4,6 +4,7 @@
 
 use crate::contract::Extents;
 use crate::op::{Op, OpName};
+use crate::view::View;
 
 /// The least work an operation can be done with.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -21,14 +22,24 @@ pub fn cost(op: &Op) -> Cost {
         .operands()
         .iter()
         .map(|operand| {
-            let touched = operand.view.dtype.bytes(operand.view.elements()) as f64;
+            let touched = bytes_of(&operand.view);
             let times = u8::from(operand.access.reads()) + u8::from(operand.access.writes());
             // A lookup reads the rows it names, not the whole table.
             let table = op.name() == OpName::Embed && operand.name == "table";
-            if table { 0.0 } else { touched * f64::from(times) }
+            // A cache is written where new rows go, and only there.
+            match op {
+                Op::KvWrite(op) if operand.name == "k_cache" => bytes_of(&op.k),
+                Op::KvWrite(op) if operand.name == "v_cache" => bytes_of(&op.v),
+                _ if table => 0.0,
+                _ => touched * f64::from(times),
+            }
         })
         .sum();
     Cost { matrix_flops: matrix_flops(op), bytes }
+}
+
+fn bytes_of(view: &View) -> f64 {
+    view.dtype.bytes(view.elements()) as f64
 }
 
 fn matrix_flops(op: &Op) -> f64 {

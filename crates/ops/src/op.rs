@@ -118,8 +118,8 @@ pub(crate) use contract;
 
 macro_rules! list {
     ($($name:ident),* $(,)?) => {
-        /// One operation on the waist.
-        #[derive(Clone, Debug, PartialEq)]
+        /// One operation on the waist. As JSON it is an object of its name and its fields.
+        #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
         pub enum Op {
             $(#[doc = concat!("See [`struct@", stringify!($name), "`].")] $name($name),)*
         }

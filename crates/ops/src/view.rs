@@ -3,13 +3,17 @@
 //! A view is a plain value and owns nothing; the same type names a virtual buffer of a program and
 //! a physical buffer of a backend. Read next: `op.rs`.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 
 /// The most dimensions a view may have; attention needs three, paged caches four.
 pub const RANK_MAX: usize = 4;
 
 /// Names a buffer: virtual in a program, physical in a backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 pub struct BufferId(pub u32);
 
 /// The extents of a tensor, outermost first.
@@ -64,7 +68,8 @@ impl<const N: usize> From<[usize; N]> for Shape {
 
 /// A tensor's place in a buffer. Strides count elements; the last dimension's stride is 1 unless
 /// the view is a broadcast or a transposition, which only `Copy`, `Add` and `ReduceTree` accept.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "PlainView", into = "PlainView")]
 pub struct View {
     /// The buffer the elements lie in.
     pub buffer: BufferId,
@@ -75,6 +80,46 @@ pub struct View {
     /// The extents.
     pub shape: Shape,
     strides: [usize; RANK_MAX],
+}
+
+/// A view as it stands in a file, where nothing holds yet.
+#[derive(Serialize, Deserialize)]
+struct PlainView {
+    buffer: BufferId,
+    byte_offset: usize,
+    dtype: DType,
+    shape: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+impl From<View> for PlainView {
+    fn from(view: View) -> PlainView {
+        let View { buffer, byte_offset, dtype, .. } = view;
+        let (shape, strides) = (view.dims().to_vec(), view.strides().to_vec());
+        PlainView { buffer, byte_offset, dtype, shape, strides }
+    }
+}
+
+impl TryFrom<PlainView> for View {
+    type Error = String;
+
+    fn try_from(plain: PlainView) -> Result<View, String> {
+        let PlainView { buffer, byte_offset, dtype, shape, strides } = plain;
+        let rank = shape.len();
+        if rank > RANK_MAX || strides.len() != rank {
+            return Err(format!("shape {shape:?} and strides {strides:?} do not make a view"));
+        }
+        // What comes later multiplies these; no tensor is near the limit of the address space.
+        let reach = |(&extent, &step): (&usize, &usize)| (extent as u128) * (step as u128);
+        let last = shape.iter().zip(&strides).map(reach).fold(byte_offset as u128, u128::max);
+        let times = |all: u128, &extent: &usize| all.saturating_mul(extent as u128);
+        if last.max(shape.iter().fold(1, times)) > 1 << 44 {
+            return Err(format!("shape {shape:?} with strides {strides:?} is beyond any memory"));
+        }
+        let mut steps = [1; RANK_MAX];
+        steps[..rank].copy_from_slice(&strides);
+        Ok(View { buffer, byte_offset, dtype, shape: Shape::new(&shape), strides: steps })
+    }
 }
 
 impl View {

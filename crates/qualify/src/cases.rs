@@ -9,11 +9,15 @@ mod edges;
 mod experts;
 mod heads;
 mod optim;
+mod sized;
 
 use pontoon_ops::philox::Stream;
 use pontoon_ops::{DType, Op, View};
 
 use crate::memory::{GUARD_BYTES, Memory};
+
+/// Numbers that are drawn for a large tensor: odd, so that rows differ.
+const PATTERN: usize = 4099;
 
 /// One operation with everything it reads.
 #[derive(Clone, Debug)]
@@ -55,6 +59,8 @@ pub fn all(seed: u64) -> Vec<Case> {
     cases.extend(optim::cases(seed));
     cases
 }
+
+pub use sized::{Size, sized, soaked};
 
 /// What the cases of a group are made from.
 #[derive(Clone, Copy, Debug)]
@@ -100,6 +106,33 @@ impl Draft {
         let view = self.place(dtype, shape, Gap::No);
         let values = self.normals(view.elements(), size);
         self.memory.write(&view, &values);
+        view
+    }
+
+    /// Ordinary numbers of a size in a large tensor: a few thousand of them, over and over.
+    pub(crate) fn bulk(&mut self, dtype: DType, shape: &[usize], size: f64) -> View {
+        let view = self.place(dtype, shape, Gap::No);
+        let elements = view.elements();
+        let first = View::contiguous(view.buffer, dtype, [elements.min(PATTERN)]);
+        let first = first.rebased(view.buffer, view.byte_offset);
+        let values = self.normals(first.elements(), size);
+        self.memory.write(&first, &values);
+        let bytes = &mut self.memory.buffers_mut()[view.buffer.0 as usize];
+        let (start, end) = (view.byte_offset, view.byte_offset + dtype.bytes(elements));
+        let mut done = dtype.bytes(first.elements());
+        while start + done < end {
+            let more = done.min(end - start - done);
+            bytes.copy_within(start..start + more, start + done);
+            done += more;
+        }
+        view
+    }
+
+    /// Room for a large result, zeroed.
+    pub(crate) fn room(&mut self, dtype: DType, shape: &[usize]) -> View {
+        let view = self.place(dtype, shape, Gap::No);
+        let bytes = &mut self.memory.buffers_mut()[view.buffer.0 as usize];
+        bytes[view.byte_offset..view.byte_offset + dtype.bytes(view.elements())].fill(0);
         view
     }
 

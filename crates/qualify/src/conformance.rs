@@ -57,11 +57,7 @@ pub fn check(
         return Ok((vec![finding("correct", f64::INFINITY, detail)], case.memory.clone()));
     }
     let got = launch(backend, case)?;
-    let wanted = reference(&case.op, &case.memory);
-    let (error, mut detail) = judge(case, &wanted, &got);
-    if detail.is_empty() {
-        detail = stray_write(case, &wanted, &got);
-    }
+    let (error, detail) = assess(case, &got);
     let again = launch(backend, case)?;
     let repeat = match again == got {
         true => String::new(),
@@ -72,23 +68,53 @@ pub fn check(
 
 /// Uploads a case, launches it once, and downloads everything.
 pub(crate) fn launch(backend: &mut dyn Backend, case: &Case) -> Result<Memory, DeviceError> {
-    let mut places = Vec::new();
-    for bytes in case.memory.buffers() {
-        let buffer = backend.alloc(bytes.len())?;
-        backend.upload(buffer, 0, bytes)?;
-        places.push(buffer);
-    }
-    let mut op = case.op.clone();
-    for view in op.views_mut() {
-        *view = view.rebased(places[view.buffer.0 as usize], 0);
-    }
-    let launched = backend.launch(&op).and_then(|()| backend.wait(DEADLINE));
+    let placed = Placed::new(backend, case)?;
+    let launched = backend.launch(&placed.op).and_then(|()| backend.wait(DEADLINE));
     let mut memory = case.memory.clone();
-    for (bytes, &buffer) in memory.buffers_mut().iter_mut().zip(&places) {
+    for (bytes, &buffer) in memory.buffers_mut().iter_mut().zip(&placed.buffers) {
         backend.download(buffer, 0, bytes)?;
-        backend.free(buffer)?;
     }
+    placed.free(backend)?;
     launched.map(|()| memory)
+}
+
+/// A case on a device.
+pub(crate) struct Placed {
+    /// The operation, on the device's buffers.
+    pub op: Op,
+    /// The device's buffers, in the order of the case's.
+    pub buffers: Vec<BufferId>,
+}
+
+impl Placed {
+    /// Uploads a case.
+    pub fn new(backend: &mut dyn Backend, case: &Case) -> Result<Placed, DeviceError> {
+        let mut buffers = Vec::new();
+        for bytes in case.memory.buffers() {
+            let buffer = backend.alloc(bytes.len())?;
+            backend.upload(buffer, 0, bytes)?;
+            buffers.push(buffer);
+        }
+        let mut op = case.op.clone();
+        for view in op.views_mut() {
+            *view = view.rebased(buffers[view.buffer.0 as usize], 0);
+        }
+        Ok(Placed { op, buffers })
+    }
+
+    /// Gives the buffers back.
+    pub fn free(self, backend: &mut dyn Backend) -> Result<(), DeviceError> {
+        self.buffers.into_iter().try_for_each(|buffer| backend.free(buffer))
+    }
+}
+
+/// Holds what a device left of a case against the reference: the worst error as a share of what
+/// is allowed, and what is wrong, empty if nothing is.
+pub(crate) fn assess(case: &Case, got: &Memory) -> (f64, String) {
+    let wanted = reference(&case.op, &case.memory);
+    let (error, detail) = judge(case, &wanted, got);
+    let detail = if detail.is_empty() { stray_write(case, &wanted, got) } else { detail };
+    (error, detail)
 }
 
 /// The worst error as a share of its limit, and what is wrong if it is above one.

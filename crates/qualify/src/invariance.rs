@@ -86,6 +86,21 @@ fn row_operands(op: &Op) -> Vec<(&'static str, usize)> {
     names.iter().map(|&name| (name, 0)).collect()
 }
 
+/// The case on the given rows of its batch only, if its operation works row by row and these are
+/// fewer than all.
+pub(crate) fn rows_only(case: &Case, rows: &Range<usize>) -> Option<Case> {
+    let named = row_operands(&case.op);
+    let (first, axis) = named.first()?;
+    let operands = case.op.operands();
+    let count = operands.iter().find(|operand| operand.name == *first)?.view.dim(*axis);
+    if rows.len() >= count || rows.end > count {
+        return None;
+    }
+    let mut case = case.clone();
+    cut(&mut case.op, &named, rows);
+    case.op.check().is_ok().then_some(case)
+}
+
 /// Slices the named operands, and gives those that are results.
 fn cut(op: &mut Op, named: &[(&'static str, usize)], rows: &Range<usize>) -> Vec<View> {
     let operands = op.operands();

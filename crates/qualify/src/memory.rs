@@ -3,6 +3,8 @@
 //! The f64 reference and the cases see tensors only through [`Memory`]; nothing here touches a
 //! device. Read next: `reference/mod.rs`.
 
+use std::collections::BTreeMap;
+
 use half::{bf16, f16};
 use pontoon_ops::{BufferId, DType, View};
 
@@ -13,6 +15,8 @@ pub const GUARD_BYTES: usize = 64;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Memory {
     buffers: Vec<Vec<u8>>,
+    /// Buffers whose numbers are kept in full f64, with the bits of an element as views count it.
+    wide: BTreeMap<BufferId, (usize, Vec<f64>)>,
     /// One element that reads as another number, for central differences.
     moved: Option<(BufferId, usize, f64)>,
 }
@@ -22,6 +26,13 @@ impl Memory {
     pub fn add(&mut self, bytes: Vec<u8>) -> BufferId {
         self.buffers.push(bytes);
         BufferId(self.buffers.len() as u32 - 1)
+    }
+
+    /// Adds a buffer of zeros whose numbers are kept in full f64, whatever its dtype.
+    pub fn add_wide(&mut self, dtype: DType, elements: usize) -> BufferId {
+        let buffer = self.add(Vec::new());
+        self.wide.insert(buffer, (dtype.bits(), vec![0.0; elements]));
+        buffer
     }
 
     /// Every buffer's bytes, in order of number.
@@ -37,11 +48,19 @@ impl Memory {
     /// The same memory where one element of `view` reads as `value`, in full f64.
     pub fn with_moved(&self, view: &View, element: usize, value: f64) -> Memory {
         let address = view.byte_offset + bit_offset(view, element) / 8;
-        Memory { buffers: self.buffers.clone(), moved: Some((view.buffer, address, value)) }
+        let moved = Some((view.buffer, address, value));
+        Memory { buffers: self.buffers.clone(), wide: self.wide.clone(), moved }
     }
 
     /// The elements of a view in row-major order of its indices.
     pub fn read(&self, view: &View) -> Vec<f64> {
+        if let Some((bits, values)) = self.wide.get(&view.buffer) {
+            let first = view.byte_offset * 8 / bits;
+            if view.is_contiguous() {
+                return values[first..first + view.elements()].to_vec();
+            }
+            return offsets(view).into_iter().map(|at| values[first + at / bits]).collect();
+        }
         let bytes = &self.buffers[view.buffer.0 as usize];
         let mut values: Vec<f64> = offsets(view)
             .into_iter()
@@ -65,6 +84,13 @@ impl Memory {
 
     /// Overwrites a view's elements, in row-major order of its indices, rounding to its dtype.
     pub fn write(&mut self, view: &View, values: &[f64]) {
+        if let Some((bits, kept)) = self.wide.get_mut(&view.buffer) {
+            let first = view.byte_offset * 8 / *bits;
+            for (at, value) in offsets(view).into_iter().zip(values) {
+                kept[first + at / *bits] = *value;
+            }
+            return;
+        }
         let bytes = &mut self.buffers[view.buffer.0 as usize];
         for (bits, value) in offsets(view).into_iter().zip(values) {
             encode(view.dtype, bytes, view.byte_offset * 8 + bits, *value);

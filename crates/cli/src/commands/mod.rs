@@ -1,6 +1,8 @@
 //! One file for each command: its arguments, and what it does with them.
 
 pub mod bench;
+pub mod bisect;
+pub mod compare;
 pub mod data;
 pub mod demo;
 pub mod devices;
@@ -8,6 +10,7 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod new;
+pub mod qualify;
 pub mod score;
 pub mod status;
 pub mod tokenizer;

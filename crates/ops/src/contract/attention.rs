@@ -1,12 +1,14 @@
 //! Rotary positions and attention: whole documents for training and prefill, paged for decoding.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 use crate::op::Access::{Read, ReadWrite, Write};
 use crate::op::contract;
 use crate::view::View;
 
 /// How pairs of elements are rotated together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum RopeStyle {
     /// Element i with element i + width/2 (Llama, Qwen).
     HalfSplit,
@@ -15,7 +17,7 @@ pub enum RopeStyle {
 }
 
 /// Which way to rotate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Direction {
     /// By the position's angles.
     Forward,
@@ -30,7 +32,7 @@ pub enum Direction {
 /// Dtypes    x, y: f32, bf16 or f16, equal; positions i32; cos, sin f32
 /// Writes    y; y may be the same view as x
 /// Numerics  products and their sum in f32, rounded once. A position outside the table gives NaN
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rope {
     /// Input heads.
     pub x: View,
@@ -78,7 +80,7 @@ pub const KEY_TILE: usize = 64;
 /// Numerics  `documents` holds ascending starts: 0, ..., rows, padded by repeating rows. Keys are
 ///           taken in tiles of [`KEY_TILE`] counted from the document's start, with a running
 ///           maximum and sum in f32; probabilities may be rounded to the dtype before they meet v
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Attention {
     /// Queries.
     pub q: View,
@@ -137,7 +139,7 @@ fn heads_agree(
 /// Writes    dq, dk, dv overwritten
 /// Numerics  sums over query heads of one key head, then over rows, in a fixed order in f32;
 ///           p and ds may be rounded to the dtype before they meet a product
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionBwd {
     /// Queries.
     pub q: View,
@@ -189,7 +191,7 @@ contract!(AttentionBwd |op, check| {
 /// Dtypes    q, caches, out: equal floats; blocks, lengths, queries i32
 /// Writes    out
 /// Numerics  bit for bit what [`Attention`] gives for the same row of the same sequence
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PagedAttention {
     /// Queries.
     pub q: View,
@@ -243,7 +245,7 @@ contract!(PagedAttention |op, check| {
 /// Dtypes    k, v, caches: equal floats; slots i32
 /// Writes    the named slots of k_cache and v_cache; the rest stays
 /// Numerics  exact
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KvWrite {
     /// New keys.
     pub k: View,

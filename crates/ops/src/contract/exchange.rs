@@ -2,13 +2,15 @@
 //!
 //! The group itself is made by the backend, outside the waist; an operation names it by number.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 use crate::op::Access::{Read, Write};
 use crate::op::contract;
 use crate::view::View;
 
 /// A group of devices as one member sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Group {
     /// The group's number on this backend.
     pub id: u16,
@@ -23,7 +25,7 @@ pub struct Group {
 /// Shapes    x, y: equal, contiguous
 /// Dtypes    f32, bf16 or f16, equal
 /// Writes    y, the same bits on every member; y may be the same view as x
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllReduce {
     /// This member's part.
     pub x: View,
@@ -51,7 +53,7 @@ fn group_fits(check: &crate::check::Check, group: &Group) -> Result<(), crate::e
 /// Shapes    x [n, ...] contiguous; y [rank_count * n, ...] contiguous
 /// Dtypes    any, equal
 /// Writes    y
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllGather {
     /// This member's part.
     pub x: View,
@@ -76,7 +78,7 @@ contract!(AllGather |op, check| { x: Read, y: Write } {
 /// Shapes    x [rank_count * n, ...] contiguous; y [n, ...] contiguous
 /// Dtypes    f32, bf16 or f16, equal
 /// Writes    y
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReduceScatter {
     /// This member's summand.
     pub x: View,

@@ -1,5 +1,7 @@
 //! Matrix products: dense in three layouts, quantised weights, and grouped by expert.
 
+use serde::{Deserialize, Serialize};
+
 use super::Accumulate;
 use crate::dtype::DType;
 use crate::op::Access::Read;
@@ -7,7 +9,7 @@ use crate::op::contract;
 use crate::view::View;
 
 /// Which operand of a product is transposed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Layout {
     /// `c[m,n] = sum_k a[m,k] * b[n,k]`: forward, weights as [out, in].
     Nt,
@@ -24,7 +26,7 @@ pub enum Layout {
 /// Writes    c by `accumulate`
 /// Numerics  each element is one chain over k in ascending order, whatever m and n are; the chain
 ///           starts at zero, then bias and the old contents are added, then one rounding
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Matmul {
     /// Which operand is transposed.
     pub layout: Layout,
@@ -41,7 +43,7 @@ pub struct Matmul {
 }
 
 /// The extents of a product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extents {
     /// Rows of the result.
     pub m: usize,
@@ -84,7 +86,7 @@ contract!(Matmul |op, check| { a: Read, b: Read, bias: Read, c: op.accumulate.ac
 /// Dtypes    x, c: f32, bf16 or f16, equal, or c f32; weight f8e4m3, i8 or i4; scales f32
 /// Writes    c
 /// Numerics  value = weight * scale in f32, then as [`Matmul`]; edge blocks may be partial
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MatmulQuant {
     /// Activations.
     pub x: View,
@@ -131,7 +133,7 @@ contract!(MatmulQuant |op, check| {
 /// Dtypes    as [`Matmul`]; offsets i32, ascending from 0
 /// Writes    c by `accumulate`
 /// Numerics  as [`Matmul`] within each group
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupedMatmul {
     /// Which operand is transposed.
     pub layout: Layout,

@@ -1,5 +1,7 @@
 //! Losses, fused with the output head so that logits never stand whole in memory.
 
+use serde::{Deserialize, Serialize};
+
 use super::Accumulate;
 use crate::dtype::DType;
 use crate::error::OpError;
@@ -19,7 +21,7 @@ pub const IGNORED: i32 = -100;
 ///           lse
 /// Numerics  logits as [`super::Matmul`] with an f32 result, in chunks; sums of exponentials in
 ///           f32 over fixed chunks of the vocabulary
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CrossEntropy {
     /// The last layer's rows.
     pub x: View,
@@ -68,7 +70,7 @@ fn head_fits(
 /// Dtypes    as [`CrossEntropy`]; dloss, dhead f32; dx as x
 /// Writes    loss, lse, dx overwritten; dhead by `accumulate`
 /// Numerics  dlogits is rounded to x's dtype before it meets the products
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CrossEntropyBwd {
     /// The last layer's rows.
     pub x: View,
@@ -109,7 +111,7 @@ contract!(CrossEntropyBwd |op, check| {
 /// Dtypes    as [`CrossEntropy`]; logprob, entropy f32
 /// Writes    logprob (0 where [`IGNORED`]), entropy
 /// Numerics  as [`CrossEntropy`]
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogProb {
     /// The last layer's rows.
     pub x: View,
@@ -141,7 +143,7 @@ contract!(TokenLogProb |op, check| {
 /// Shapes    as [`TokenLogProb`]; dlogprob [rows]; dx [rows, width]; dhead [vocabulary, width]
 /// Dtypes    as [`CrossEntropyBwd`]
 /// Writes    dx overwritten; dhead by `accumulate`
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogProbBwd {
     /// The last layer's rows.
     pub x: View,

@@ -1,5 +1,7 @@
 //! Moving, converting and combining elements: Copy, Cast, Fill, Add, Scale; and token embedding.
 
+use serde::{Deserialize, Serialize};
+
 use super::Accumulate;
 use crate::dtype::DType;
 use crate::op::Access::{Read, Write};
@@ -12,7 +14,7 @@ use crate::view::View;
 /// Dtypes    any, equal
 /// Writes    dst
 /// Numerics  exact: the bits are moved
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Copy {
     /// Source; may be broadcast (stride 0) or transposed.
     pub src: View,
@@ -32,7 +34,7 @@ contract!(Copy |op, check| { src: Read, dst: Write } {
 /// Dtypes    f32, bf16, f16 in any pairing
 /// Writes    dst
 /// Numerics  one rounding; values beyond f16's range become infinite
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Cast {
     /// Source.
     pub src: View,
@@ -51,7 +53,7 @@ contract!(Cast |op, check| { src: Read, dst: Write } {
 /// Shapes    dst: any, strided too
 /// Dtypes    f32, bf16, f16, i32 (value rounded)
 /// Writes    dst
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fill {
     /// Destination.
     pub dst: View,
@@ -67,7 +69,7 @@ contract!(Fill |op, check| { dst: Write } {
 /// Shapes    a, b, y: equal, any rank, any strides
 /// Dtypes    f32, bf16, f16, all equal
 /// Writes    y; y may be the same view as a or b
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Add {
     /// First summand.
     pub a: View,
@@ -90,7 +92,7 @@ contract!(Add |op, check| { a: Read, b: Read, y: Write } {
 /// Shapes    x, y: equal, contiguous
 /// Dtypes    f32, bf16, f16, equal
 /// Writes    y; y may be the same view as x
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scale {
     /// Input.
     pub x: View,
@@ -112,7 +114,7 @@ contract!(Scale |op, check| { x: Read, y: Write } {
 /// Dtypes    ids i32; table, y: f32, bf16 or f16, equal
 /// Writes    y
 /// Numerics  exact
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Embed {
     /// Token ids.
     pub ids: View,
@@ -135,7 +137,7 @@ contract!(Embed |op, check| { ids: Read, table: Read, y: Write } {
 /// Shapes    ids [rows]; dy [rows, width]; dtable [vocabulary, width]
 /// Dtypes    ids i32; dy f32, bf16 or f16; dtable f32
 /// Writes    dtable, by `accumulate` (`Overwrite` zeroes it first)
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EmbedBwd {
     /// Token ids.
     pub ids: View,

@@ -1,5 +1,7 @@
 //! The gated feed-forward's elementwise part.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 use crate::op::Access::{Read, Write};
 use crate::op::contract;
@@ -12,7 +14,7 @@ use crate::view::View;
 /// Writes    y; y may be the same view as gate or up
 /// Numerics  in f32; in 16-bit dtypes `gate * sigmoid(gate)` is rounded before `up` multiplies it,
 ///           as the published models do
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SwiGlu {
     /// What the sigmoid is taken of.
     pub gate: View,
@@ -35,7 +37,7 @@ contract!(SwiGlu |op, check| { gate: Read, up: Read, y: Write } {
 /// Shapes    all [rows, width]
 /// Dtypes    f32, bf16 or f16, equal
 /// Writes    dgate, dup; each may be the same view as one of the inputs
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SwiGluBwd {
     /// Gradient of the result.
     pub dy: View,

@@ -31,7 +31,7 @@ pub use optim::*;
 pub use sample::*;
 
 /// What a result does to what stood in its place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum Accumulate {
     /// The result replaces it.
     Overwrite,

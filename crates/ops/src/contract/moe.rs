@@ -1,12 +1,14 @@
 //! Mixtures of experts: choosing experts, sorting rows by expert and joining the results.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 use crate::op::Access::{Read, Write};
 use crate::op::contract;
 use crate::view::View;
 
 /// How router logits become scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Scoring {
     /// Softmax over all experts (Qwen3-MoE).
     Softmax,
@@ -15,7 +17,7 @@ pub enum Scoring {
 }
 
 /// Whether the chosen experts' scores are divided by their sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Renormalise {
     /// They are left as they are.
     No,
@@ -24,7 +26,7 @@ pub enum Renormalise {
 }
 
 /// The rule by which a router chooses; shared by forward and backward.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterRule {
     /// Experts chosen per row.
     pub chosen: usize,
@@ -51,7 +53,7 @@ pub struct RouterRule {
 /// Dtypes    logits, bias, weights f32; experts i32
 /// Writes    weights, experts, best first
 /// Numerics  in f32. A row with a NaN logit gets experts 0, 1, ... and NaN weights
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterTopK {
     /// One logit per expert.
     pub logits: View,
@@ -101,7 +103,7 @@ fn rule_fits(
 /// Shapes    dweights, experts [rows, chosen]; logits, dlogits [rows, experts]
 /// Dtypes    f32; experts i32
 /// Writes    dlogits
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterTopKBwd {
     /// Gradient of the weights.
     pub dweights: View,
@@ -135,7 +137,7 @@ contract!(RouterTopKBwd |op, check| {
 /// Writes    y; offsets (each expert's first row in y, and their end); slots (where each copy of
 ///           each row went). An expert id out of range counts as the last expert
 /// Numerics  exact
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Permute {
     /// Input rows.
     pub x: View,
@@ -169,7 +171,7 @@ contract!(Permute |op, check| {
 /// Shapes    dy [rows * chosen, width]; slots [rows, chosen]; dx [rows, width]
 /// Dtypes    dy, dx: equal floats; slots i32
 /// Writes    dx
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PermuteBwd {
     /// Gradient of the sorted rows.
     pub dy: View,
@@ -194,7 +196,7 @@ contract!(PermuteBwd |op, check| { dy: Read, slots: Read, dx: Write } {
 /// Dtypes    x, y: equal floats; weights f32; slots i32
 /// Writes    y
 /// Numerics  in f32, rounded once
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Unpermute {
     /// The experts' results, sorted by expert.
     pub x: View,
@@ -223,7 +225,7 @@ contract!(Unpermute |op, check| { x: Read, weights: Read, slots: Read, y: Write 
 ///           [rows, chosen]
 /// Dtypes    dy, x, dx: equal floats; weights, dweights f32; slots i32
 /// Writes    dx, dweights
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UnpermuteBwd {
     /// Gradient of the joined rows.
     pub dy: View,

@@ -1,5 +1,7 @@
 //! Root-mean-square normalisation, alone and fused with the residual addition before it.
 
+use serde::{Deserialize, Serialize};
+
 use super::Accumulate;
 use crate::dtype::DType;
 use crate::op::Access::{Read, Write};
@@ -13,7 +15,7 @@ use crate::view::View;
 /// Writes    y, rstd (backward reads rstd)
 /// Numerics  squares summed in f32; in 16-bit dtypes `x * rstd` is rounded before `weight`
 ///           multiplies it, as the published models do
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RmsNorm {
     /// Input rows.
     pub x: View,
@@ -44,7 +46,7 @@ contract!(RmsNorm |op, check| { x: Read, weight: Read, y: Write, rstd: Write } {
 /// Dtypes    dy, x, weight, dx: equal floats; rstd, dweight f32
 /// Writes    dx overwritten; dweight by `accumulate`
 /// Numerics  dweight sums rows in fixed blocks of [`ROW_BLOCK`] rows, then the blocks in order
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RmsNormBwd {
     /// Gradient of the output.
     pub dy: View,
@@ -84,7 +86,7 @@ pub const ROW_BLOCK: usize = 64;
 /// Dtypes    x, residual, weight, sum, y: equal floats; rstd f32
 /// Writes    sum (may be the same view as x or residual), y, rstd
 /// Numerics  the sum is rounded to its dtype first; y is computed from the rounded sum
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AddRmsNorm {
     /// What the last layer computed.
     pub x: View,
@@ -122,7 +124,7 @@ contract!(AddRmsNorm |op, check| {
 /// Shapes    dy, dsum, sum, dx [rows, width]; weight, dweight [width]; rstd [rows]
 /// Dtypes    dy, dsum, sum, weight, dx: equal floats; rstd, dweight f32
 /// Writes    dx overwritten; dweight by `accumulate`
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AddRmsNormBwd {
     /// Gradient of the normalised output.
     pub dy: View,

@@ -1,5 +1,7 @@
 //! Optimisers and the reductions around them. Everything here is f32: masters, moments, gradients.
 
+use serde::{Deserialize, Serialize};
+
 use super::Accumulate;
 use crate::dtype::DType;
 use crate::error::OpError;
@@ -38,7 +40,7 @@ pub mod hyper {
 /// Shapes    weight, grad, m, v, compute: equal, contiguous; hyper [hyper::COUNT]
 /// Dtypes    f32; compute bf16 or f16
 /// Writes    weight, m, v in place; compute
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamW {
     /// Master weight.
     pub weight: View,
@@ -99,7 +101,7 @@ pub const MUON_RMS: f32 = 0.2;
 /// Dtypes    f32; compute bf16 or f16
 /// Writes    weight, momentum in place; compute
 /// Numerics  products as [`super::Matmul`] in f32
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Muon {
     /// Master weight.
     pub weight: View,
@@ -135,7 +137,7 @@ pub const SUM_BLOCK: usize = 4096;
 /// Dtypes    x f32, bf16 or f16; y f32
 /// Writes    y
 /// Numerics  in f32, within a block in any fixed order
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SumSquares {
     /// What is squared.
     pub x: View,
@@ -155,7 +157,7 @@ contract!(SumSquares |op, check| { x: Read, y: Write } {
 /// Dtypes    x: f32, bf16 or f16; y: the same or f32
 /// Writes    y by `accumulate`
 /// Numerics  in f32, rounded once at the end
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReduceTree {
     /// The parts.
     pub x: View,

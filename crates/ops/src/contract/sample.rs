@@ -1,5 +1,7 @@
 //! Choosing the next token.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dtype::DType;
 use crate::op::Access::{Read, Write};
 use crate::op::contract;
@@ -42,7 +44,7 @@ pub mod sampling {
 ///           over all of the logits as in [`super::TokenLogProb`], bit for bit
 /// Numerics  tokens from `vocabulary` on (padding of the head) are never drawn. A row without any
 ///           finite logit gives token -1 and logprob NaN
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// One logit per token.
     pub logits: View,

@@ -9,8 +9,9 @@ use super::{Case, Draft, Maker};
 
 /// Rows and widths: one element, odd ones, and more than a task or a tile of rows.
 const SIZES: [[usize; 2]; 4] = [[1, 1], [3, 33], [70, 17], [5, 260]];
-/// Rows, columns and depths of products.
-const PRODUCTS: [[usize; 3]; 4] = [[1, 5, 7], [3, 33, 65], [37, 50, 129], [66, 17, 3]];
+/// Rows, columns and depths of products: edges of tiles, and whole tiles only, as models have them.
+const PRODUCTS: [[usize; 3]; 5] =
+    [[1, 5, 7], [3, 33, 65], [37, 50, 129], [66, 17, 3], [32, 64, 48]];
 
 pub(super) fn cases(maker: Maker) -> Vec<Case> {
     let mut cases = Vec::new();

@@ -2,7 +2,7 @@
 
 use pontoon_ops::{self as ops, Accumulate, IGNORED, View};
 
-use super::linear::sum;
+use super::linear::{dot, sum};
 use super::{Expected, Want, accumulated, expected, near, wide};
 use crate::memory::Memory;
 
@@ -59,9 +59,9 @@ fn rows(head: &Head<'_>, memory: &Memory) -> Vec<Row> {
     let one = |(x, target): (&[f64], i64)| {
         let mut size: f64 = 0.0;
         let logit = |weight: &[f64]| {
-            let (value, terms) = sum(x.iter().zip(weight).map(|(x, w)| x * w / head.temperature));
-            size = size.max(terms);
-            value
+            let (value, terms) = dot(x, weight);
+            size = size.max(terms / head.temperature);
+            value / head.temperature
         };
         let logits: Vec<f64> = weight.chunks(width).map(logit).collect();
         let peak =

@@ -85,6 +85,14 @@ pub(crate) fn accumulated(
     expected(view, wants.into_iter().zip(memory.read(view)).map(add).collect())
 }
 
+/// The same with close choices made as f64 makes them: one step of a program in f64.
+pub fn decided(op: &Op, memory: &Memory) -> Vec<Expected> {
+    match op {
+        Op::RouterTopK(op) => moe::router(op, memory, moe::Close::Made),
+        _ => reference(op, memory),
+    }
+}
+
 /// What `op` should leave in each of its written operands. Exchanges need a group: they give none.
 pub fn reference(op: &Op, memory: &Memory) -> Vec<Expected> {
     match op {
@@ -109,7 +117,7 @@ pub fn reference(op: &Op, memory: &Memory) -> Vec<Expected> {
         Op::KvWrite(op) => attention::kv_write(op, memory),
         Op::SwiGlu(op) => mlp::swiglu(op, memory),
         Op::SwiGluBwd(op) => mlp::swiglu_bwd(op, memory),
-        Op::RouterTopK(op) => moe::router(op, memory),
+        Op::RouterTopK(op) => moe::router(op, memory, moe::Close::Unjudged),
         Op::RouterTopKBwd(op) => moe::router_bwd(op, memory),
         Op::Permute(op) => moe::permute(op, memory),
         Op::PermuteBwd(op) => moe::permute_bwd(op, memory),

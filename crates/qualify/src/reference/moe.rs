@@ -56,7 +56,16 @@ fn choose(biased: &[f64], rule: &RouterRule) -> (Vec<usize>, bool) {
     (order[..rule.chosen].to_vec(), certain && sure)
 }
 
-pub(super) fn router(op: &ops::RouterTopK, memory: &Memory) -> Vec<Expected> {
+/// What becomes of a choice that f32 may make either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Close {
+    /// It is not judged.
+    Unjudged,
+    /// It is made as f64 makes it.
+    Made,
+}
+
+pub(super) fn router(op: &ops::RouterTopK, memory: &Memory, close: Close) -> Vec<Expected> {
     let (count, chosen) = (op.logits.dim(1), op.rule.chosen);
     let bias = op.bias.map_or(vec![0.0; count], |bias| memory.read(&bias));
     let (mut weights, mut experts) = (Vec::new(), Vec::new());
@@ -69,7 +78,7 @@ pub(super) fn router(op: &ops::RouterTopK, memory: &Memory) -> Vec<Expected> {
         let scores = scores(logits, op.rule.scoring);
         let biased: Vec<f64> = scores.iter().zip(&bias).map(|(s, b)| s + b).collect();
         let (winners, certain) = choose(&biased, &op.rule);
-        if !certain {
+        if !certain && close == Close::Unjudged {
             weights.extend(vec![Want::Unjudged; chosen]);
             experts.extend(vec![Want::Unjudged; chosen]);
             continue;
