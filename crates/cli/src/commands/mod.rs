@@ -9,6 +9,7 @@ pub mod export;
 pub mod generate;
 pub mod new;
 pub mod score;
+pub mod serve;
 pub mod status;
 pub mod tokenizer;
 pub mod train;

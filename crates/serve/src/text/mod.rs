@@ -1,0 +1,7 @@
+//! Between tokens and what clients read: bytes of tokens, stop texts, reasoning and tool calls.
+//!
+//! No HTTP here. Read next: `splitter.rs`.
+
+pub mod splitter;
+pub mod stops;
+pub mod token_bytes;
