@@ -10,7 +10,7 @@ mod supervisor;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pontoon_models::{HostWeights, Model};
@@ -77,8 +77,8 @@ struct SlotState {
     /// Which start of the device this is; notices of earlier ones are not heard.
     generation: u64,
     failures: u32,
-    /// What it runs, as far as it has not ended.
-    tickets: Vec<Weak<Ticket>>,
+    /// What it runs. Held here too, as those that its thread holds go when it panics.
+    tickets: Vec<Arc<Ticket>>,
 }
 
 enum Phase {
@@ -241,12 +241,11 @@ impl Shared {
             let epoch = ticket.hand_over();
             let sent = worker.commands.send(Command::Run(Arc::clone(&ticket), epoch));
             worker.stats.waiting.fetch_add(1, Relaxed);
-            state.tickets.retain(|ticket| ticket.upgrade().is_some_and(|one| one.open()));
-            state.tickets.push(Arc::downgrade(&ticket));
-            if sent.is_err() {
-                // Its end is on the way to the supervisor, which moves what stands in the list.
-                return;
-            }
+            state.tickets.retain(|ticket| ticket.open());
+            state.tickets.push(ticket);
+            // A worker that is no more leaves the sending without effect, but its end is on the way
+            // to the supervisor, which moves what stands in the list.
+            drop(sent);
             return;
         }
     }
@@ -269,8 +268,8 @@ impl Shared {
     }
 
     /// Takes a failed device's requests and gives them to others.
-    fn move_requests(&self, tickets: Vec<Weak<Ticket>>) {
-        for ticket in tickets.iter().filter_map(Weak::upgrade) {
+    fn move_requests(&self, tickets: Vec<Arc<Ticket>>) {
+        for ticket in tickets {
             // The failed device may still speak until another epoch begins.
             let epoch = ticket.hand_over();
             if !ticket.open() {

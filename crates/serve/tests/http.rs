@@ -1,0 +1,219 @@
+//! The HTTP API as clients see it, on a server in this process.
+
+#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Faults, Server, Small};
+use pontoon_serve::Limits;
+use serde_json::{Value, json};
+
+fn server() -> Server {
+    let small = Small::new();
+    let pool = small.pool(&["a"], small.options(), &Faults::none());
+    small.server(pool)
+}
+
+#[test]
+fn the_model_is_listed_and_its_tokenizer_can_be_asked() {
+    let server = server();
+    let (status, text) = server.get("/v1/models");
+    assert_eq!(status, 200);
+    let list: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(list["data"][0]["id"], "small");
+    assert_eq!(list["data"][0]["max_model_len"], 256);
+    assert_eq!(server.get("/v1/models/small").0, 200);
+    assert_eq!(server.get("/v1/models/large").0, 404);
+    let tokens = server.post("/tokenize", &json!({ "prompt": "over the river" }));
+    let text = server.post("/detokenize", &json!({ "tokens": tokens["tokens"] }));
+    assert_eq!(text["prompt"], "over the river");
+    let chat = json!({ "messages": [{ "role": "user", "content": "hi" }] });
+    assert!(server.post("/tokenize", &chat)["count"].as_u64().unwrap() > 3);
+    assert_eq!(server.get("/health").0, 200);
+    assert_eq!(server.get("/ready").0, 200);
+}
+
+#[test]
+fn a_completion_is_the_same_streamed_or_whole_and_as_text_or_tokens() {
+    let server = server();
+    let tokens = server.post("/tokenize", &json!({ "prompt": "A bridge" }))["tokens"].clone();
+    let ask = |prompt: Value| {
+        json!({ "prompt": prompt, "max_tokens": 12, "seed": 5, "n": 2, "logprobs": 3 })
+    };
+    let whole = server.post("/v1/completions", &ask("A bridge".into()));
+    assert_eq!(whole["usage"]["completion_tokens"], 24);
+    assert_eq!(whole["usage"]["prompt_tokens"], tokens.as_array().unwrap().len());
+    assert_ne!(whole["choices"][0]["text"], whole["choices"][1]["text"]);
+    let again = server.post("/v1/completions", &ask(tokens));
+    assert_eq!(whole["choices"], again["choices"]);
+    let mut streamed = ask("A bridge".into());
+    streamed["stream"] = true.into();
+    streamed["stream_options"] = json!({ "include_usage": true });
+    let events = server.events("/v1/completions", &streamed);
+    assert_eq!(events.last().unwrap(), "[DONE]");
+    let mut texts = [String::new(), String::new()];
+    let mut usage = Value::Null;
+    for event in &events[..events.len() - 1] {
+        let value: Value = serde_json::from_str(event).unwrap();
+        for choice in value["choices"].as_array().unwrap() {
+            let index = choice["index"].as_u64().unwrap() as usize;
+            texts[index] += choice["text"].as_str().unwrap();
+        }
+        usage = value["usage"].clone();
+    }
+    for (index, text) in texts.iter().enumerate() {
+        assert_eq!(whole["choices"][index]["text"], *text);
+    }
+    assert_eq!(usage["total_tokens"], whole["usage"]["total_tokens"]);
+}
+
+#[test]
+fn a_text_is_scored_by_echo_without_a_new_token() {
+    let server = server();
+    let body = json!({ "prompt": "over the river", "max_tokens": 0, "echo": true, "logprobs": 1 });
+    let value = server.post("/v1/completions", &body);
+    let logprobs = &value["choices"][0]["logprobs"];
+    let tokens = logprobs["tokens"].as_array().unwrap();
+    assert_eq!(value["choices"][0]["text"], "over the river");
+    assert_eq!(logprobs["token_logprobs"].as_array().unwrap().len(), tokens.len());
+    assert_eq!(logprobs["token_logprobs"][0], Value::Null);
+    assert!(logprobs["token_logprobs"][1].as_f64().unwrap() < 0.0);
+    assert_eq!(logprobs["top_logprobs"][1].as_object().unwrap().len(), 1);
+}
+
+#[test]
+fn a_chat_is_answered_with_its_reasoning_apart() {
+    let server = server();
+    let body = json!({
+        "model": "small",
+        "messages": [{ "role": "user", "content": [{ "type": "text", "text": "hi" }] }],
+        "max_completion_tokens": 10, "seed": 1, "logprobs": true, "top_logprobs": 2,
+        "chat_template_kwargs": { "enable_thinking": true },
+    });
+    let value = server.post("/v1/chat/completions", &body);
+    let message = &value["choices"][0]["message"];
+    assert_eq!(message["content"], "");
+    assert_eq!(message["reasoning"], message["reasoning_content"]);
+    assert!(!message["reasoning"].as_str().unwrap().is_empty());
+    assert_eq!(value["choices"][0]["finish_reason"], "length");
+    let scores = value["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(scores.len(), 10);
+    assert_eq!(scores[0]["top_logprobs"].as_array().unwrap().len(), 2);
+    let mut streamed = body.clone();
+    streamed["stream"] = true.into();
+    let events = server.events("/v1/chat/completions", &streamed);
+    let mut text = String::new();
+    for event in &events[..events.len() - 1] {
+        let value: Value = serde_json::from_str(event).unwrap();
+        text += value["choices"][0]["delta"]["reasoning_content"].as_str().unwrap_or_default();
+    }
+    assert_eq!(text.trim(), message["reasoning"].as_str().unwrap());
+}
+
+#[test]
+fn stop_texts_and_biases_are_obeyed() {
+    let server = server();
+    let body = json!({ "prompt": "x", "max_tokens": 30, "temperature": 0, "seed": 1 });
+    let free = server.post("/v1/completions", &body)["choices"][0]["text"].clone();
+    let letters: Vec<char> = free.as_str().unwrap().chars().collect();
+    let stop: String = letters[letters.len() / 2..].iter().take(2).collect();
+    let mut stopped = body.clone();
+    stopped["stop"] = json!([stop]);
+    let value = server.post("/v1/completions", &stopped);
+    let text = value["choices"][0]["text"].as_str().unwrap();
+    assert!(free.as_str().unwrap().starts_with(text) && !text.contains(&stop));
+    assert_eq!(value["choices"][0]["finish_reason"], "stop");
+    assert_eq!(value["choices"][0]["stop_reason"], stop);
+    let mut biased = body;
+    biased["logit_bias"] = json!({ "65": 100 });
+    biased["logprobs"] = 0.into();
+    let value = server.post("/v1/completions", &biased);
+    let tokens = value["choices"][0]["logprobs"]["tokens"].as_array().unwrap().clone();
+    assert!(tokens.iter().all(|token| *token == tokens[0]), "{tokens:?}");
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let server = server();
+    let chat = "/v1/chat/completions";
+    let hi = json!([{ "role": "user", "content": "hi" }]);
+    let cases = [
+        (chat, json!([]), 400, Value::Null),
+        (chat, json!({}), 400, "messages".into()),
+        (chat, json!({ "messages": [] }), 400, "messages".into()),
+        (chat, json!({ "messages": [{ "role": "x" }] }), 400, "messages[0].role".into()),
+        (chat, json!({ "messages": hi, "temperature": "hot" }), 400, "temperature".into()),
+        (chat, json!({ "messages": hi, "top_p": 2 }), 400, "top_p".into()),
+        (chat, json!({ "messages": hi, "n": 0 }), 400, "n".into()),
+        (chat, json!({ "messages": hi, "model": "x" }), 404, "model".into()),
+        (chat, json!({ "messages": hi, "logit_bias": { "x": 1 } }), 400, "logit_bias.x".into()),
+        (chat, json!({ "messages": hi, "tools": [{}] }), 400, "tools[0].function".into()),
+        (
+            chat,
+            json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url" }] }] }),
+            400,
+            "messages[0].content[0].type".into(),
+        ),
+        ("/v1/completions", json!({ "prompt": [1, 9000] }), 400, "prompt[1]".into()),
+        ("/v1/completions", json!({ "prompt": [] }), 400, "prompt".into()),
+        ("/v1/completions", json!({ "prompt": "x".repeat(2000) }), 400, "prompt".into()),
+        ("/tokenize", json!({ "prompt": 1 }), 400, "prompt".into()),
+    ];
+    for (path, body, status, param) in cases {
+        let (got, error) = server.fails(path, &body);
+        assert_eq!((got, &error["param"]), (status, &param), "{body}: {error}");
+        assert_eq!(error["type"], "invalid_request_error");
+        assert!(!error["message"].as_str().unwrap().is_empty());
+    }
+    assert_eq!(server.ask("POST", chat, &[], "{").0, 400);
+    assert_eq!(server.get(chat).0, 405);
+    assert_eq!(server.get("/v2").0, 404);
+}
+
+#[test]
+fn keys_and_sizes_are_checked() {
+    let small = Small::new();
+    let pool = small.pool(&["a"], small.options(), &Faults::none());
+    let limits = Limits { body_bytes: 1000, ..Limits::default() };
+    let server = small.server_with(pool, vec!["secret".to_owned()], limits);
+    assert_eq!(server.get("/v1/models").0, 401);
+    assert_eq!(server.ask("GET", "/v1/models", &["authorization: Bearer secre"], "").0, 401);
+    assert_eq!(server.ask("GET", "/v1/models", &["authorization: Bearer secret"], "").0, 200);
+    assert_eq!(server.ask("GET", "/v1/models", &["x-api-key: secret"], "").0, 200);
+    assert_eq!(server.get("/health").0, 200);
+    let long = json!({ "prompt": "x".repeat(2000) }).to_string();
+    let key = ["authorization: Bearer secret"];
+    assert_eq!(server.ask("POST", "/v1/completions", &key, &long).0, 413);
+}
+
+#[test]
+fn clients_that_leave_mid_stream_give_every_block_back() {
+    let server = server();
+    let body = json!({ "prompt": "A bridge", "max_tokens": 240, "stream": true }).to_string();
+    for _ in 0..30 {
+        let mut stream = server.send("POST", "/v1/completions", &[], &body);
+        let mut some = [0_u8; 300];
+        std::io::Read::read(&mut stream, &mut some).unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while server.metric("vllm:kv_cache_usage_perc") > 0.0 {
+        assert!(Instant::now() < deadline, "blocks are still in use");
+    }
+    assert_eq!(server.metric("vllm:num_requests_running"), 0.0);
+}
+
+#[test]
+fn a_server_told_to_stop_answers_what_runs() {
+    let mut server = server();
+    let body = json!({ "prompt": "A bridge", "max_tokens": 200, "stream": true }).to_string();
+    let mut stream = server.send("POST", "/v1/completions", &[], &body);
+    let mut first = [0_u8; 1];
+    std::io::Read::read_exact(&mut stream, &mut first).unwrap();
+    server.stop.send(()).unwrap();
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut rest).unwrap();
+    assert!(rest.contains("data: [DONE]"), "{rest}");
+    server.thread.take().unwrap().join().unwrap();
+}
