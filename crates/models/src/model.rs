@@ -237,14 +237,8 @@ impl Model {
         }
         let bias =
             biased.then(|| builder.input("bias", DType::F32, &[rows, self.config.vocab_size]));
-        let inputs = pontoon_program::SampleInputs {
-            logits,
-            bias,
-            history,
-            settings,
-            keys,
-            vocabulary,
-        };
+        let inputs =
+            pontoon_program::SampleInputs { logits, bias, history, settings, keys, vocabulary };
         let (token, logprob) = builder.sample(inputs)?;
         builder.output("token", token);
         builder.output("logprob", logprob);

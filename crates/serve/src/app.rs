@@ -3,17 +3,19 @@
 //! Read next: `openai/mod.rs`.
 
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use pontoon_models::{ChatTemplate, SamplingSettings, Tokenizer};
 use serde_json::Value;
 
+use crate::engine::request::ConstraintSource;
 use crate::metrics::Metrics;
 use crate::openai::errors::ApiError;
-use crate::openai::fields::{Fields, wrong};
-use crate::openai::settings::Settings;
+use crate::openai::fields::wrong;
 use crate::pool::Pool;
+use crate::text::grammar::{Grammars, Guide, Vocabulary};
 use crate::text::splitter::ToolFormat;
 use crate::text::token_bytes::TokenBytes;
 
@@ -72,6 +74,7 @@ pub struct App {
     pub(crate) created: u64,
     pub(crate) draining: AtomicBool,
     token_bytes: TokenBytes,
+    grammars: Grammars,
     random: RandomState,
     numbers: AtomicU64,
 }
@@ -100,6 +103,7 @@ impl App {
             created: unix_seconds(),
             draining: AtomicBool::new(false),
             token_bytes,
+            grammars: Grammars::default(),
             random: RandomState::new(),
             numbers: AtomicU64::new(0),
         }
@@ -172,17 +176,21 @@ impl App {
         Ok(())
     }
 
-    /// Restricts the tokens as a request's format asks.
-    pub(crate) fn constrain(
+    /// What restricts a completion's tokens; `thinks` if it begins with reasoning.
+    pub(crate) fn constraint(
         &self,
-        fields: &Fields<'_>,
-        _settings: &mut Settings,
-    ) -> Result<(), ApiError> {
-        let Some(format) = fields.object("response_format")? else { return Ok(()) };
-        match format.text("type")? {
-            None | Some("text") => Ok(()),
-            Some(_) => Err(format.wrong("type", "\"text\"")),
-        }
+        guide: Guide,
+        thinks: bool,
+    ) -> Result<Option<Arc<ConstraintSource>>, ApiError> {
+        let vocabulary = Vocabulary {
+            tokenizer: &self.tokenizer,
+            bytes: &self.token_bytes,
+            end_token: self.end_tokens.first().copied(),
+        };
+        self.grammars.constraint(guide, thinks, &vocabulary).map_err(|reason| {
+            let message = format!("the format asked for cannot be used: {reason}");
+            ApiError::field("response_format", message)
+        })
     }
 
     /// A token as clients see it.

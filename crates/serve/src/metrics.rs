@@ -139,9 +139,7 @@ fn devices(page: &mut Page, pool: &Pool) {
         ("vllm:prefix_cache_hits_total", "counter", "Tokens found in the cache.", |stats| {
             stats.prefix_tokens_found.load(Relaxed) as f64
         }),
-        ("pontoon:steps_total", "counter", "Steps run.", |stats| {
-            stats.steps.load(Relaxed) as f64
-        }),
+        ("pontoon:steps_total", "counter", "Steps run.", |stats| stats.steps.load(Relaxed) as f64),
     ];
     let states = pool.devices();
     for (name, kind, help, read) in rows {

@@ -19,7 +19,7 @@ use tokio::net::TcpListener;
 use crate::app::App;
 use crate::error::ServeError;
 use crate::openai::errors::ApiError;
-use crate::openai::{chat, completions, models, reply};
+use crate::openai::{chat, completions, embeddings, messages, models, reply};
 
 /// Threads that speak HTTP; computing has threads of its own.
 const HTTP_THREADS: usize = 2;
@@ -113,11 +113,15 @@ fn router(app: &Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(models::one))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/v1/messages", post(messages::messages))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(models::tokenize))
         .route("/detokenize", post(models::detokenize))
         .layer(from_fn_with_state(Arc::clone(app), check_key));
     Router::new()
         .merge(guarded)
+        .route("/", get(page))
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
@@ -172,6 +176,12 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     }
     let message = "not ready: no device serves, or the server is stopping";
     ApiError::status(StatusCode::SERVICE_UNAVAILABLE, message).into_response()
+}
+
+/// The chat page.
+async fn page() -> Response {
+    let html = include_str!("page.html");
+    ([(CONTENT_TYPE, "text/html; charset=utf-8")], html).into_response()
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {

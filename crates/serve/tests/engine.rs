@@ -62,7 +62,12 @@ fn bits(tokens: &[Scored]) -> Vec<(u32, u32)> {
 }
 
 /// Runs all requests together and compares with each alone.
-fn together(small: &Small, devices: &[&str], options: DeviceOptions, faults: &[(&str, i64, Failure)]) {
+fn together(
+    small: &Small,
+    devices: &[&str],
+    options: DeviceOptions,
+    faults: &[(&str, i64, Failure)],
+) {
     let requests = mixed(24, options.vocabulary);
     let want = alone(small, &requests);
     let set = Faults::none();
@@ -88,9 +93,10 @@ fn together(small: &Small, devices: &[&str], options: DeviceOptions, faults: &[(
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let states = pool.devices();
-        let used = states.iter().filter_map(|state| state.stats.as_ref()).map(|stats| {
-            stats.blocks_used.load(std::sync::atomic::Ordering::Relaxed)
-        });
+        let used = states
+            .iter()
+            .filter_map(|state| state.stats.as_ref())
+            .map(|stats| stats.blocks_used.load(std::sync::atomic::Ordering::Relaxed));
         if used.sum::<u64>() == 0 {
             break;
         }

@@ -39,9 +39,7 @@ fn the_model_is_listed_and_its_tokenizer_can_be_asked() {
 fn a_completion_is_the_same_streamed_or_whole_and_as_text_or_tokens() {
     let server = server();
     let tokens = server.post("/tokenize", &json!({ "prompt": "A bridge" }))["tokens"].clone();
-    let ask = |prompt: Value| {
-        json!({ "prompt": prompt, "max_tokens": 12, "seed": 5, "n": 2, "logprobs": 3 })
-    };
+    let ask = |prompt: Value| json!({ "prompt": prompt, "max_tokens": 12, "seed": 5, "n": 2, "logprobs": 3 });
     let whole = server.post("/v1/completions", &ask("A bridge".into()));
     assert_eq!(whole["usage"]["completion_tokens"], 24);
     assert_eq!(whole["usage"]["prompt_tokens"], tokens.as_array().unwrap().len());
@@ -216,4 +214,106 @@ fn a_server_told_to_stop_answers_what_runs() {
     std::io::Read::read_to_string(&mut stream, &mut rest).unwrap();
     assert!(rest.contains("data: [DONE]"), "{rest}");
     server.thread.take().unwrap().join().unwrap();
+}
+
+#[test]
+fn answers_match_the_schema_expression_or_choice_asked_for() {
+    let server = server();
+    let schema = json!({
+        "type": "object",
+        "properties": { "answer": { "type": "integer", "minimum": 0, "maximum": 99 } },
+        "required": ["answer"], "additionalProperties": false,
+    });
+    let ask = |extra: Value| {
+        let mut body = json!({
+            "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 200, "seed": 3,
+        });
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        let value = server.post("/v1/chat/completions", &body);
+        assert_eq!(value["choices"][0]["finish_reason"], "stop", "{value}");
+        value["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+    };
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema } });
+    let text = ask(json!({ "response_format": format }));
+    let value: Value = serde_json::from_str(&text).unwrap();
+    assert!((0..=99).contains(&value["answer"].as_i64().unwrap()), "{text}");
+    let text = ask(json!({ "guided_regex": "[a-c]{3}-[0-9]{2}" }));
+    assert!(text.len() == 6 && text.as_bytes()[3] == b'-', "{text}");
+    let text = ask(json!({ "structured_outputs": { "choice": ["north", "south"] } }));
+    assert!(["north", "south"].contains(&text.as_str()), "{text}");
+    let bad = json!({ "messages": [{ "role": "user", "content": "x" }], "guided_regex": "[" });
+    let (status, error) = server.fails("/v1/chat/completions", &bad);
+    assert_eq!((status, &error["param"]), (400, &"response_format".into()), "{error}");
+}
+
+#[test]
+fn a_required_tool_is_called_with_fitting_arguments() {
+    let server = server();
+    let schema = json!({
+        "type": "object", "properties": { "north": { "type": "boolean" } },
+        "required": ["north"], "additionalProperties": false,
+    });
+    let tool = json!({ "type": "function", "function": { "name": "go", "parameters": schema } });
+    let body = json!({
+        "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 200, "seed": 3,
+        "tools": [tool], "tool_choice": "required",
+    });
+    let value = server.post("/v1/chat/completions", &body);
+    assert_eq!(value["choices"][0]["finish_reason"], "tool_calls", "{value}");
+    let call = &value["choices"][0]["message"]["tool_calls"][0]["function"];
+    assert_eq!(call["name"], "go");
+    let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+    assert!(arguments["north"].is_boolean());
+    let asked = json!({
+        "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 200, "seed": 3,
+        "tools": [{ "name": "go", "input_schema": schema }], "tool_choice": { "type": "any" },
+    });
+    let value = server.post("/v1/messages", &asked);
+    assert_eq!(value["stop_reason"], "tool_use", "{value}");
+    assert_eq!(value["content"][0]["name"], "go");
+}
+
+#[test]
+fn messages_are_answered_whole_and_streamed_and_counted() {
+    let server = server();
+    let body = json!({
+        "system": "Be brief.", "max_tokens": 9, "seed": 2,
+        "messages": [{ "role": "user", "content": [{ "type": "text", "text": "hi" }] }],
+    });
+    let value = server.post("/v1/messages", &body);
+    assert_eq!(value["stop_reason"], "max_tokens");
+    assert_eq!(value["usage"]["output_tokens"], 9);
+    let count = server.post("/v1/messages/count_tokens", &body);
+    let used = |key: &str| value["usage"][key].as_u64().unwrap();
+    let prompt = used("input_tokens") + used("cache_read_input_tokens");
+    assert_eq!(count["input_tokens"], prompt);
+    let mut streamed = body;
+    streamed["stream"] = true.into();
+    let mut text = String::new();
+    for event in server.events("/v1/messages", &streamed) {
+        let event: Value = serde_json::from_str(&event).unwrap();
+        text += event["delta"]["text"].as_str().unwrap_or_default();
+    }
+    assert_eq!(value["content"][0]["text"], text);
+    let (status, error) = server.fails("/v1/messages", &json!({ "messages": [] }));
+    assert_eq!((status, &error["param"]), (400, &"max_tokens".into()));
+}
+
+#[test]
+fn embeddings_have_unit_length_and_do_not_depend_on_their_neighbours() {
+    let server = server();
+    let long = "a bridge over the river ".repeat(6);
+    let both = server.post("/v1/embeddings", &json!({ "input": ["a boat", long] }));
+    let one = server.post("/v1/embeddings", &json!({ "input": "a boat" }));
+    assert_eq!(both["data"][0]["embedding"], one["data"][0]["embedding"]);
+    let values = one["data"][0]["embedding"].as_array().unwrap();
+    let length: f64 = values.iter().map(|value| value.as_f64().unwrap().powi(2)).sum();
+    assert!((length - 1.0).abs() < 1e-3, "{length}");
+}
+
+#[test]
+fn the_chat_page_is_there() {
+    let (status, text) = server().get("/");
+    assert_eq!(status, 200);
+    assert!(text.contains("/v1/chat/completions"));
 }

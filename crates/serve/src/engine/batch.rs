@@ -242,12 +242,7 @@ impl Batch {
     }
 
     /// Tells the drawn tokens; adds to `ended` who leaves, with a reason if it is a failure.
-    fn deliver(
-        &mut self,
-        places: &[usize],
-        drawn: Vec<Drawn>,
-        ended: &mut Vec<(usize, String)>,
-    ) {
+    fn deliver(&mut self, places: &[usize], drawn: Vec<Drawn>, ended: &mut Vec<(usize, String)>) {
         let context = self.device.options().context;
         let mut pool = lock(&self.blocks);
         for (&at, drawn) in places.iter().zip(drawn) {

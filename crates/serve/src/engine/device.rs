@@ -125,8 +125,7 @@ impl Device {
         let mut load = |programs: Vec<(usize, Program)>| {
             let one = |(rows, program): (usize, Program)| {
                 let backend = backend.as_mut();
-                let loaded =
-                    Executor::load_with(backend, &mut memory, &program, &[], Some(arena))?;
+                let loaded = Executor::load_with(backend, &mut memory, &program, &[], Some(arena))?;
                 Ok((rows, loaded))
             };
             programs.into_iter().map(one).collect::<Result<Vec<_>, ProgramError>>()
@@ -278,11 +277,7 @@ impl Loader<'_> {
         sizes.iter().map(|&rows| Ok((rows, self.program(rows, PIECES_MAX, head)?))).collect()
     }
 
-    fn draws(
-        &self,
-        sizes: &[usize],
-        head: PagedHead,
-    ) -> Result<Vec<(usize, Program)>, ServeError> {
+    fn draws(&self, sizes: &[usize], head: PagedHead) -> Result<Vec<(usize, Program)>, ServeError> {
         sizes.iter().map(|&rows| Ok((rows, self.program(rows, rows, head)?))).collect()
     }
 
@@ -339,9 +334,8 @@ impl Logits<'_> {
 /// The ids of the largest logits, largest first, equal ones by id.
 fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
     let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    let order = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let order =
+        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     let count = count.min(ids.len());
     if count < ids.len() {
         ids.select_nth_unstable_by(count, order);

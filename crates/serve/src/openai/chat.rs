@@ -15,8 +15,9 @@ use super::flow::{Ended, Flow, Step};
 use super::logprobs::chat_entry;
 use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
 use super::sse::{Left, Out, stream};
-use super::{body, reply, usage_json};
+use super::{body, formats, reply, usage_json};
 use crate::app::App;
+use crate::text::grammar::Guide;
 use crate::text::splitter::{Part, Splitter};
 
 /// A request as read: for all APIs that answer conversations.
@@ -46,7 +47,7 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Respo
 }
 
 fn read(fields: &Fields<'_>, app: &App) -> Result<Wanted, ApiError> {
-    let mut settings = Settings::read(fields, app)?;
+    let settings = Settings::read(fields, app)?;
     let conversation = Conversation::read(fields, app)?;
     let most = u64::from(u32::MAX);
     let tokens_max = match fields.whole("max_completion_tokens", 1..=most)? {
@@ -57,11 +58,11 @@ fn read(fields: &Fields<'_>, app: &App) -> Result<Wanted, ApiError> {
         Some(true) => Some(fields.whole("top_logprobs", 0..=TOP_LOGPROBS_MAX)?.unwrap_or(0)),
         _ => None,
     };
-    app.constrain(fields, &mut settings)?;
     let logprobs = logprobs.map(|count| count as usize);
     let id = app.fresh_id("chatcmpl");
     let tokens_max = tokens_max.map(|tokens| tokens as usize);
-    Wanted::new(app, Asked { id, conversation, settings, tokens_max, logprobs })
+    let guide = formats::guide(fields, app)?;
+    Wanted::new(app, Asked { id, conversation, settings, guide, tokens_max, logprobs })
 }
 
 /// What any API says of a conversation to be answered.
@@ -72,6 +73,8 @@ pub struct Asked {
     pub conversation: Conversation,
     /// How to draw.
     pub settings: Settings,
+    /// What the answer must match.
+    pub guide: Guide,
     /// Tokens at most; `None` for as many as there is room for.
     pub tokens_max: Option<usize>,
     /// Likeliest tokens to tell; `None` for no log-probabilities.
@@ -81,12 +84,14 @@ pub struct Asked {
 impl Wanted {
     /// Renders the conversation and checks its length.
     pub fn new(app: &App, asked: Asked) -> Result<Wanted, ApiError> {
-        let Asked { id, conversation, mut settings, tokens_max, logprobs } = asked;
+        let Asked { id, conversation, mut settings, guide, tokens_max, logprobs } = asked;
         let prompt_text = conversation.text(app)?;
         let prompt = app.encode_chat(&prompt_text)?;
         app.check_length(prompt.len(), "messages", tokens_max.unwrap_or(1))?;
         let room = app.context() - prompt.len();
         settings.sampling.tokens_max = tokens_max.unwrap_or(room);
+        let thinks = Splitter::new(&prompt_text, None).thinks();
+        settings.constraint = app.constraint(guide, thinks)?;
         let tools = !conversation.tools.is_empty();
         // The markers of calls are special tokens of some tokenizers.
         settings.skip_special &= !tools;

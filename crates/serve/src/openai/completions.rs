@@ -15,7 +15,7 @@ use super::flow::{Flow, Step};
 use super::logprobs::CompletionLogprobs;
 use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
 use super::sse::{Left, Out, stream};
-use super::{body, reply, usage_json};
+use super::{body, formats, reply, usage_json};
 use crate::app::App;
 
 /// Tokens of a completion if the request does not say, as OpenAI has it.
@@ -49,8 +49,8 @@ pub async fn completions(
 impl Wanted {
     fn read(fields: &Fields<'_>, app: &App) -> Result<Wanted, ApiError> {
         let mut settings = Settings::read(fields, app)?;
-        app.constrain(fields, &mut settings)?;
-        let prompts = prompts(fields, app)?;
+        settings.constraint = app.constraint(formats::guide(fields, app)?, false)?;
+        let prompts = prompts(fields, app, "prompt")?;
         let echo = fields.flag("echo")?.unwrap_or(false);
         let most = fields.whole("max_tokens", 0..=u64::from(u32::MAX))?;
         settings.sampling.tokens_max = most.map_or(TOKENS_DEFAULT, |most| most as usize);
@@ -108,20 +108,20 @@ impl Wanted {
 }
 
 /// The prompts: one or several texts or lists of token ids.
-fn prompts(fields: &Fields<'_>, app: &App) -> Result<Vec<Vec<u32>>, ApiError> {
-    let value = fields.required("prompt", fields.get("prompt"))?;
+pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>>, ApiError> {
+    let value = fields.required(key, fields.get(key))?;
     let token_list = |list: &[Value], name: &str| {
         let token = |(at, value): (usize, &Value)| app.token(value, &format!("{name}[{at}]"));
         list.iter().enumerate().map(token).collect::<Result<Vec<u32>, _>>()
     };
     let prompts = match value {
-        Value::String(text) => vec![app.encode(text, "prompt")?],
+        Value::String(text) => vec![app.encode(text, key)?],
         Value::Array(list) if list.iter().all(Value::is_number) => {
-            vec![token_list(list, "prompt")?]
+            vec![token_list(list, key)?]
         }
         Value::Array(list) if list.len() <= PROMPTS_MAX => {
             let prompt = |(at, value): (usize, &Value)| {
-                let name = format!("prompt[{at}]");
+                let name = format!("{key}[{at}]");
                 match value {
                     Value::String(text) => app.encode(text, &name),
                     Value::Array(list) => token_list(list, &name),
@@ -132,11 +132,11 @@ fn prompts(fields: &Fields<'_>, app: &App) -> Result<Vec<Vec<u32>>, ApiError> {
         }
         _ => {
             let want = format!("a text, token ids, or a list of up to {PROMPTS_MAX} of them");
-            return Err(fields.wrong("prompt", &want));
+            return Err(fields.wrong(key, &want));
         }
     };
-    if prompts.iter().any(Vec::is_empty) {
-        return Err(ApiError::field("prompt", "`prompt` should have at least one token"));
+    if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
+        return Err(ApiError::field(key, format!("`{key}` should have at least one token")));
     }
     Ok(prompts)
 }

@@ -46,11 +46,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A number within a range.
-    pub fn number(
-        &self,
-        key: &str,
-        range: RangeInclusive<f64>,
-    ) -> Result<Option<f64>, ApiError> {
+    pub fn number(&self, key: &str, range: RangeInclusive<f64>) -> Result<Option<f64>, ApiError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_f64().filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),
@@ -62,11 +58,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A whole number within a range.
-    pub fn whole(
-        &self,
-        key: &str,
-        range: RangeInclusive<u64>,
-    ) -> Result<Option<u64>, ApiError> {
+    pub fn whole(&self, key: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, ApiError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),

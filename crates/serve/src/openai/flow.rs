@@ -87,8 +87,7 @@ impl<'a> Flow<'a> {
     /// Gives requests to the pool; `settings` say how their text is made.
     pub fn start(app: &'a App, requests: Vec<Request>, settings: &Settings) -> Flow<'a> {
         let (sender, receiver) = unbounded_channel();
-        let special =
-            if settings.skip_special { SpecialTokens::Hide } else { SpecialTokens::Show };
+        let special = if settings.skip_special { SpecialTokens::Hide } else { SpecialTokens::Show };
         let choice = || Choice {
             decoder: Some(app.tokenizer.stream(special)),
             stops: Stops::new(settings.stops.clone(), settings.stop_text),

@@ -53,9 +53,8 @@ impl CompletionLogprobs {
     pub fn push(&mut self, app: &App, scored: &Scored) {
         self.push_token(app, scored.token);
         self.logprobs.push(json!(number(scored.logprob)));
-        let entry = |&(token, logprob): &(u32, f32)| {
-            (app.token_text(token), json!(number(logprob)))
-        };
+        let entry =
+            |&(token, logprob): &(u32, f32)| (app.token_text(token), json!(number(logprob)));
         self.top.push(Value::Object(scored.top.iter().map(entry).collect::<Map<_, _>>()));
     }
 

@@ -6,10 +6,13 @@
 pub mod chat;
 pub mod completions;
 pub mod conversation;
+pub mod embeddings;
 pub mod errors;
 pub mod fields;
 pub mod flow;
+pub mod formats;
 pub mod logprobs;
+pub mod messages;
 pub mod models;
 pub mod settings;
 pub mod sse;

@@ -44,10 +44,7 @@ pub async fn one(
 }
 
 /// A text or a conversation as tokens.
-pub async fn tokenize(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Response, ApiError> {
+pub async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let value = body(&app, request).await?;
     let fields = Fields::of(&value)?;
     check_model(&fields, &app)?;

@@ -2,6 +2,7 @@
 //!
 //! No HTTP here. Read next: `splitter.rs`.
 
+pub mod grammar;
 pub mod splitter;
 pub mod stops;
 pub mod token_bytes;

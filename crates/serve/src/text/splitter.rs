@@ -307,11 +307,8 @@ mod tests {
         let text = "Let me see.\n<tool_call>\n{\"name\": \"add\", \"arguments\": {\"a\": 1}}\n\
                     </tool_call>\n<tool_call>\n{\"name\": \"add\"}\n</tool_call>";
         for size in 1..12 {
-            let want = [
-                content("Let me see.\n"),
-                call(0, "add", "{\"a\":1}"),
-                call(1, "add", "{}"),
-            ];
+            let want =
+                [content("Let me see.\n"), call(0, "add", "{\"a\":1}"), call(1, "add", "{}")];
             assert_eq!(split("", Some(ToolFormat::Qwen), text, size), want);
             let broken = "<tool_call>{]</tool_call>";
             assert_eq!(split("", Some(ToolFormat::Qwen), broken, size), [content(broken)]);

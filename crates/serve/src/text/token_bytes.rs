@@ -21,7 +21,11 @@ impl TokenBytes {
             let Some(name) = tokenizer.token_name(id) else { return Vec::new() };
             if byte_level {
                 let each = |c: char| alphabet.iter().position(|&of| of == c).map(|at| at as u8);
-                return name.chars().map(each).collect::<Option<_>>().unwrap_or_else(|| name.into());
+                return name
+                    .chars()
+                    .map(each)
+                    .collect::<Option<_>>()
+                    .unwrap_or_else(|| name.into());
             }
             let hex = name.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
             if let Some(byte) = hex.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {

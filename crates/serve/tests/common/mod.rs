@@ -32,7 +32,8 @@ pub struct Small {
 
 impl Small {
     pub fn new() -> Small {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/data/tokenizer");
+        let folder =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/data/tokenizer");
         // No token ends a text, so lengths are those asked for.
         let tokenizer = Tokenizer::from_folder(&folder).unwrap().with_eos(vec![299]);
         let config = preset("qwen3-1m").unwrap().with_vocab_size(tokenizer.vocab_size());
