@@ -14,6 +14,7 @@ use crate::engine::request::ConstraintSource;
 use crate::metrics::Metrics;
 use crate::openai::errors::ApiError;
 use crate::openai::fields::wrong;
+use crate::openai::responses::Kept;
 use crate::pool::Pool;
 use crate::text::grammar::{Grammars, Guide, Vocabulary};
 use crate::text::splitter::ToolFormat;
@@ -73,6 +74,7 @@ pub struct App {
     pub(crate) metrics: Metrics,
     pub(crate) created: u64,
     pub(crate) draining: AtomicBool,
+    pub(crate) responses: Kept,
     token_bytes: TokenBytes,
     grammars: Grammars,
     random: RandomState,
@@ -102,6 +104,7 @@ impl App {
             metrics: Metrics::default(),
             created: unix_seconds(),
             draining: AtomicBool::new(false),
+            responses: Kept::default(),
             token_bytes,
             grammars: Grammars::default(),
             random: RandomState::new(),

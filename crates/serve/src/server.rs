@@ -19,7 +19,7 @@ use tokio::net::TcpListener;
 use crate::app::App;
 use crate::error::ServeError;
 use crate::openai::errors::ApiError;
-use crate::openai::{chat, completions, embeddings, messages, models, reply};
+use crate::openai::{chat, completions, embeddings, messages, models, openapi, reply, responses};
 
 /// Threads that speak HTTP; computing has threads of its own.
 const HTTP_THREADS: usize = 2;
@@ -113,6 +113,9 @@ fn router(app: &Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(models::one))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(responses::retrieve).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/messages", post(messages::messages))
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
@@ -122,6 +125,7 @@ fn router(app: &Arc<App>) -> Router {
     Router::new()
         .merge(guarded)
         .route("/", get(page))
+        .route("/openapi.json", get(openapi::openapi))
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))

@@ -317,3 +317,52 @@ fn the_chat_page_is_there() {
     assert_eq!(status, 200);
     assert!(text.contains("/v1/chat/completions"));
 }
+
+#[test]
+fn responses_are_streamed_kept_continued_and_cancelled() {
+    let server = server();
+    let body = json!({ "input": "hi", "max_output_tokens": 8, "seed": 4, "instructions": "Go." });
+    let value = server.post("/v1/responses", &body);
+    assert_eq!(value["status"], "incomplete");
+    assert_eq!(value["incomplete_details"]["reason"], "max_output_tokens");
+    let id = value["id"].as_str().unwrap();
+    let (_, text) = server.get(&format!("/v1/responses/{id}"));
+    let kept: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(kept, value);
+    let next = json!({ "input": "more", "previous_response_id": id, "max_output_tokens": 4 });
+    let longer = server.post("/v1/responses", &next);
+    let used = |value: &Value| value["usage"]["input_tokens"].as_u64().unwrap();
+    assert!(used(&longer) > used(&value));
+    let mut streamed = body;
+    streamed["stream"] = true.into();
+    let mut text = String::new();
+    let mut last = Value::Null;
+    for (at, event) in server.events("/v1/responses", &streamed).iter().enumerate() {
+        let event: Value = serde_json::from_str(event).unwrap();
+        assert_eq!(event["sequence_number"], at);
+        if event["type"] == "response.output_text.delta" {
+            text += event["delta"].as_str().unwrap();
+        }
+        last = event;
+    }
+    assert_eq!(last["type"], "response.incomplete");
+    assert_eq!(value["output"][0]["content"][0]["text"], text);
+    let long = json!({ "input": "hi", "background": true });
+    let begun = server.post("/v1/responses", &long);
+    assert_eq!(begun["status"], "in_progress");
+    let id = begun["id"].as_str().unwrap();
+    let cancelled = server.post(&format!("/v1/responses/{id}/cancel"), &json!({}));
+    assert!(["cancelled", "incomplete"].contains(&cancelled["status"].as_str().unwrap()));
+    let (status, error) = server.fails("/v1/responses", &json!({ "input": [{ "role": "x" }] }));
+    assert_eq!((status, &error["param"]), (400, &"input[0].role".into()), "{error}");
+    assert_eq!(server.get("/v1/responses/resp-0").0, 404);
+}
+
+#[test]
+fn the_openapi_document_names_every_endpoint() {
+    let (_, text) = server().get("/openapi.json");
+    let document: Value = serde_json::from_str(&text).unwrap();
+    for path in ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"] {
+        assert!(document["paths"][path]["post"].is_object(), "{path}");
+    }
+}

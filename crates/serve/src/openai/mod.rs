@@ -11,9 +11,12 @@ pub mod errors;
 pub mod fields;
 pub mod flow;
 pub mod formats;
+pub mod items;
 pub mod logprobs;
 pub mod messages;
 pub mod models;
+pub mod openapi;
+pub mod responses;
 pub mod settings;
 pub mod sse;
 

@@ -156,7 +156,9 @@ pub fn tool_call(format: ToolFormat, tools: &[(String, Value)]) -> TopLevelGramm
     let calls: Vec<String> = (0..tools.len()).map(|at| format!("call_{at}")).collect();
     lark += &calls.join(" | ");
     for (at, (name, schema)) in tools.iter().enumerate() {
-        let (before, body, after) = match format {
+        // Without this a model may put white space between symbols for ever.
+        let strict = json!({ "whitespace_flexible": false });
+        let (before, mut body, after) = match format {
             ToolFormat::Qwen => {
                 let call = json!({
                     "type": "object",
@@ -174,6 +176,7 @@ pub fn tool_call(format: ToolFormat, tools: &[(String, Value)]) -> TopLevelGramm
                 "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
             ),
         };
+        body["x-guidance"] = strict;
         let (before, after) = (quoted(&before), quoted(after));
         lark += &format!("\ncall_{at}: {before} body_{at} {after}\nbody_{at}: %json {body}\n");
     }
