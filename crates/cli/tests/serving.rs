@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use common::{pontoon, prepared, succeed};
+use common::{json, pontoon, prepared, succeed};
 
 /// What the client script exits with if its package is missing.
 const MISSING: i32 = 77;
@@ -50,7 +50,8 @@ impl Drop for Serving {
 fn model() -> tempfile::TempDir {
     let folder = prepared();
     let path = folder.path();
-    succeed(path, &["train", "run.toml", "--dir", "run", "--steps", "1"]);
+    let trained = json(path, &["train", "run.toml", "--dir", "run", "--steps", "1", "--json"]);
+    assert_eq!(trained["steps"], 1);
     succeed(path, &["export", "run", "model"]);
     std::fs::write(path.join("model/chat_template.jinja"), TEMPLATE).unwrap();
     std::fs::write(path.join("keys"), "secret\n").unwrap();

@@ -1,12 +1,12 @@
 //! The HTTP API as clients see it, on a server in this process.
 
-#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 
 mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Faults, Server, Small};
+use common::{Failure, Faults, Server, Small};
 use pontoon_serve::Limits;
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ fn the_model_is_listed_and_its_tokenizer_can_be_asked() {
     assert_eq!(status, 200);
     let list: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(list["data"][0]["id"], "small");
-    assert_eq!(list["data"][0]["max_model_len"], 256);
+    assert_eq!(list["data"][0]["max_model_len"], 512);
     assert_eq!(server.get("/v1/models/small").0, 200);
     assert_eq!(server.get("/v1/models/large").0, 404);
     let tokens = server.post("/tokenize", &json!({ "prompt": "over the river" }));
@@ -39,7 +39,12 @@ fn the_model_is_listed_and_its_tokenizer_can_be_asked() {
 fn a_completion_is_the_same_streamed_or_whole_and_as_text_or_tokens() {
     let server = server();
     let tokens = server.post("/tokenize", &json!({ "prompt": "A bridge" }))["tokens"].clone();
-    let ask = |prompt: Value| json!({ "prompt": prompt, "max_tokens": 12, "seed": 5, "n": 2, "logprobs": 3 });
+    let settings = json!({ "max_tokens": 12, "seed": 5, "n": 2, "logprobs": 3 });
+    let ask = |prompt: Value| {
+        let mut body = settings.clone();
+        body["prompt"] = prompt;
+        body
+    };
     let whole = server.post("/v1/completions", &ask("A bridge".into()));
     assert_eq!(whole["usage"]["completion_tokens"], 24);
     assert_eq!(whole["usage"]["prompt_tokens"], tokens.as_array().unwrap().len());
@@ -365,4 +370,126 @@ fn the_openapi_document_names_every_endpoint() {
     for path in ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"] {
         assert!(document["paths"][path]["post"].is_object(), "{path}");
     }
+}
+
+/// A value that has nothing to do where it is put.
+fn strange(stream: &pontoon_ops::philox::Stream, at: u64) -> Value {
+    let values = [
+        Value::Null,
+        json!(true),
+        json!(-1),
+        json!(1.5e300),
+        json!(u64::MAX),
+        json!(""),
+        json!("橋\u{0}"),
+        json!([]),
+        json!([[[]]]),
+        json!({}),
+        json!({ "type": 1 }),
+        json!([{ "role": "user" }]),
+    ];
+    values[stream.below(at, values.len() as u64) as usize].clone()
+}
+
+/// Puts a strange value at a random place, at any depth.
+fn spoil(value: &mut Value, stream: &pontoon_ops::philox::Stream, at: u64) {
+    let deeper = stream.below(at, 3) > 0;
+    match value {
+        Value::Object(map) if deeper && !map.is_empty() => {
+            let index = stream.below(at + 1, map.len() as u64) as usize;
+            let inner = map.values_mut().nth(index).unwrap();
+            spoil(inner, stream, at + 2);
+        }
+        Value::Array(list) if deeper && !list.is_empty() => {
+            let index = stream.below(at + 1, list.len() as u64) as usize;
+            spoil(&mut list[index], stream, at + 2);
+        }
+        other => *other = strange(stream, at + 3),
+    }
+}
+
+#[test]
+fn malformed_requests_are_refused_in_openais_shape_and_break_nothing() {
+    let server = server();
+    let message = json!({ "role": "user", "content": [{ "type": "text", "text": "hi" }] });
+    let tool = json!({ "type": "function", "function": { "name": "go", "parameters": {} } });
+    let chat = json!({
+        "messages": [message, { "role": "assistant", "content": null, "tool_calls": [
+            { "id": "a", "type": "function", "function": { "name": "go", "arguments": "{}" } },
+        ]}],
+        "tools": [tool], "temperature": 1, "top_p": 0.5, "top_k": 3, "seed": 1, "n": 2,
+        "max_tokens": 2, "stop": ["x"], "logit_bias": { "5": 1 }, "logprobs": true,
+        "top_logprobs": 2, "response_format": { "type": "text" }, "stream": false,
+    });
+    let completion = json!({
+        "prompt": ["a", [1, 2]], "max_tokens": 2, "echo": true, "logprobs": 1, "min_p": 0.1,
+        "stop_token_ids": [3], "guided_regex": "[ab]",
+    });
+    let response = json!({
+        "input": [message], "max_output_tokens": 2, "text": { "format": { "type": "text" } },
+        "reasoning": { "effort": "low" }, "tools": [{ "type": "function", "name": "go" }],
+    });
+    let messages = json!({ "messages": [message], "max_tokens": 2, "system": "x" });
+    let bases = [
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", completion),
+        ("/v1/responses", response),
+        ("/v1/messages", messages),
+        ("/v1/embeddings", json!({ "input": ["a"], "encoding_format": "float" })),
+        ("/tokenize", json!({ "prompt": "a" })),
+        ("/detokenize", json!({ "tokens": [1, 2] })),
+    ];
+    let seed = 11;
+    let stream = pontoon_ops::philox::Stream::new(seed, 5);
+    for round in 0..600_u64 {
+        let (path, base) = &bases[(round % bases.len() as u64) as usize];
+        let mut body = base.clone();
+        for change in 0..1 + round % 3 {
+            spoil(&mut body, &stream, round * 1000 + change * 100);
+        }
+        // Nobody waits for long answers here.
+        if let Some(map) = body.as_object_mut() {
+            map.insert("max_output_tokens".to_owned(), 2.into());
+            map.insert("max_completion_tokens".to_owned(), 2.into());
+        }
+        let mut text = body.to_string();
+        if round % 10 == 9 {
+            let half = (0..=text.len() / 2).rev().find(|&at| text.is_char_boundary(at)).unwrap();
+            text.truncate(half);
+        }
+        let (status, answer) = server.ask("POST", path, &[], &text);
+        assert!(status == 200 || (400..500).contains(&status), "seed {seed}: {text}: {answer}");
+        if status != 200 {
+            let value: Value = serde_json::from_str(&answer).unwrap();
+            assert!(value["error"]["message"].is_string(), "seed {seed}: {text}: {answer}");
+        }
+    }
+    assert_eq!(server.get("/ready").0, 200);
+}
+
+#[test]
+fn a_stream_goes_on_byte_for_byte_when_its_device_dies() {
+    let small = Small::new();
+    let faults = Faults::none();
+    let pool = small.pool(&["a", "b"], small.options(), &faults);
+    let server = small.server(pool);
+    let body = json!({
+        "prompt": "A bridge", "max_tokens": 60, "seed": 9, "frequency_penalty": 0.3,
+        "logprobs": 2, "guided_regex": "[a-z ]{200}", "stream": true,
+    });
+    let told = |events: Vec<String>| -> Vec<Value> {
+        let value = |event: &String| serde_json::from_str::<Value>(event).ok();
+        let choices = |value: Value| value["choices"].clone();
+        events.iter().filter_map(value).map(choices).collect()
+    };
+    let undisturbed = told(server.events("/v1/completions", &body));
+    assert!(undisturbed.len() >= 60);
+    for device in ["a", "b"] {
+        faults.set(device, 20, Failure::Error);
+        faults.set(device, 50, Failure::Panic);
+    }
+    for _ in 0..4 {
+        assert_eq!(told(server.events("/v1/completions", &body)), undisturbed);
+    }
+    assert!(server.metric("pontoon:request_moved_total") > 0.0);
 }

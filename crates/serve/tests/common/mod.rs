@@ -45,7 +45,7 @@ impl Small {
     pub fn options(&self) -> DeviceOptions {
         DeviceOptions {
             dtype: DType::F32,
-            context: 256,
+            context: 512,
             sequences: 8,
             blocks: 128,
             vocabulary: self.tokenizer.vocab_size(),
