@@ -15,8 +15,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, status,
-    tokenizer, train,
+    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve,
+    status, tokenizer, train,
 };
 
 /// Trains and serves language models on whatever accelerators there are.
@@ -56,6 +56,9 @@ enum Command {
     /// Prints a text's log-probabilities and perplexity.
     #[command(after_help = "Example:\n  pontoon score my-run/run --text story.txt --json")]
     Score(score::Arguments),
+    /// Serves a model behind the OpenAI API.
+    #[command(after_help = "Example:\n  pontoon serve my-run/run --port 8080")]
+    Serve(serve::Arguments),
     /// Asks problems and counts exact matches.
     #[command(after_help = "Example:\n  pontoon eval my-run/run --task arithmetic")]
     Eval(eval::Arguments),
@@ -103,6 +106,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::Status(arguments) => status::run(arguments),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Score(arguments) => score::run(arguments),
+        Command::Serve(arguments) => serve::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Export(arguments) => export::run(arguments),
         Command::Qualify(arguments) => qualify::run(arguments),

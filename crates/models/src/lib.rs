@@ -37,7 +37,7 @@ pub use generate::{
     Completion, Drawn, Finish, Generator, GeneratorOptions, PromptLogprobs, SamplingSettings,
 };
 pub use layout::{Role, TensorSpec};
-pub use model::{BatchShape, Model, PagedHead, PagedShape};
+pub use model::{BatchShape, DrawReads, Model, PagedHead, PagedShape};
 pub use presets::{PRESETS, preset};
 pub use rope::{Frequencies, RampEnds, Rope, RopeScaling, Yarn};
 pub use tokenizer::{SpecialTokens, StreamDecoder, Tokenizer};

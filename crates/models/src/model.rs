@@ -69,6 +69,27 @@ pub enum PagedHead {
         /// Tokens that exist.
         vocabulary: usize,
     },
+    /// As `Sample`, with output `logits` f32 [rows, vocabulary] for those who ask for more than
+    /// the drawn token's; in `Full` also with inputs `history` and `bias`.
+    Serve {
+        /// Tokens that exist.
+        vocabulary: usize,
+        /// What the draw reads besides logits.
+        reads: DrawReads,
+    },
+    /// As `Score`, with output `logits` f32 [rows, vocabulary].
+    ScoreWithLogits,
+    /// Output `hidden` [rows, width] in the program's dtype: what the output head would read.
+    Hidden,
+}
+
+/// What the draw of a serving step reads besides the logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DrawReads {
+    /// Settings and keys alone.
+    Plain,
+    /// Also `history` i32 [rows, longest], and `bias` f32 [rows, vocabulary], which is added.
+    Full,
 }
 
 impl Model {
@@ -177,34 +198,47 @@ impl Model {
         head: PagedHead,
         shape: PagedShape,
     ) -> Result<(), ModelError> {
+        if head == PagedHead::Hidden {
+            builder.output("hidden", hidden);
+            return Ok(());
+        }
         let weight = self.head(builder)?;
         let rows = shape.rows;
-        let (vocabulary, history) = match head {
-            PagedHead::CacheOnly => return Ok(()),
-            PagedHead::Score => {
+        let with_history = |builder: &mut Builder<'_>| {
+            Some(builder.input("history", DType::I32, &[rows, shape.positions_max]))
+        };
+        let (vocabulary, history, biased) = match head {
+            PagedHead::CacheOnly | PagedHead::Hidden => return Ok(()),
+            PagedHead::Score | PagedHead::ScoreWithLogits => {
                 let targets = builder.input("targets", DType::I32, &[rows]);
                 let (logprob, _) = builder.token_log_prob(hidden, weight, targets, 1.0)?;
                 builder.output("logprob", logprob);
+                if head == PagedHead::ScoreWithLogits {
+                    let logits = builder.linear_f32(hidden, weight)?;
+                    builder.output("logits", logits);
+                }
                 return Ok(());
             }
-            PagedHead::Sample { vocabulary } => (vocabulary, None),
+            PagedHead::Sample { vocabulary } => (vocabulary, None, false),
             PagedHead::SampleWithHistory { vocabulary } => {
-                let extents = [rows, shape.positions_max];
-                (vocabulary, Some(builder.input("history", DType::I32, &extents)))
+                (vocabulary, with_history(builder), false)
+            }
+            PagedHead::Serve { vocabulary, reads: DrawReads::Plain } => (vocabulary, None, false),
+            PagedHead::Serve { vocabulary, reads: DrawReads::Full } => {
+                (vocabulary, with_history(builder), true)
             }
         };
         let count = pontoon_ops::sampling::COUNT;
         let settings = builder.input("settings", DType::F32, &[rows, count]);
         let keys = builder.input("keys", DType::U32, &[rows, 4]);
         let logits = builder.linear_f32(hidden, weight)?;
-        let inputs = pontoon_program::SampleInputs {
-            logits,
-            bias: None,
-            history,
-            settings,
-            keys,
-            vocabulary,
-        };
+        if matches!(head, PagedHead::Serve { .. }) {
+            builder.output("logits", logits);
+        }
+        let bias =
+            biased.then(|| builder.input("bias", DType::F32, &[rows, self.config.vocab_size]));
+        let inputs =
+            pontoon_program::SampleInputs { logits, bias, history, settings, keys, vocabulary };
         let (token, logprob) = builder.sample(inputs)?;
         builder.output("token", token);
         builder.output("logprob", logprob);

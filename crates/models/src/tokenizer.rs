@@ -103,6 +103,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The spelling of a token, which for most tokenizers is not its text; see `decode`.
+    pub fn token_name(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// The ids that end a text; empty if the folder names none.
     pub fn eos(&self) -> &[u32] {
         &self.eos

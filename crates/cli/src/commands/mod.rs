@@ -12,6 +12,7 @@ pub mod generate;
 pub mod new;
 pub mod qualify;
 pub mod score;
+pub mod serve;
 pub mod status;
 pub mod tokenizer;
 pub mod train;

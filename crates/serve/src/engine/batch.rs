@@ -1,0 +1,331 @@
+//! What runs together on a device: who is let in, whose prompt is taken in pieces, who draws, and
+//! who gives way when blocks run out.
+//!
+//! Every step takes one bite of prompts, so that long ones do not hold up those that draw, and
+//! then one token of every sequence that is ready. A sequence's tokens do not depend on any of
+//! this: bits are the same in every batch and after every restart from its tokens. Read next:
+//! `sequence.rs`, `device.rs`.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::blocks::BlockPool;
+use super::device::{Device, Drawn, Piece, PrefillHead, PrefillResult};
+use super::request::{Epoch, Event, Finish, Ticket, Wanted};
+use super::sequence::Sequence;
+use super::worker::Stats;
+use crate::error::ServeError;
+
+/// Prompt rows of one step while others draw: about what delays their next token unnoticeably.
+const PREFILL_ROWS_BESIDE_DRAWS: usize = 128;
+
+/// The sequences of one device.
+pub struct Batch {
+    device: Device,
+    blocks: Arc<Mutex<BlockPool>>,
+    stats: Arc<Stats>,
+    device_name: Arc<str>,
+    numeric_class: Arc<str>,
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    arrivals: u64,
+}
+
+/// What becomes of a running sequence after its draw.
+enum After {
+    Stays,
+    Leaves,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new(device: Device, blocks: Arc<Mutex<BlockPool>>, stats: Arc<Stats>) -> Batch {
+        let info = device.info();
+        let device_name = Arc::from(info.device.as_str());
+        let numeric_class = Arc::from(info.numeric_class.as_str());
+        Batch {
+            device,
+            blocks,
+            stats,
+            device_name,
+            numeric_class,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            arrivals: 0,
+        }
+    }
+
+    /// The device.
+    pub fn device_mut(&mut self) -> &mut Device {
+        &mut self.device
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Takes a request up, from its tokens so far.
+    pub fn add(&mut self, ticket: Arc<Ticket>, epoch: Epoch) {
+        self.arrivals += 1;
+        match Sequence::new(Arc::clone(&ticket), epoch, self.arrivals) {
+            Ok(sequence) => self.waiting.push_back(sequence),
+            Err(reason) => {
+                ticket.tell(epoch, Event::Failed(reason));
+            }
+        }
+    }
+
+    /// Runs one step. After an error the device is not to be used any more.
+    pub fn step(&mut self) -> Result<(), ServeError> {
+        self.drop_unwanted();
+        self.admit();
+        self.prefill()?;
+        self.draw()?;
+        self.count();
+        Ok(())
+    }
+
+    fn drop_unwanted(&mut self) {
+        let wanted = |one: &Sequence| one.ticket.wanted(one.epoch) == Wanted::Yes;
+        self.waiting.retain(wanted);
+        let gone: Vec<usize> =
+            (0..self.running.len()).rev().filter(|&at| !wanted(&self.running[at])).collect();
+        gone.into_iter().for_each(|at| self.leave(at));
+    }
+
+    fn leave(&mut self, at: usize) {
+        let mut sequence = self.running.remove(at);
+        sequence.release(&mut lock(&self.blocks));
+    }
+
+    fn admit(&mut self) {
+        let most = self.device.options().sequences;
+        while self.running.len() < most {
+            let Some(mut sequence) = self.waiting.pop_front() else { break };
+            let taken = sequence.take_blocks(&mut lock(&self.blocks));
+            if taken.is_none() {
+                self.waiting.push_front(sequence);
+                break;
+            }
+            let cached_tokens = sequence.cached.min(sequence.prompt_tokens());
+            self.stats.prefix_tokens_asked.fetch_add(sequence.tokens.len() as u64, Relaxed);
+            self.stats.prefix_tokens_found.fetch_add(sequence.cached as u64, Relaxed);
+            let started = Event::Started {
+                device: Arc::clone(&self.device_name),
+                numeric_class: Arc::clone(&self.numeric_class),
+                cached_tokens,
+            };
+            sequence.ticket.tell(sequence.epoch, started);
+            self.running.push(sequence);
+        }
+    }
+
+    /// Takes one bite of prompts: the first that needs it, and others with the same head.
+    fn prefill(&mut self) -> Result<(), ServeError> {
+        let needs = |one: &Sequence| one.cached < one.prefill_end();
+        let Some(first) = self.running.iter().position(needs) else {
+            return self.end_prefills();
+        };
+        let head = self.running[first].head();
+        let (rows_max, mut pieces_max) = self.device.prefill_limits(head);
+        if head != PrefillHead::CacheOnly {
+            pieces_max = 1;
+        }
+        let draws = self.running.iter().any(|one| !needs(one));
+        let mut rest = if draws { rows_max.min(PREFILL_ROWS_BESIDE_DRAWS) } else { rows_max };
+        let mut bites: Vec<(usize, usize)> = Vec::new();
+        for (at, one) in self.running.iter().enumerate().skip(first) {
+            if bites.len() == pieces_max || rest == 0 {
+                break;
+            }
+            if needs(one) && one.head() == head {
+                let taken = rest.min(one.prefill_end() - one.cached);
+                bites.push((at, one.cached + taken));
+                rest -= taken;
+            }
+        }
+        let piece = |&(at, end): &(usize, usize)| {
+            let one: &Sequence = &self.running[at];
+            Piece { tokens: &one.tokens, start: one.cached, end, blocks: &one.blocks }
+        };
+        let pieces: Vec<Piece<'_>> = bites.iter().map(piece).collect();
+        let result = self.device.prefill(&pieces, head)?;
+        let taken: usize = pieces.iter().map(|piece| piece.end - piece.start).sum();
+        self.stats.prompt_tokens.fetch_add(taken as u64, Relaxed);
+        let width = taken;
+        match result {
+            PrefillResult::Nothing => {}
+            PrefillResult::Scores(scores) => self.running[first].scores.extend(scores),
+            PrefillResult::Hidden(values) => {
+                let sums = &mut self.running[first].hidden;
+                sums.resize(values.len() / width, 0.0);
+                for row in values.chunks_exact(sums.len().max(1)) {
+                    sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+                }
+            }
+        }
+        let mut pool = lock(&self.blocks);
+        for (at, end) in bites {
+            self.running[at].cached = end;
+            self.running[at].publish(&mut pool);
+        }
+        drop(pool);
+        self.end_prefills()
+    }
+
+    /// Tells what finished prefills gave, and ends requests that wanted nothing more.
+    fn end_prefills(&mut self) -> Result<(), ServeError> {
+        let context = self.device.options().context;
+        for at in (0..self.running.len()).rev() {
+            let one = &mut self.running[at];
+            if one.cached < one.prefill_end() {
+                continue;
+            }
+            if one.generate().is_none() {
+                let count = one.tokens.len() as f64;
+                let mean = one.hidden.iter().map(|sum| (sum / count) as f32).collect();
+                one.ticket.tell(one.epoch, Event::Embedding(mean));
+                one.ticket.tell(one.epoch, Event::Finished(Finish::Length));
+                self.leave(at);
+                continue;
+            }
+            if one.head() != PrefillHead::CacheOnly {
+                let scores = std::mem::take(&mut one.scores);
+                one.ticket.tell(one.epoch, Event::Prompt(scores));
+            }
+            if one.at_length(context) {
+                one.ticket.tell(one.epoch, Event::Finished(Finish::Length));
+                self.leave(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Draws one token of every sequence that is ready.
+    fn draw(&mut self) -> Result<(), ServeError> {
+        self.make_room();
+        let vocabulary = self.device.options().vocabulary;
+        let mut ready: Vec<(usize, Vec<f32>)> = Vec::new();
+        let mut failed = Vec::new();
+        for (at, one) in self.running.iter_mut().enumerate() {
+            if one.cached + 1 != one.tokens.len() || one.generate().is_none() {
+                continue;
+            }
+            match one.bias(vocabulary) {
+                Ok(bias) => ready.push((at, bias)),
+                Err(reason) => failed.push((at, reason)),
+            }
+        }
+        if !ready.is_empty() {
+            let places: Vec<usize> = ready.iter().map(|(at, _)| *at).collect();
+            let row = |(at, bias)| {
+                let row = Sequence::row(&self.running[at], bias);
+                row.expect("only sequences that generate are ready")
+            };
+            let rows: Vec<_> = ready.into_iter().map(row).collect();
+            let drawn = self.device.draw(&rows)?;
+            drop(rows);
+            self.stats.generated_tokens.fetch_add(drawn.len() as u64, Relaxed);
+            self.deliver(&places, drawn, &mut failed);
+        }
+        failed.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
+        for (at, reason) in failed {
+            let one = &self.running[at];
+            if !reason.is_empty() {
+                one.ticket.tell(one.epoch, Event::Failed(reason));
+            }
+            self.leave(at);
+        }
+        Ok(())
+    }
+
+    /// Tells the drawn tokens; adds to `ended` who leaves, with a reason if it is a failure.
+    fn deliver(&mut self, places: &[usize], drawn: Vec<Drawn>, ended: &mut Vec<(usize, String)>) {
+        let context = self.device.options().context;
+        let mut pool = lock(&self.blocks);
+        for (&at, drawn) in places.iter().zip(drawn) {
+            let one = &mut self.running[at];
+            let Some(scored) = drawn else {
+                let drawn = one.tokens.len() - one.prompt_tokens();
+                ended.push((
+                    at,
+                    format!(
+                        "no token has a finite logit after {drawn} drawn ones: logit_bias or the \
+                         grammar forbids all, or the weights hold NaN"
+                    ),
+                ));
+                continue;
+            };
+            match one.tell_drawn(scored, context) {
+                Ok(After::Stays) => one.publish(&mut pool),
+                Ok(After::Leaves) => {
+                    one.publish(&mut pool);
+                    ended.push((at, String::new()));
+                }
+                Err(reason) => ended.push((at, reason)),
+            }
+        }
+    }
+
+    /// Gives every sequence that draws the block its next token needs; who came last gives way.
+    fn make_room(&mut self) {
+        let mut at = 0;
+        while at < self.running.len() {
+            let grown = self.running[at].grow(&mut lock(&self.blocks));
+            if grown.is_some() {
+                at += 1;
+                continue;
+            }
+            let last = (0..self.running.len()).max_by_key(|&at| self.running[at].arrival);
+            let last = last.expect("the sequence that needs a block is running");
+            let mut sequence = self.running.remove(last);
+            sequence.release(&mut lock(&self.blocks));
+            self.stats.preemptions.fetch_add(1, Relaxed);
+            let (ticket, epoch) = (Arc::clone(&sequence.ticket), sequence.epoch);
+            match Sequence::new(ticket, epoch, sequence.arrival) {
+                Ok(again) => self.waiting.push_front(again),
+                Err(reason) => {
+                    sequence.ticket.tell(epoch, Event::Failed(reason));
+                }
+            }
+            if last < at {
+                at -= 1;
+            }
+        }
+    }
+
+    fn count(&self) {
+        self.stats.running.store(self.running.len() as u64, Relaxed);
+        self.stats.waiting.store(self.waiting.len() as u64, Relaxed);
+        self.stats.steps.fetch_add(1, Relaxed);
+        let pool = lock(&self.blocks);
+        self.stats.blocks_used.store((pool.count() - pool.available()) as u64, Relaxed);
+    }
+}
+
+impl Sequence {
+    fn tell_drawn(
+        &mut self,
+        scored: super::request::Scored,
+        context: usize,
+    ) -> Result<After, String> {
+        let ends = self.accept(scored.token)?;
+        let wanted = self.ticket.tell(self.epoch, Event::Token(scored));
+        let finish = match ends {
+            true => Some(Finish::EndToken),
+            false => self.at_length(context).then_some(Finish::Length),
+        };
+        if let Some(finish) = finish {
+            self.ticket.tell(self.epoch, Event::Finished(finish));
+            return Ok(After::Leaves);
+        }
+        Ok(if wanted == Wanted::Yes { After::Stays } else { After::Leaves })
+    }
+}
+
+fn lock(blocks: &Mutex<BlockPool>) -> MutexGuard<'_, BlockPool> {
+    // A panic while it is held ends the engine's thread; others only look up prefixes.
+    blocks.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,254 @@
+//! /v1/completions: prompts as text or token ids, continued; also scored, with `echo`.
+//!
+//! Conversations are `chat.rs`.
+
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::response::Response;
+use pontoon_models::SpecialTokens;
+use serde_json::{Value, json};
+
+use super::errors::ApiError;
+use super::fields::{Fields, wrong};
+use super::flow::{Flow, Step};
+use super::logprobs::CompletionLogprobs;
+use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
+use super::sse::{Left, Out, stream};
+use super::{body, formats, reply, usage_json};
+use crate::app::App;
+
+/// Tokens of a completion if the request does not say, as OpenAI has it.
+const TOKENS_DEFAULT: usize = 16;
+/// Prompts of one request at most.
+const PROMPTS_MAX: usize = 1024;
+
+/// A request as read.
+struct Wanted {
+    id: String,
+    prompts: Vec<Vec<u32>>,
+    settings: Settings,
+    echo: bool,
+    /// Likeliest tokens to tell; `None` for no log-probabilities.
+    logprobs: Option<usize>,
+}
+
+/// The endpoint.
+pub async fn completions(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let value = body(&app, request).await?;
+    let wanted = Wanted::read(&Fields::of(&value)?, &app)?;
+    if wanted.settings.stream {
+        return Ok(stream(app, move |app, out| async move { streamed(&app, wanted, out).await }));
+    }
+    whole(&app, &wanted).await
+}
+
+impl Wanted {
+    fn read(fields: &Fields<'_>, app: &App) -> Result<Wanted, ApiError> {
+        let mut settings = Settings::read(fields, app)?;
+        settings.constraint = app.constraint(formats::guide(fields, app)?, false)?;
+        let prompts = prompts(fields, app, "prompt")?;
+        let echo = fields.flag("echo")?.unwrap_or(false);
+        let most = fields.whole("max_tokens", 0..=u64::from(u32::MAX))?;
+        settings.sampling.tokens_max = most.map_or(TOKENS_DEFAULT, |most| most as usize);
+        for prompt in &prompts {
+            app.check_length(prompt.len(), "prompt", settings.sampling.tokens_max)?;
+        }
+        if let Some(best_of) = fields.whole("best_of", 1..=64)?
+            && best_of as usize != settings.choices
+        {
+            return Err(fields.wrong("best_of", "equal to `n`; drawing more is not offered"));
+        }
+        if fields.text("suffix")?.is_some_and(|suffix| !suffix.is_empty()) {
+            return Err(fields.wrong("suffix", "absent; this model does not fill in the middle"));
+        }
+        let logprobs = fields.whole("logprobs", 0..=TOP_LOGPROBS_MAX)?;
+        let logprobs = logprobs.map(|count| count as usize);
+        Ok(Wanted { id: app.fresh_id("cmpl"), prompts, settings, echo, logprobs })
+    }
+
+    fn start<'a>(&self, app: &'a App) -> Flow<'a> {
+        let told = Told {
+            top_logprobs: self.logprobs.unwrap_or(0),
+            prompt_logprobs: self.logprobs.filter(|_| self.echo),
+        };
+        let choices = self.settings.choices;
+        let requests = |prompt: &Vec<u32>| {
+            let prompt = prompt.clone();
+            let settings = self.settings.clone();
+            (0..choices).map(move |choice| settings.request(prompt.clone(), choice, told))
+        };
+        Flow::start(app, self.prompts.iter().flat_map(requests).collect(), &self.settings)
+    }
+
+    fn prompt_of(&self, index: usize) -> &[u32] {
+        &self.prompts[index / self.settings.choices]
+    }
+
+    fn prompt_text(&self, app: &App, index: usize) -> String {
+        if !self.echo {
+            return String::new();
+        }
+        let text = app.tokenizer.decode(self.prompt_of(index), SpecialTokens::Hide);
+        text.unwrap_or_default()
+    }
+
+    fn object(&self, app: &App, choices: Value) -> Value {
+        json!({
+            "id": self.id,
+            "object": "text_completion",
+            "created": app.now(),
+            "model": app.model_name,
+            "choices": choices,
+        })
+    }
+}
+
+/// The prompts: one or several texts or lists of token ids.
+pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>>, ApiError> {
+    let value = fields.required(key, fields.get(key))?;
+    let token_list = |list: &[Value], name: &str| {
+        let token = |(at, value): (usize, &Value)| app.token(value, &format!("{name}[{at}]"));
+        list.iter().enumerate().map(token).collect::<Result<Vec<u32>, _>>()
+    };
+    let prompts = match value {
+        Value::String(text) => vec![app.encode(text, key)?],
+        Value::Array(list) if list.iter().all(Value::is_number) => {
+            vec![token_list(list, key)?]
+        }
+        Value::Array(list) if list.len() <= PROMPTS_MAX => {
+            let prompt = |(at, value): (usize, &Value)| {
+                let name = format!("{key}[{at}]");
+                match value {
+                    Value::String(text) => app.encode(text, &name),
+                    Value::Array(list) => token_list(list, &name),
+                    other => Err(wrong(&name, "a text or a list of token ids", other)),
+                }
+            };
+            list.iter().enumerate().map(prompt).collect::<Result<Vec<_>, _>>()?
+        }
+        _ => {
+            let want = format!("a text, token ids, or a list of up to {PROMPTS_MAX} of them");
+            return Err(fields.wrong(key, &want));
+        }
+    };
+    if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
+        return Err(ApiError::field(key, format!("`{key}` should have at least one token")));
+    }
+    Ok(prompts)
+}
+
+/// What has come of one choice.
+struct Answer {
+    text: String,
+    logprobs: CompletionLogprobs,
+    finish: Value,
+    stop: Value,
+}
+
+async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
+    let mut flow = wanted.start(app);
+    let answer = |index: usize| Answer {
+        text: wanted.prompt_text(app, index),
+        logprobs: CompletionLogprobs::default(),
+        finish: Value::Null,
+        stop: Value::Null,
+    };
+    let count = wanted.prompts.len() * wanted.settings.choices;
+    let mut answers: Vec<Answer> = (0..count).map(answer).collect();
+    while let Some((index, step)) = flow.next().await? {
+        let answer = &mut answers[index];
+        match step {
+            Step::Prompt(scores) => {
+                answer.logprobs.push_first(app, wanted.prompt_of(index)[0]);
+                scores.iter().for_each(|scored| answer.logprobs.push(app, scored));
+            }
+            Step::Token(scored, text) => {
+                answer.text += &text;
+                answer.logprobs.push(app, &scored);
+            }
+            Step::Ended(ended, text) => {
+                answer.text += &text;
+                answer.finish = ended.name().into();
+                if let super::flow::Ended::StopText(stop) = ended {
+                    answer.stop = stop.into();
+                }
+            }
+            Step::Embedding(_) => {}
+        }
+    }
+    let told = |(index, answer): (usize, Answer)| {
+        json!({
+            "index": index,
+            "text": answer.text,
+            "logprobs": wanted.logprobs.map(|_| answer.logprobs.json()),
+            "finish_reason": answer.finish,
+            "stop_reason": answer.stop,
+        })
+    };
+    let choices: Value = answers.into_iter().enumerate().map(told).collect();
+    let mut value = wanted.object(app, choices);
+    value["usage"] = usage_json(flow.usage(), None);
+    value["system_fingerprint"] = flow.numeric_classes().into();
+    value["device"] = flow.devices().into();
+    Ok(reply(&value))
+}
+
+async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
+    let mut flow = wanted.start(app);
+    let count = wanted.prompts.len() * wanted.settings.choices;
+    let mut offsets = vec![0; count];
+    let mut echoed = vec![!wanted.echo; count];
+    loop {
+        let (index, step) = match out.next(&mut flow).await? {
+            Ok(Some(step)) => step,
+            Ok(None) => break,
+            Err(error) => {
+                out.data(&error.json()).await?;
+                return out.done().await;
+            }
+        };
+        let mut text = String::new();
+        let mut logprobs = CompletionLogprobs::at(offsets[index]);
+        let mut finish = Value::Null;
+        match step {
+            Step::Prompt(scores) => {
+                logprobs.push_first(app, wanted.prompt_of(index)[0]);
+                scores.iter().for_each(|scored| logprobs.push(app, scored));
+            }
+            Step::Token(scored, piece) => {
+                text = piece;
+                logprobs.push(app, &scored);
+            }
+            Step::Ended(ended, piece) => {
+                text = piece;
+                finish = ended.name().into();
+            }
+            Step::Embedding(_) => {}
+        }
+        if !echoed[index] {
+            echoed[index] = true;
+            text = wanted.prompt_text(app, index) + &text;
+        }
+        offsets[index] = logprobs.offset();
+        let choice = json!({
+            "index": index,
+            "text": text,
+            "logprobs": wanted.logprobs.map(|_| logprobs.json()),
+            "finish_reason": finish,
+        });
+        let mut value = wanted.object(app, json!([choice]));
+        value["system_fingerprint"] = flow.numeric_classes().into();
+        out.data(&value).await?;
+    }
+    if wanted.settings.stream_usage {
+        let mut value = wanted.object(app, json!([]));
+        value["usage"] = usage_json(flow.usage(), None);
+        value["device"] = flow.devices().into();
+        out.data(&value).await?;
+    }
+    out.done().await
+}

@@ -1,0 +1,73 @@
+//! The HTTP APIs: OpenAI's, with the extensions that its other servers have.
+//!
+//! Each endpoint is one file; what they share is `fields.rs` (reading requests), `settings.rs`
+//! (sampling), `flow.rs` (running) and `sse.rs` (streaming).
+
+pub mod chat;
+pub mod completions;
+pub mod conversation;
+pub mod embeddings;
+pub mod errors;
+pub mod fields;
+pub mod flow;
+pub mod formats;
+pub mod items;
+pub mod logprobs;
+pub mod messages;
+pub mod models;
+pub mod openapi;
+pub mod responses;
+pub mod settings;
+pub mod sse;
+
+use axum::body::to_bytes;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::app::App;
+use errors::ApiError;
+use flow::Usage;
+
+/// Reads a request's body as JSON, within the limits of size and time.
+pub async fn body(app: &App, request: Request) -> Result<Value, ApiError> {
+    let limits = &app.limits;
+    let read = to_bytes(request.into_body(), limits.body_bytes);
+    let bytes = match tokio::time::timeout(limits.body_time, read).await {
+        Ok(Ok(bytes)) => bytes,
+        Ok(Err(_)) => {
+            let most = limits.body_bytes;
+            let message = format!("the request's body could not be read, or is over {most} bytes");
+            return Err(ApiError::status(StatusCode::PAYLOAD_TOO_LARGE, message));
+        }
+        Err(_) => {
+            let message = "the request's body took too long to arrive";
+            return Err(ApiError::status(StatusCode::REQUEST_TIMEOUT, message));
+        }
+    };
+    serde_json::from_slice(&bytes).map_err(|error| {
+        let message = format!("the request's body is not JSON: {error}");
+        ApiError::status(StatusCode::BAD_REQUEST, message)
+    })
+}
+
+/// A JSON response.
+pub fn reply(value: &Value) -> Response {
+    ([(CONTENT_TYPE, "application/json")], value.to_string()).into_response()
+}
+
+/// Counts as OpenAI tells them.
+pub fn usage_json(usage: Usage, reasoning: Option<usize>) -> Value {
+    let mut value = json!({
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": { "cached_tokens": usage.cached },
+    });
+    if let Some(tokens) = reasoning {
+        value["completion_tokens_details"] = json!({ "reasoning_tokens": tokens });
+    }
+    value
+}

@@ -1,0 +1,78 @@
+//! What is served, and its tokenizer: /v1/models, /tokenize, /detokenize.
+
+use std::sync::Arc;
+
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use pontoon_models::SpecialTokens;
+use serde_json::{Value, json};
+
+use super::conversation::Conversation;
+use super::errors::ApiError;
+use super::fields::Fields;
+use super::settings::check_model;
+use super::{body, reply};
+use crate::app::App;
+
+fn card(app: &App) -> Value {
+    json!({
+        "id": app.model_name,
+        "object": "model",
+        "created": app.created,
+        "owned_by": "pontoon",
+        "root": app.model_name,
+        "max_model_len": app.context(),
+    })
+}
+
+/// All models: the one there is.
+pub async fn list(State(app): State<Arc<App>>) -> Response {
+    reply(&json!({ "object": "list", "data": [card(&app)] }))
+}
+
+/// One model by name.
+pub async fn one(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+) -> Result<Response, ApiError> {
+    if name == app.model_name {
+        return Ok(reply(&card(&app)));
+    }
+    let message = format!("there is no model `{name}`; the one served is `{}`", app.model_name);
+    Err(ApiError::status(StatusCode::NOT_FOUND, message).code("model_not_found"))
+}
+
+/// A text or a conversation as tokens.
+pub async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
+    let value = body(&app, request).await?;
+    let fields = Fields::of(&value)?;
+    check_model(&fields, &app)?;
+    let tokens = if fields.get("messages").is_some() {
+        Conversation::read(&fields, &app)?.tokens(&app)?
+    } else {
+        let text = fields.required("prompt", fields.text("prompt")?)?;
+        app.encode(text, "prompt")?
+    };
+    Ok(reply(&json!({
+        "count": tokens.len(),
+        "max_model_len": app.context(),
+        "tokens": tokens,
+    })))
+}
+
+/// Tokens as a text.
+pub async fn detokenize(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let value = body(&app, request).await?;
+    let fields = Fields::of(&value)?;
+    check_model(&fields, &app)?;
+    let list = fields.required("tokens", fields.list("tokens")?)?;
+    let token = |(at, value): (usize, &Value)| app.token(value, &format!("tokens[{at}]"));
+    let tokens = list.iter().enumerate().map(token).collect::<Result<Vec<u32>, _>>()?;
+    let text = app.tokenizer.decode(&tokens, SpecialTokens::Show);
+    let text = text.map_err(|error| ApiError::field("tokens", error.to_string()))?;
+    Ok(reply(&json!({ "prompt": text })))
+}

@@ -1,0 +1,188 @@
+//! Sampling settings of a request, by the names that OpenAI and vLLM use.
+//!
+//! Read next: `flow.rs`, which runs what is read here.
+
+use std::sync::Arc;
+
+use pontoon_models::SamplingSettings;
+use serde_json::Value;
+
+use super::errors::ApiError;
+use super::fields::{Fields, wrong};
+use crate::app::App;
+use crate::engine::request::{ConstraintSource, Generate, Request, Task};
+use crate::text::stops::StopText;
+
+/// Choices of one prompt at most: each takes a place in the batch.
+const CHOICES_MAX: u64 = 64;
+/// Likeliest tokens told per token at most, as OpenAI allows.
+pub const TOP_LOGPROBS_MAX: u64 = 20;
+/// Stop texts of one request at most; every piece of text is searched for each.
+const STOPS_MAX: usize = 16;
+/// Entries of `logit_bias` at most, as OpenAI allows about.
+const BIASES_MAX: usize = 1024;
+
+/// How a request wants its completions drawn.
+#[derive(Clone)]
+pub struct Settings {
+    /// Temperature and so on; `tokens_max` is set where the prompt is known.
+    pub sampling: SamplingSettings,
+    /// Completions of each prompt.
+    pub choices: usize,
+    /// Texts that end a completion.
+    pub stops: Vec<String>,
+    /// Whether the one that was met is shown.
+    pub stop_text: StopText,
+    /// Tokens that end a completion.
+    pub end_tokens: Vec<u32>,
+    /// Tokens that must come before an end token.
+    pub tokens_min: usize,
+    /// Added to logits.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Whether special tokens are left out of the text.
+    pub skip_special: bool,
+    /// Whether the answer is streamed.
+    pub stream: bool,
+    /// Whether the stream ends with a count of tokens.
+    pub stream_usage: bool,
+    /// Restricts the tokens.
+    pub constraint: Option<Arc<ConstraintSource>>,
+}
+
+impl Settings {
+    /// Reads them, checking each.
+    pub fn read(fields: &Fields<'_>, app: &App) -> Result<Settings, ApiError> {
+        check_model(fields, app)?;
+        let number = |key, range, default: f64| {
+            Ok::<f32, ApiError>(fields.number(key, range)?.unwrap_or(default) as f32)
+        };
+        let defaults = &app.sampling_defaults;
+        let top_k = match fields.get("top_k").and_then(Value::as_i64) {
+            // Some clients say -1 for all.
+            Some(-1) => 0,
+            _ => fields
+                .whole("top_k", 0..=u64::from(u32::MAX))?
+                .map_or(defaults.top_k, |top_k| top_k as usize),
+        };
+        let top_p = number("top_p", 0.0..=1.0, f64::from(defaults.top_p))?;
+        let sampling = SamplingSettings {
+            temperature: number("temperature", 0.0..=100.0, f64::from(defaults.temperature))?,
+            top_k,
+            // No token can be drawn of none; the likeliest is what is meant.
+            top_p: if top_p == 0.0 { f32::MIN_POSITIVE } else { top_p },
+            min_p: number("min_p", 0.0..=1.0, f64::from(defaults.min_p))?,
+            repetition_penalty: number("repetition_penalty", 0.01..=100.0, 1.0)?,
+            presence_penalty: number("presence_penalty", -2.0..=2.0, 0.0)?,
+            frequency_penalty: number("frequency_penalty", -2.0..=2.0, 0.0)?,
+            seed: match fields.get("seed").and_then(Value::as_i64) {
+                Some(seed) => seed as u64,
+                None => fields.whole("seed", 0..=u64::MAX)?.unwrap_or_else(|| app.fresh_number()),
+            },
+            ..SamplingSettings::default()
+        };
+        let mut end_tokens = app.end_tokens.clone();
+        if fields.flag("ignore_eos")? == Some(true) {
+            end_tokens.clear();
+        }
+        let own = fields.list("stop_token_ids")?.unwrap_or_default();
+        for (at, token) in own.iter().enumerate() {
+            end_tokens.push(app.token(token, &format!("stop_token_ids[{at}]"))?);
+        }
+        let shown = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
+        let options = fields.object("stream_options")?;
+        let usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten();
+        Ok(Settings {
+            sampling,
+            choices: fields.whole("n", 1..=CHOICES_MAX)?.unwrap_or(1) as usize,
+            stops: stops(fields)?,
+            stop_text: if shown { StopText::Shown } else { StopText::Hidden },
+            end_tokens,
+            tokens_min: fields.whole("min_tokens", 0..=u64::from(u32::MAX))?.unwrap_or(0) as usize,
+            logit_bias: logit_bias(fields, app)?,
+            skip_special: fields.flag("skip_special_tokens")?.unwrap_or(true),
+            stream: fields.flag("stream")?.unwrap_or(false),
+            stream_usage: usage.unwrap_or(false),
+            constraint: None,
+        })
+    }
+
+    /// A request for the engine, one of the choices of a prompt.
+    pub fn request(&self, prompt: Vec<u32>, choice: usize, told: Told) -> Request {
+        Request {
+            prompt,
+            task: Task::Generate(Generate {
+                sampling: self.sampling,
+                choice: choice as u32,
+                end_tokens: self.end_tokens.clone(),
+                tokens_min: self.tokens_min,
+                logit_bias: self.logit_bias.clone(),
+                top_logprobs: told.top_logprobs,
+                prompt_logprobs: told.prompt_logprobs,
+                constraint: self.constraint.clone(),
+            }),
+        }
+    }
+}
+
+/// Which log-probabilities are wanted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Told {
+    /// Of the likeliest tokens beside each drawn one.
+    pub top_logprobs: usize,
+    /// Of the prompt's tokens, with so many of the likeliest.
+    pub prompt_logprobs: Option<usize>,
+}
+
+/// The model that is served is the only one there is.
+pub fn check_model(fields: &Fields<'_>, app: &App) -> Result<(), ApiError> {
+    match fields.text("model")? {
+        Some(name) if name != app.model_name => {
+            let message = format!("`model` should be `{}` but is `{name}`", app.model_name);
+            let error = ApiError::field("model", message).code("model_not_found");
+            Err(ApiError { status: axum::http::StatusCode::NOT_FOUND, ..error })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn stops(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
+    let key = if fields.get("stop_sequences").is_some() { "stop_sequences" } else { "stop" };
+    let list = match fields.get(key) {
+        None => return Ok(Vec::new()),
+        Some(Value::String(text)) => vec![text.clone()],
+        Some(Value::Array(list)) if list.len() <= STOPS_MAX => {
+            let text = |value: &Value| value.as_str().map(str::to_owned);
+            list.iter()
+                .map(text)
+                .collect::<Option<Vec<_>>>()
+                .ok_or_else(|| fields.wrong(key, "a text or a list of texts"))?
+        }
+        Some(_) => {
+            return Err(fields.wrong(key, &format!("a text or a list of up to {STOPS_MAX} texts")));
+        }
+    };
+    // An empty text would stop everything at once, which nobody means.
+    Ok(list.into_iter().filter(|text| !text.is_empty()).collect())
+}
+
+fn logit_bias(fields: &Fields<'_>, app: &App) -> Result<Vec<(u32, f32)>, ApiError> {
+    let Some(map) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
+    let mut biases = Vec::new();
+    for (token, value) in map.entries() {
+        let name = map.name(token);
+        let id = token.parse::<u32>().ok().filter(|&id| (id as usize) < app.vocabulary());
+        let Some(id) = id else {
+            let most = app.vocabulary() - 1;
+            let message = format!("keys of `logit_bias` should be token ids from 0 to {most}");
+            return Err(ApiError::field(name, message));
+        };
+        match value.as_f64().filter(|bias| (-100.0..=100.0).contains(bias)) {
+            Some(bias) => biases.push((id, bias as f32)),
+            None => return Err(wrong(&name, "a number from -100 to 100", value)),
+        }
+        if biases.len() > BIASES_MAX {
+            return Err(fields.wrong("logit_bias", &format!("at most {BIASES_MAX} tokens")));
+        }
+    }
+    Ok(biases)
+}

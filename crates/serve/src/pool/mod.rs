@@ -1,0 +1,306 @@
+//! Several devices as one: requests are placed, watched, and moved when a device fails.
+//!
+//! A device that dies or hangs loses its requests to the others; they go on from their tokens so
+//! far, and its client notices a pause. The device is opened again and, before it serves, must
+//! score a probe as the others do. Read `placement.rs` for who gets a request, `supervisor.rs` for
+//! what happens after a failure.
+
+pub mod placement;
+mod supervisor;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use pontoon_models::{HostWeights, Model};
+use pontoon_ops::Backend;
+
+use crate::engine::device::{Device, DeviceOptions};
+use crate::engine::request::{Event, Ticket};
+use crate::engine::worker::{Command, Stats, Worker};
+use crate::error::ServeError;
+use placement::{Candidate, place};
+
+/// Opens a device by its name.
+pub type Open = dyn Fn(&str) -> Result<Box<dyn Backend>, String> + Send + Sync;
+
+/// Times a request moves to another device before it is given up: a request that itself brings
+/// devices down must not bring down all of them for ever.
+const MOVES_MAX: u32 = 8;
+
+/// What a pool is made of.
+pub struct PoolParts {
+    /// The devices by name, one engine each.
+    pub devices: Vec<String>,
+    /// Opens one.
+    pub open: Arc<Open>,
+    /// The model.
+    pub model: Arc<Model>,
+    /// Its weights, kept for devices that join later.
+    pub weights: Arc<HostWeights>,
+    /// What each device is loaded for.
+    pub options: DeviceOptions,
+    /// How long a device that failed is left alone before it is opened again.
+    pub rejoin_after: Duration,
+}
+
+/// All devices of a server.
+#[derive(Clone)]
+pub struct Pool {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    parts: PoolParts,
+    slots: Vec<Slot>,
+    notices: Mutex<Sender<Notice>>,
+    /// Requests that wait for any device.
+    parked: Mutex<Vec<Arc<Ticket>>>,
+    /// The probe's scores by the first device that served, and its class.
+    reference: Mutex<Option<Reference>>,
+    moved: AtomicU64,
+    stopping: AtomicBool,
+}
+
+/// What the probe scores as, and on which class of devices.
+type Reference = (Arc<str>, Arc<[f32]>);
+
+/// A device's place in the pool.
+struct Slot {
+    name: String,
+    inner: Mutex<SlotState>,
+}
+
+struct SlotState {
+    phase: Phase,
+    /// Which start of the device this is; notices of earlier ones are not heard.
+    generation: u64,
+    failures: u32,
+    /// What it runs. Held here too, as those that its thread holds go when it panics.
+    tickets: Vec<Arc<Ticket>>,
+}
+
+enum Phase {
+    Starting,
+    Serving(Worker),
+    Down { reason: String, retry_at: Option<Instant> },
+}
+
+/// What a device's thread says to the supervisor.
+enum Notice {
+    Ready { slot: usize, generation: u64, worker: Worker },
+    Ended { slot: usize, generation: u64, error: Option<ServeError> },
+    Stop,
+}
+
+/// How a device stands, for `/metrics`, `/health` and the log.
+pub struct DeviceState {
+    /// The device's name.
+    pub name: String,
+    /// `starting`, `serving` or `down`.
+    pub phase: &'static str,
+    /// Why it is down; empty if it is not.
+    pub reason: String,
+    /// How often it has failed.
+    pub failures: u32,
+    /// Its counts, while it serves.
+    pub stats: Option<Arc<Stats>>,
+}
+
+impl Pool {
+    /// Starts every device; returns when one serves, or an error when none can.
+    pub fn start(parts: PoolParts) -> Result<Pool, ServeError> {
+        if parts.devices.is_empty() {
+            return Err(ServeError::NoDevice { reasons: "none was named".to_owned() });
+        }
+        let (sender, receiver) = channel();
+        let slot = |name: &String| {
+            let (phase, tickets) = (Phase::Starting, Vec::new());
+            let state = SlotState { phase, generation: 0, failures: 0, tickets };
+            Slot { name: name.clone(), inner: Mutex::new(state) }
+        };
+        let slots = parts.devices.iter().map(slot).collect();
+        let shared = Arc::new(Shared {
+            parts,
+            slots,
+            notices: Mutex::new(sender),
+            parked: Mutex::new(Vec::new()),
+            reference: Mutex::new(None),
+            moved: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+        });
+        for slot in 0..shared.slots.len() {
+            shared.launch(slot);
+        }
+        shared.wait_for_first(&receiver)?;
+        let supervised = Arc::clone(&shared);
+        std::thread::spawn(move || supervised.supervise(&receiver));
+        Ok(Pool { shared })
+    }
+
+    /// Gives a request to a device, now or as soon as there is one.
+    pub fn submit(&self, ticket: Arc<Ticket>) {
+        self.shared.dispatch(ticket);
+    }
+
+    /// How the devices stand.
+    pub fn devices(&self) -> Vec<DeviceState> {
+        let state = |slot: &Slot| {
+            let state = slot.lock();
+            let (phase, reason, stats) = match &state.phase {
+                Phase::Starting => ("starting", String::new(), None),
+                Phase::Serving(worker) => {
+                    ("serving", String::new(), Some(Arc::clone(&worker.stats)))
+                }
+                Phase::Down { reason, .. } => ("down", reason.clone(), None),
+            };
+            DeviceState { name: slot.name.clone(), phase, reason, failures: state.failures, stats }
+        };
+        self.shared.slots.iter().map(state).collect()
+    }
+
+    /// Requests that were moved from a failed device to another.
+    pub fn moved(&self) -> u64 {
+        self.shared.moved.load(Relaxed)
+    }
+
+    /// What the devices are loaded for.
+    pub fn options(&self) -> &DeviceOptions {
+        &self.shared.parts.options
+    }
+
+    /// Stops every device; what runs is given up.
+    pub fn stop(&self) {
+        self.shared.stopping.store(true, Relaxed);
+        for slot in &self.shared.slots {
+            if let Phase::Serving(worker) = &slot.lock().phase {
+                // A worker that has ended by itself needs no telling.
+                let _ = worker.commands.send(Command::Stop);
+            }
+        }
+        let notices = self.shared.notices.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = notices.send(Notice::Stop);
+    }
+}
+
+impl Slot {
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shared {
+    /// Opens a slot's device on a thread of its own, which then works until it ends.
+    fn launch(self: &Arc<Self>, slot: usize) {
+        let generation = {
+            let mut state = self.slots[slot].lock();
+            state.generation += 1;
+            state.phase = Phase::Starting;
+            state.generation
+        };
+        let shared = Arc::clone(self);
+        let notices = self.notices.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        std::thread::spawn(move || {
+            let end = EndNotice { notices, slot, generation, error: None };
+            shared.work(end);
+        });
+    }
+
+    fn work(&self, mut end: EndNotice) {
+        let ready = self.open(end.slot).and_then(Worker::new);
+        end.error = match ready {
+            Err(error) => Some(error),
+            Ok((worker, thread)) => {
+                let (slot, generation) = (end.slot, end.generation);
+                // The supervisor outlives every worker.
+                let _ = end.notices.send(Notice::Ready { slot, generation, worker });
+                thread.run().err()
+            }
+        };
+    }
+
+    fn open(&self, slot: usize) -> Result<Device, ServeError> {
+        let name = &self.slots[slot].name;
+        let backend = (self.parts.open)(name)
+            .map_err(|reason| ServeError::Open { device: name.clone(), reason })?;
+        let parts = &self.parts;
+        Device::new(backend, &parts.model, &parts.weights, parts.options)
+    }
+
+    /// Gives a request to the best device, or parks it.
+    fn dispatch(&self, ticket: Arc<Ticket>) {
+        loop {
+            let prompt = &ticket.request.prompt;
+            let Some(slot) = place(&self.candidates(prompt)) else {
+                self.parked.lock().unwrap_or_else(PoisonError::into_inner).push(ticket);
+                return;
+            };
+            let mut state = self.slots[slot].lock();
+            let Phase::Serving(worker) = &state.phase else { continue };
+            let epoch = ticket.hand_over();
+            let sent = worker.commands.send(Command::Run(Arc::clone(&ticket), epoch));
+            worker.stats.waiting.fetch_add(1, Relaxed);
+            state.tickets.retain(|ticket| ticket.open());
+            state.tickets.push(ticket);
+            // A worker that is no more leaves the sending without effect, but its end is on the way
+            // to the supervisor, which moves what stands in the list.
+            drop(sent);
+            return;
+        }
+    }
+
+    fn candidates(&self, prompt: &[u32]) -> Vec<Candidate> {
+        let serving = |(slot, one): (usize, &Slot)| {
+            let state = one.lock();
+            let Phase::Serving(worker) = &state.phase else { return None };
+            let stats = &worker.stats;
+            let tokens = stats.generated_tokens.load(Relaxed) + stats.prompt_tokens.load(Relaxed);
+            let seconds = stats.busy_nanoseconds.load(Relaxed) as f64 * 1e-9;
+            Some(Candidate {
+                slot,
+                queued: stats.running.load(Relaxed) + stats.waiting.load(Relaxed),
+                prompt_tokens_left: prompt.len() - worker.cached_tokens(prompt),
+                tokens_per_s: (seconds > 0.0).then(|| tokens as f64 / seconds),
+            })
+        };
+        self.slots.iter().enumerate().filter_map(serving).collect()
+    }
+
+    /// Takes a failed device's requests and gives them to others.
+    fn move_requests(&self, tickets: Vec<Arc<Ticket>>) {
+        for ticket in tickets {
+            // The failed device may still speak until another epoch begins.
+            let epoch = ticket.hand_over();
+            if !ticket.open() {
+                continue;
+            }
+            if ticket.count_move() > MOVES_MAX {
+                let reason = format!("{MOVES_MAX} devices in a row failed while they ran this");
+                ticket.tell(epoch, Event::Failed(reason));
+                continue;
+            }
+            self.moved.fetch_add(1, Relaxed);
+            self.dispatch(ticket);
+        }
+    }
+}
+
+/// Tells the supervisor that a worker's thread has ended, also when it panicked.
+struct EndNotice {
+    notices: Sender<Notice>,
+    slot: usize,
+    generation: u64,
+    error: Option<ServeError>,
+}
+
+impl Drop for EndNotice {
+    fn drop(&mut self) {
+        let (slot, generation) = (self.slot, self.generation);
+        let error = self.error.take();
+        // Nobody listens any more when the whole server ends.
+        let _ = self.notices.send(Notice::Ended { slot, generation, error });
+    }
+}
+
+type Notices = Receiver<Notice>;

@@ -1,0 +1,210 @@
+//! The engine and the pool: the same seed gives the same tokens whatever happens around them.
+
+#![expect(clippy::unwrap_used, reason = "a test may fail loudly")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Failure, Faults, Small, collect, generate, submit};
+use pontoon_models::{Generator, GeneratorOptions, SamplingSettings};
+use pontoon_ops::philox::Stream;
+use pontoon_program::Memory;
+use pontoon_serve::engine::device::DeviceOptions;
+use pontoon_serve::engine::request::{Scored, Task};
+
+/// Prompts of all lengths, some with a common beginning, with settings of all kinds.
+fn mixed(count: u64, vocabulary: usize) -> Vec<(Vec<u32>, SamplingSettings)> {
+    let stream = Stream::new(3, 1);
+    let one = |index: u64| {
+        let length = 1 + stream.below(index, 90) as usize;
+        let salt = if index.is_multiple_of(3) { 0 } else { index };
+        let token = |at: u64| stream.below(1000 * (salt + 1) + at, vocabulary as u64) as u32;
+        let prompt: Vec<u32> = (0..length as u64).map(token).collect();
+        let penalised = index.is_multiple_of(4);
+        let sampling = SamplingSettings {
+            temperature: if index.is_multiple_of(5) { 0.0 } else { 1.0 },
+            top_k: (index % 3) as usize * 20,
+            frequency_penalty: if penalised { 0.5 } else { 0.0 },
+            seed: index,
+            tokens_max: 5 + stream.below(500 + index, 60) as usize,
+            ..SamplingSettings::default()
+        };
+        (prompt, sampling)
+    };
+    (0..count).map(one).collect()
+}
+
+/// Each request alone, on the generator that `pontoon generate` uses.
+fn alone(small: &Small, requests: &[(Vec<u32>, SamplingSettings)]) -> Vec<Vec<(u32, u32)>> {
+    let mut backend = pontoon_cpu::CpuBackend::new(pontoon_cpu::CpuOptions::default()).unwrap();
+    let mut memory = Memory::new();
+    let DeviceOptions { dtype, context, vocabulary, .. } = small.options();
+    small.weights.upload(&mut backend, &mut memory, dtype).unwrap();
+    let options = GeneratorOptions {
+        vocabulary: Some(vocabulary),
+        ..GeneratorOptions::new(dtype, context, 1)
+    };
+    let made = Generator::new(&mut backend, &mut memory, &small.model, options);
+    let mut generator = made.unwrap();
+    let mut one = |(prompt, sampling): &(Vec<u32>, SamplingSettings)| {
+        let prompts = std::slice::from_ref(prompt);
+        let made = generator.generate(&mut backend, prompts, sampling, &[], &mut |_| {});
+        let completion = made.unwrap().remove(0);
+        let bits = completion.logprobs.iter().map(|logprob| logprob.to_bits());
+        completion.tokens.into_iter().zip(bits).collect()
+    };
+    requests.iter().map(&mut one).collect()
+}
+
+fn bits(tokens: &[Scored]) -> Vec<(u32, u32)> {
+    tokens.iter().map(|scored| (scored.token, scored.logprob.to_bits())).collect()
+}
+
+/// Runs all requests together and compares with each alone.
+fn together(
+    small: &Small,
+    devices: &[&str],
+    options: DeviceOptions,
+    faults: &[(&str, i64, Failure)],
+) {
+    let requests = mixed(24, options.vocabulary);
+    let want = alone(small, &requests);
+    let set = Faults::none();
+    let pool = small.pool(devices, options, &set);
+    let wait_until = Instant::now() + Duration::from_secs(60);
+    while pool.devices().iter().any(|state| state.phase != "serving") {
+        assert!(Instant::now() < wait_until, "a device does not start");
+        std::thread::yield_now();
+    }
+    faults.iter().for_each(|&(device, at, failure)| set.set(device, at, failure));
+    let submitted: Vec<_> = requests
+        .iter()
+        .map(|(prompt, sampling)| submit(&pool, generate(prompt.clone(), *sampling)))
+        .collect();
+    for (index, (receiver, want)) in submitted.into_iter().zip(want).enumerate() {
+        let (tokens, devices) = collect(receiver);
+        assert_eq!(bits(&tokens), want, "request {index} on {devices:?}");
+    }
+    if !faults.is_empty() {
+        assert!(pool.moved() > 0, "no request was moved");
+    }
+    // Every block is free again once the last step has been counted.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let states = pool.devices();
+        let used = states
+            .iter()
+            .filter_map(|state| state.stats.as_ref())
+            .map(|stats| stats.blocks_used.load(std::sync::atomic::Ordering::Relaxed));
+        if used.sum::<u64>() == 0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "blocks are still in use");
+        std::thread::yield_now();
+    }
+    pool.stop();
+}
+
+#[test]
+fn a_request_gives_the_same_tokens_and_logprobs_in_a_batch_as_alone() {
+    let small = Small::new();
+    together(&small, &["a"], small.options(), &[]);
+}
+
+#[test]
+fn sequences_that_give_way_for_lack_of_blocks_lose_nothing() {
+    let small = Small::new();
+    // Room for one sequence of full length, or a few short ones.
+    let options = DeviceOptions { blocks: 16, ..small.options() };
+    together(&small, &["a"], options, &[]);
+}
+
+#[test]
+fn requests_of_a_device_that_fails_go_on_elsewhere_bit_for_bit() {
+    let small = Small::new();
+    together(&small, &["a", "b"], small.options(), &[("a", 12, Failure::Error)]);
+    together(&small, &["a", "b"], small.options(), &[("b", 9, Failure::Panic)]);
+}
+
+#[test]
+fn requests_survive_when_every_device_fails_again_and_again() {
+    let small = Small::new();
+    let faults = [
+        ("a", 7, Failure::Error),
+        ("b", 11, Failure::Error),
+        ("a", 30, Failure::Panic),
+        ("b", 25, Failure::Error),
+    ];
+    together(&small, &["a", "b"], small.options(), &faults);
+}
+
+#[test]
+fn requests_of_a_device_that_hangs_go_on_elsewhere() {
+    let small = Small::new();
+    let options = DeviceOptions { step_deadline: Duration::from_millis(500), ..small.options() };
+    together(&small, &["a", "b"], options, &[("a", 10, Failure::Hang)]);
+}
+
+#[test]
+fn a_client_that_leaves_frees_its_place_and_blocks() {
+    let small = Small::new();
+    let pool = small.pool(&["a"], small.options(), &Faults::none());
+    let settings = SamplingSettings { tokens_max: 200, ..SamplingSettings::default() };
+    for round in 0..40 {
+        let prompt = vec![5, 6, 7 + round % 5];
+        let mut receiver = submit(&pool, generate(prompt, settings));
+        // Leaves at some point between the start and the tenth token.
+        for _ in 0..round % 10 {
+            receiver.blocking_recv().unwrap();
+        }
+    }
+    let last = submit(&pool, generate(vec![1, 2], SamplingSettings::greedy(3)));
+    assert_eq!(collect(last).0.len(), 3);
+    let stats = pool.devices()[0].stats.clone().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while stats.blocks_used.load(std::sync::atomic::Ordering::Relaxed) > 0 {
+        assert!(Instant::now() < deadline, "blocks are still in use");
+        std::thread::yield_now();
+    }
+    pool.stop();
+}
+
+#[test]
+fn a_second_request_with_the_same_beginning_finds_it_in_the_cache() {
+    let small = Small::new();
+    let pool = small.pool(&["a"], small.options(), &Faults::none());
+    let prompt: Vec<u32> = (0..100).map(|at| at % 50).collect();
+    let (first, _) = collect(submit(&pool, generate(prompt.clone(), SamplingSettings::greedy(8))));
+    let stats = pool.devices()[0].stats.clone().unwrap();
+    let found = || stats.prefix_tokens_found.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(found(), 0);
+    let (second, _) = collect(submit(&pool, generate(prompt, SamplingSettings::greedy(8))));
+    assert_eq!(found(), 96);
+    assert_eq!(bits(&first), bits(&second));
+    pool.stop();
+}
+
+#[test]
+fn a_prompt_is_scored_with_its_likeliest_tokens() {
+    let small = Small::new();
+    let pool = small.pool(&["a"], small.options(), &Faults::none());
+    let mut request = generate((0..70).collect(), SamplingSettings::greedy(1));
+    if let Task::Generate(generate) = &mut request.task {
+        generate.prompt_logprobs = Some(2);
+    }
+    let mut receiver = submit(&pool, request);
+    let scores = loop {
+        let (_, event) = receiver.blocking_recv().unwrap();
+        if let pontoon_serve::engine::request::Event::Prompt(scores) = event {
+            break scores;
+        }
+    };
+    assert_eq!(scores.len(), 69);
+    for (at, scored) in scores.iter().enumerate() {
+        assert_eq!(scored.token as usize, at + 1);
+        assert_eq!(scored.top.len(), 2);
+        assert!(scored.top[0].1 >= scored.top[1].1 && scored.top[0].1 >= scored.logprob);
+    }
+    pool.stop();
+}
