@@ -15,8 +15,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve,
-    status, tokenizer, train,
+    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve, status,
+    tokenizer, train,
 };
 
 /// Trains and serves language models on whatever accelerators there are.

@@ -255,6 +255,8 @@ pub enum Report {
     Injected {
         /// Its kind, as in the plan.
         kind: String,
+        /// Its place in the plan, so that it strikes once.
+        fault: usize,
     },
     /// A command could not be done.
     Failed {

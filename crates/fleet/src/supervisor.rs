@@ -303,6 +303,11 @@ impl Supervisor {
         self.ledger.faults
     }
 
+    /// Bytes that the devices of all workers hold.
+    pub fn memory_bytes(&self) -> u64 {
+        self.workers.iter().map(|of| of.memory_bytes).sum()
+    }
+
     fn start(&mut self, source: Source) {
         self.phase = Phase::Starting;
         for worker in 0..self.workers.len() {
@@ -323,7 +328,7 @@ impl Supervisor {
                 of.longest_pause = Duration::from_millis(longest_ms);
                 return;
             }
-            Report::Injected { kind } => {
+            Report::Injected { kind, .. } => {
                 of.injected = Some((kind, now));
                 return;
             }
@@ -350,6 +355,7 @@ impl Supervisor {
                 of.standing = Standing::Ready;
                 of.loaded = digest.map(|digest| (step, digest));
                 of.numeric_class = device.numeric_class;
+                of.memory_bytes = device.memory_bytes;
                 let first = self.workers.iter().all(|of| of.standing != Standing::Member)
                     && self.those(Standing::Ready).len() == 1;
                 for (step, reason) in device.passed_over.into_iter().filter(|_| first) {

@@ -3,6 +3,7 @@
 //! Nothing else in this crate reads a clock or touches a file, so that a simulated world can stand
 //! in. Decides nothing. Read next: `snapshot.rs` and `run_dir.rs`, the users.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -96,6 +97,8 @@ pub struct Launching {
     pub step: u64,
     /// The number by which it opens the exchange.
     pub exchange: i32,
+    /// Faults that were injected so far, by their places in the plan.
+    pub injected: BTreeSet<usize>,
 }
 
 /// Starts workers.

@@ -3,7 +3,7 @@
 //!
 //! Holds no device: those are in workers. Read next: `replica.rs`, the workers' side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::policy::HangAfter;
-use pontoon_fleet::protocol::{Area, Source};
+use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
 use pontoon_fleet::snapshot::SnapshotWriter;
 use pontoon_fleet::supervisor::{
@@ -83,13 +83,20 @@ pub fn supervise(
         board: board(run)?,
         begun: run.clock.now(),
         done: Done::default(),
+        injected: BTreeSet::new(),
+        memory_bytes: 0,
     };
     let mut supervisor = Supervisor::new(settings(run, &config, devices));
     let ending: Result<Ending, TrainError> = std::thread::scope(|scope| {
         let mut input = Input::Start;
         loop {
+            if let Input::Report { report: Report::Injected { fault, .. }, .. } = &input {
+                driver.injected.insert(*fault);
+            }
             let now = run.clock.now().duration_since(driver.begun);
-            for output in supervisor.handle(now, input) {
+            let outputs = supervisor.handle(now, input);
+            driver.memory_bytes = supervisor.memory_bytes();
+            for output in outputs {
                 match output {
                     Output::End(ending) => return Ok(ending),
                     Output::Save { step, digest, numeric_class } => {
@@ -213,6 +220,10 @@ struct Driver<'a> {
     board: TensorBoard,
     begun: Instant,
     done: Done,
+    /// Faults injected so far, by their places in the plan.
+    injected: BTreeSet<usize>,
+    /// Bytes that the workers' devices hold.
+    memory_bytes: u64,
 }
 
 impl Driver<'_> {
@@ -221,7 +232,8 @@ impl Driver<'_> {
             Output::Launch { worker, incarnation, step } => {
                 let device = self.devices[worker].clone();
                 let exchange = self.saver.exchange.descriptor();
-                let what = Launching { worker, incarnation, device, step, exchange };
+                let injected = self.injected.clone();
+                let what = Launching { worker, incarnation, device, step, exchange, injected };
                 match self.launcher.launch(&what, self.inputs.clone()) {
                     Ok(link) => self.links[worker] = Some(link),
                     Err(error) => {
@@ -260,7 +272,7 @@ impl Driver<'_> {
                 steps: self.config.train.steps,
                 step_tokens: self.step_tokens(),
                 data_tokens: self.data.train.tokens() as u64,
-                memory_bytes: 0,
+                memory_bytes: self.memory_bytes as usize,
             });
         }
         self.observer.event(event);

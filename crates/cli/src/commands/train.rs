@@ -4,12 +4,13 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
 use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
+use pontoon_sim::chaos::{self, ChaosDisk, Plan};
 use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
 
 use super::{show, worker};
@@ -38,6 +39,9 @@ pub struct Arguments {
     /// Go on from the newest snapshot in the run folder.
     #[arg(long)]
     resume: bool,
+    /// Inject the faults of this plan, to see the run survive them.
+    #[arg(long, value_name = "PLAN.toml")]
+    chaos: Option<PathBuf>,
     /// Print every setting as TOML and stop.
     #[arg(long)]
     print_config: bool,
@@ -74,6 +78,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let base =
         std::path::absolute(if base.as_os_str().is_empty() { Path::new(".") } else { &base })?;
     let supervised = config.fleet.workers.is_some() || config.fleet.devices.len() > 1;
+    let plan = arguments.chaos.as_ref().map(|path| read_plan(path, &config, supervised));
+    let plan = plan.transpose()?;
     let device = config.fleet.devices[0].clone();
     let dtype = config.train.dtype.dtype();
     let mut run = Run {
@@ -88,7 +94,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     let mut display = Display::new();
     let summary = if supervised {
-        supervise(&run, &mut display)
+        supervise(&run, plan.as_ref(), &mut display)
     } else {
         let mut backend = devices::open(&device)?;
         run.peak_flops = Some(devices::peak_flops(&device, dtype)?);
@@ -111,8 +117,18 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// Reads a plan of faults for a run.
+fn read_plan(path: &Path, config: &RunConfig, supervised: bool) -> Result<Plan> {
+    ensure!(supervised, "--chaos needs workers to strike; add --workers N");
+    let origin = path.display().to_string();
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the plan of faults `{origin}`"))?;
+    let run = chaos::Run { workers: config.workers(), steps: config.train.steps };
+    Ok(Plan::parse(&text, &origin, run)?)
+}
+
 /// Runs with a worker process for each device.
-fn supervise(run: &Run<'_>, display: &mut Display) -> Result<Summary> {
+fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Result<Summary> {
     let names = devices::dealt(&run.config.fleet.devices, run.config.workers())?;
     let snapshots = match &run.config.snapshot.to {
         Some(to) => run.base.join(to),
@@ -120,9 +136,20 @@ fn supervise(run: &Run<'_>, display: &mut Display) -> Result<Summary> {
     };
     let dir = std::path::absolute(&run.dir)?;
     let snapshots = std::path::absolute(snapshots)?;
-    let command = |what: &Launching| worker::command(&dir, &snapshots, what);
-    let mut processes = Processes { command };
-    Ok(pontoon_train::supervise(run, &names, &mut processes, display)?)
+    let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
+    let mut processes = Processes { command: |what: &Launching| start.of(what) };
+    let Some(plan) = plan else {
+        return Ok(pontoon_train::supervise(run, &names, &mut processes, display)?);
+    };
+    let disk = ChaosDisk::new(run.disk, plan.of_disk());
+    let run = Run {
+        config: run.config.clone(),
+        base: run.base.clone(),
+        dir: run.dir.clone(),
+        disk: &disk,
+        ..*run
+    };
+    Ok(pontoon_train::supervise(&run, &names, &mut processes, display)?)
 }
 
 /// The settings' file and the run folder.

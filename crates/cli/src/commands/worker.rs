@@ -3,6 +3,7 @@
 //! It ends with the pipe its commands come through. Read next: `train.rs`, the other side.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -11,7 +12,8 @@ use clap::Args;
 use pontoon_fleet::exchange::Exchange;
 use pontoon_fleet::protocol::{Report, Trouble};
 use pontoon_fleet::worker::{Progress, Reports, serve};
-use pontoon_fleet::world::{RealDisk, SystemClock};
+use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
+use pontoon_sim::chaos::{ChaosDevice, ChaosReplica, Injector, Numbered, Plan};
 use pontoon_train::{RunConfig, TrainingReplica, WorkerRun};
 
 use crate::devices;
@@ -33,6 +35,9 @@ pub struct Arguments {
     /// The number of the shared memory.
     #[arg(long)]
     exchange: i32,
+    /// Faults to inject, as JSON.
+    #[arg(long)]
+    chaos: Option<String>,
 }
 
 /// Works until it is told to stop.
@@ -69,8 +74,18 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             disk: &RealDisk,
             clock: &SystemClock,
         };
-        let mut replica = TrainingReplica::new(run, backend.as_mut())?;
-        Ok(serve(&mut replica, commands.into_iter(), &reports, std::process::id())?)
+        let (commands, process) = (commands.into_iter(), std::process::id());
+        let Some(faults) = &arguments.chaos else {
+            let mut replica = TrainingReplica::new(run, backend.as_mut())?;
+            return Ok(serve(&mut replica, commands, &reports, process)?);
+        };
+        let faults = serde_json::from_str(faults).context("--chaos")?;
+        let (step, clock) = (Arc::new(AtomicU64::new(0)), &SystemClock);
+        let injector =
+            Injector { faults, step: Arc::clone(&step), reports: reports.clone(), clock };
+        let mut device = ChaosDevice::new(backend.as_mut(), injector);
+        let mut replica = ChaosReplica::new(TrainingReplica::new(run, &mut device)?, step);
+        Ok(serve(&mut replica, commands, &reports, process)?)
     };
     if let Err(error) = work() {
         let text = format!("{error:#}");
@@ -79,16 +94,30 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The command line that starts one.
-pub fn command(
-    dir: &Path,
-    snapshots: &Path,
-    what: &pontoon_fleet::world::Launching,
-) -> std::process::Command {
-    let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("pontoon"));
-    let mut command = std::process::Command::new(program);
-    command.arg("worker").arg(dir).arg("--snapshots").arg(snapshots);
-    command.arg("--device").arg(&what.device);
-    command.arg("--exchange").arg(what.exchange.to_string());
-    command
+/// What every worker of a run is started with.
+pub struct Command<'a> {
+    /// The run folder.
+    pub dir: &'a Path,
+    /// Where snapshots are.
+    pub snapshots: &'a Path,
+    /// Faults to inject.
+    pub chaos: Option<&'a Plan>,
+}
+
+impl Command<'_> {
+    /// The command line that starts one.
+    pub fn of(&self, what: &Launching) -> std::process::Command {
+        let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("pontoon"));
+        let mut command = std::process::Command::new(program);
+        command.arg("worker").arg(self.dir).arg("--snapshots").arg(self.snapshots);
+        command.arg("--device").arg(&what.device);
+        command.arg("--exchange").arg(what.exchange.to_string());
+        if let Some(plan) = self.chaos {
+            let to_come = |(index, _): &&Numbered| !what.injected.contains(index);
+            let faults: Vec<&Numbered> = plan.of_worker(what.worker).filter(to_come).collect();
+            let faults = serde_json::to_string(&faults).expect("faults are plain values");
+            command.arg("--chaos").arg(faults);
+        }
+        command
+    }
 }

@@ -201,8 +201,7 @@ impl Supervisor {
         self.step += 1;
         self.restarts = 0;
         for worker in replicas {
-            let of = &mut self.workers[worker];
-            (of.false_starts, of.on_probation) = (0, false);
+            self.workers[worker].did_well();
         }
         let due = match self.settings.validation {
             Validation::Never => false,

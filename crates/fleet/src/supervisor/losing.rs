@@ -77,6 +77,7 @@ impl Supervisor {
         }
         if matches!(loss.kind, EventKind::Corrupt | EventKind::Evicted) {
             (of.strikes, of.on_probation) = (of.strikes + 1, true);
+            of.clean_steps = 0;
             of.seconds = None;
         }
         let stays_out = of.strikes >= STRIKES || of.false_starts >= FALSE_STARTS;

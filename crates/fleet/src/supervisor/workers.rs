@@ -4,6 +4,9 @@ use std::time::Duration;
 
 use crate::protocol::StateDigest;
 
+/// Steps without fault that make up for one: a device that lies more often is out for good.
+const FORGIVEN_AFTER: u32 = 200;
+
 /// Where a worker stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Standing {
@@ -24,6 +27,7 @@ pub(super) enum Standing {
 pub(super) struct Worker {
     pub device: String,
     pub numeric_class: String,
+    pub memory_bytes: u64,
     pub standing: Standing,
     /// Processes so far.
     pub incarnation: u32,
@@ -37,6 +41,8 @@ pub(super) struct Worker {
     pub longest_pause: Duration,
     /// Times it was taken out for what it did.
     pub strikes: u32,
+    /// Steps done since the last one, or since one was forgiven.
+    pub clean_steps: u32,
     /// Processes lost without having computed.
     pub false_starts: u32,
     /// Whether all its leaves are audited in its next step.
@@ -54,6 +60,7 @@ impl Worker {
         Worker {
             device: device.to_owned(),
             numeric_class: String::new(),
+            memory_bytes: 0,
             standing: Standing::Out,
             incarnation: 0,
             seconds: None,
@@ -62,6 +69,7 @@ impl Worker {
             operations: 0,
             longest_pause: Duration::ZERO,
             strikes: 0,
+            clean_steps: 0,
             false_starts: 0,
             on_probation: false,
             slow_steps: 0,
@@ -74,6 +82,16 @@ impl Worker {
     pub fn is(&self, incarnation: u32) -> bool {
         let running = !matches!(self.standing, Standing::Out | Standing::Retired);
         running && self.incarnation == incarnation
+    }
+
+    /// A step went well; so many of them make up for a strike.
+    pub fn did_well(&mut self) {
+        (self.false_starts, self.on_probation) = (0, false);
+        self.clean_steps += 1;
+        if self.clean_steps >= FORGIVEN_AFTER {
+            self.clean_steps = 0;
+            self.strikes = self.strikes.saturating_sub(1);
+        }
     }
 
     /// Takes in the time of a leaf; the last two count most.

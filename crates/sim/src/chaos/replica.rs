@@ -1,0 +1,71 @@
+//! A replica that tells its faulty device which step it is in.
+//!
+//! It changes nothing else. Read next: `device.rs`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pontoon_fleet::protocol::{Area, DeviceFacts, Node, Publish, Source, StateDigest};
+use pontoon_fleet::worker::{Combined, Computed, Fault, Replica};
+
+/// A replica on a [`ChaosDevice`](super::ChaosDevice).
+pub struct ChaosReplica<R> {
+    inner: R,
+    step: Arc<AtomicU64>,
+}
+
+impl<R: Replica> ChaosReplica<R> {
+    /// Wraps a replica; `step` is what its device reads.
+    pub fn new(inner: R, step: Arc<AtomicU64>) -> ChaosReplica<R> {
+        ChaosReplica { inner, step }
+    }
+
+    fn at(&mut self, step: u64) -> &mut R {
+        self.step.store(step, Ordering::Relaxed);
+        &mut self.inner
+    }
+}
+
+impl<R: Replica> Replica for ChaosReplica<R> {
+    fn load(&mut self, from: Source) -> Result<(u64, Option<StateDigest>), Fault> {
+        self.at(0).load(from)
+    }
+
+    fn facts(&self) -> DeviceFacts {
+        self.inner.facts()
+    }
+
+    fn import(&mut self, step: u64) -> Result<StateDigest, Fault> {
+        self.inner.import(step)
+    }
+
+    fn compute(
+        &mut self,
+        step: u64,
+        node: Node,
+        digests: &[u32],
+        publish: Publish,
+    ) -> Result<Computed, Fault> {
+        self.at(step).compute(step, node, digests, publish)
+    }
+
+    fn replay(&mut self, step: u64, leaf: u32) -> Result<(u64, f64), Fault> {
+        self.at(step).replay(step, leaf)
+    }
+
+    fn combine(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, Fault> {
+        self.at(step).combine(step, nodes)
+    }
+
+    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault> {
+        self.at(step).apply(step)
+    }
+
+    fn export(&mut self, area: Area) -> Result<u64, Fault> {
+        self.inner.export(area)
+    }
+
+    fn score(&mut self) -> Result<f64, Fault> {
+        self.inner.score()
+    }
+}
