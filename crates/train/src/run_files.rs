@@ -8,7 +8,7 @@ use std::path::Path;
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog};
 use pontoon_fleet::snapshot::{
     Contents, ElementType, ExtraFile, Parts, Snapshot, SnapshotReader, SnapshotWriter, State,
-    Tensor, TensorRef, Written,
+    Tensor, TensorRef, Written, read_folder,
 };
 use pontoon_fleet::world::Disk;
 use pontoon_models::{HostWeights, Model, companions};
@@ -71,6 +71,25 @@ pub(crate) struct Saving<'a> {
 impl Saving<'_> {
     /// Writes the snapshot, then removes those beyond the number kept.
     pub(crate) fn write(&self) -> Result<Written, TrainError> {
+        let written = self.write_one()?;
+        self.writer.retain(self.frame.keep)?;
+        Ok(written)
+    }
+
+    /// The same, but the snapshot is read and checked before any older one goes; it goes itself if
+    /// it is damaged.
+    pub(crate) fn write_checked(&self, disk: &dyn Disk) -> Result<Written, TrainError> {
+        let written = self.write_one()?;
+        if let Err(error) = read_folder(disk, &written.folder, Parts::All) {
+            // What cannot be removed is passed over when it is read.
+            let _ = disk.remove(&written.folder);
+            return Err(error.into());
+        }
+        self.writer.retain(self.frame.keep)?;
+        Ok(written)
+    }
+
+    fn write_one(&self) -> Result<Written, TrainError> {
         let weights = self.weights;
         let frame = self.frame;
         let trained: Vec<&TensorSlice> =
@@ -103,9 +122,7 @@ impl Saving<'_> {
         let model = tensor_refs(self.model, &frame.slices, weights);
         let contents =
             Contents { state: &state, model: &model, optimizer: &optimizer, files: &files };
-        let written = self.writer.write(&contents)?;
-        self.writer.retain(frame.keep)?;
-        Ok(written)
+        Ok(self.writer.write(&contents)?)
     }
 }
 

@@ -18,7 +18,7 @@ use pontoon_fleet::snapshot::SnapshotWriter;
 use pontoon_fleet::supervisor::{
     Ending, Input, Output, Settings, StepDone, Supervisor, Validation,
 };
-use pontoon_fleet::world::{Launcher, Launching, Link};
+use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::{HostWeights, Model};
 
 use crate::config::{HangSetting, RunConfig};
@@ -65,6 +65,7 @@ pub fn supervise(
         layout,
         exchange: &exchange,
         writer: &writer,
+        disk: run.disk,
         newest: Mutex::new(None),
     };
     let (inputs, arrived) = mpsc::channel();
@@ -147,6 +148,7 @@ struct Saver<'a> {
     layout: Layout,
     exchange: &'a Exchange,
     writer: &'a SnapshotWriter<'a>,
+    disk: &'a dyn Disk,
     /// The newest snapshot's step and the hash of its weights.
     newest: Mutex<Option<(u64, String)>>,
 }
@@ -188,7 +190,7 @@ impl Saver<'_> {
             numeric_class,
             step,
         }
-        .write()?;
+        .write_checked(self.disk)?;
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         *newest = Some((step, written.weights_blake3));
         Ok(written.folder.display().to_string())

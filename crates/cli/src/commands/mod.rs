@@ -8,6 +8,7 @@ pub mod demo;
 pub mod devices;
 pub mod eval;
 pub mod export;
+pub mod faults;
 pub mod generate;
 pub mod new;
 pub mod qualify;

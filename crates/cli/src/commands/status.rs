@@ -9,10 +9,7 @@ use pontoon_fleet::snapshot::SnapshotReader;
 use pontoon_fleet::world::RealDisk;
 use serde_json::{Value, json};
 
-use super::show;
-
-/// Kinds of events that are no faults.
-const HARMLESS: [&str; 6] = ["started", "snapshot", "joined", "moved", "resumed", "finished"];
+use super::{faults, show};
 
 /// The arguments of `pontoon status`.
 #[derive(Args)]
@@ -33,7 +30,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let events = read_lines(&RealDisk, &dir.join("events.jsonl"))?;
     let snapshots = SnapshotReader::new(&RealDisk, &dir.join("snapshots")).list()?;
     let kind = |event: &Value| event["kind"].as_str().unwrap_or_default().to_owned();
-    let faults = events.iter().filter(|event| !HARMLESS.contains(&kind(event).as_str())).count();
+    let survived: Vec<Value> = events.iter().filter(|of| faults::is_fault(of)).cloned().collect();
     let finished = events.last().is_some_and(|event| kind(event) == "finished");
     let last = metrics.last().cloned().unwrap_or(Value::Null);
     if arguments.json {
@@ -43,7 +40,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             "tokens_per_s": last["tokens_per_s"],
             "goodput": last["goodput"],
             "workers": last["workers"],
-            "faults": faults,
+            "faults": survived.len(),
             "snapshots": snapshots,
             "finished": finished,
         });
@@ -53,12 +50,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let number = |key: &str| last[key].as_f64().unwrap_or(f64::NAN);
     let snapshot = snapshots.first().map_or("none".to_owned(), u64::to_string);
     println!(
-        "step {}  loss {:.4}  {} tokens/s  goodput {:.1}%  faults {faults}  snapshot {snapshot}{}",
+        "step {}  loss {:.4}  {} tokens/s  goodput {:.1}%  faults {}  snapshot {snapshot}{}",
         last["step"],
         number("loss"),
         show::count(number("tokens_per_s")),
         100.0 * number("goodput"),
+        survived.len(),
         if finished { "  finished" } else { "" },
     );
+    if !survived.is_empty() {
+        faults::table(&survived).iter().for_each(|line| println!("{line}"));
+    }
     Ok(())
 }

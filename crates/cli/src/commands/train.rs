@@ -13,7 +13,7 @@ use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
 use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
 
-use super::{show, worker};
+use super::{faults, show, worker};
 use crate::devices;
 
 /// The arguments of `pontoon train`.
@@ -109,6 +109,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let valid = summary.valid_loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
         let (steps, speed) = (summary.steps, show::count(summary.tokens_per_s));
         eprintln!("step {steps}  loss {loss}  valid {valid}  {speed} tokens/s");
+        if supervised {
+            let faults = faults::of_run(&run.dir)?;
+            if !faults.is_empty() {
+                faults::table(&faults).iter().for_each(|line| eprintln!("{line}"));
+            }
+            eprintln!("{}", faults::account(summary.goodput, summary.lost_s.clone()));
+        }
         eprintln!("weights_blake3 {}", summary.weights_blake3);
         if !summary.finished {
             eprintln!("stopped; go on with: pontoon train {} --resume", run.dir.display());

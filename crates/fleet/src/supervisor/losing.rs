@@ -19,6 +19,9 @@ const FALSE_STARTS: u32 = 3;
 /// Restarts from a snapshot without a step done between them.
 const RESTARTS: u32 = 5;
 
+/// A worker for which all others wait hangs if it has not moved for this long.
+const STANDSTILL: Duration = Duration::from_secs(1);
+
 /// Why a worker is taken out, and what becomes of what it did.
 #[derive(Clone, Debug)]
 pub(super) struct Loss {
@@ -221,8 +224,12 @@ impl Supervisor {
                 );
                 self.lose(worker, Loss::new(EventKind::Hang, cause));
             } else if self.is_holding_up(worker) {
-                let cause = "all others wait for it".to_owned();
-                self.lose(worker, Loss::new(EventKind::Evicted, cause));
+                // Whoever still gets on is slow; whoever has stood still for most of it is not.
+                let stands = silent > STANDSTILL;
+                let kind = if stands { EventKind::Hang } else { EventKind::Evicted };
+                let silent = silent.as_secs_f64();
+                let cause = format!("all others wait; its last progress was {silent:.1} s ago");
+                self.lose(worker, Loss::new(kind, cause));
             }
         }
     }
