@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages; both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// An aligned subtree of the gradient tree: the leaves `first..first + count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -107,6 +107,11 @@ pub enum Command {
         /// The leaf.
         leaf: u32,
     },
+    /// Say what state it holds, as its word is in doubt.
+    Check {
+        /// The step.
+        step: u64,
+    },
     /// Sum the published subtrees; none are named if the worker is alone and has the sum.
     Combine {
         /// The step.
@@ -205,6 +210,13 @@ pub enum Report {
         digest: u64,
         /// Its sum of losses.
         loss: Bits,
+    },
+    /// The state it holds.
+    Checked {
+        /// The step.
+        step: u64,
+        /// The state's digest.
+        digest: StateDigest,
     },
     /// The sum is there.
     Combined {

@@ -22,7 +22,7 @@ use crate::protocol::{Area, Command, Report, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 use ledger::Ledger;
-use losing::Loss;
+use losing::{CHANGED, Loss};
 use round::Round;
 use workers::{Standing, Worker};
 
@@ -374,6 +374,9 @@ impl Supervisor {
             }
             Report::Replayed { step: of, leaf, digest, loss } if of == step => {
                 self.round.replayed(worker, leaf, digest, loss);
+            }
+            Report::Checked { step: of, digest } if of == step && digest != self.agreed => {
+                self.lose(worker, Loss::new(EventKind::Corrupt, CHANGED.to_owned()).discarding());
             }
             Report::Combined { step: of, before, nodes, gradient, norm } if of == step => {
                 let norm = norm.value();

@@ -64,6 +64,8 @@ pub trait Replica {
     ) -> Result<Computed, Fault>;
     /// Computes one leaf again: its digest and loss.
     fn replay(&mut self, step: u64, leaf: u32) -> Result<(u64, f64), Fault>;
+    /// The digest of its state.
+    fn check(&mut self) -> Result<StateDigest, Fault>;
     /// Sums subtrees.
     fn combine(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, Fault>;
     /// Applies the sum: the learning rate and the new state's digest.
@@ -177,6 +179,7 @@ fn obey(
             let loss = loss.into();
             Report::Replayed { step, leaf, digest, loss }
         }),
+        Command::Check { step } => replica.check().map(|digest| Report::Checked { step, digest }),
         Command::Combine { step, nodes } => replica.combine(step, &nodes).map(|of| {
             let Combined { before, nodes, gradient, norm } = of;
             Report::Combined { step, before, nodes, gradient, norm: norm.into() }

@@ -287,6 +287,10 @@ impl Replica for TrainingReplica<'_> {
         Ok((computed.leaves[0].1, computed.losses[0]))
     }
 
+    fn check(&mut self) -> Result<StateDigest, Fault> {
+        self.digest_state().map_err(fault)
+    }
+
     fn combine(&mut self, _step: u64, nodes: &[Node]) -> Result<Combined, Fault> {
         self.sum_up(nodes).map_err(fault)
     }

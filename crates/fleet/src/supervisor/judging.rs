@@ -2,10 +2,10 @@
 //! applied, and who is alone with a value is taken out.
 
 use crate::policy::{Verdict, verdict};
-use crate::protocol::{Command, Publish};
+use crate::protocol::{Area, Command, Publish};
 use crate::run_dir::{Event, EventKind};
 
-use super::losing::Loss;
+use super::losing::{CHANGED, Loss};
 use super::round::{Audit, Evidence};
 use super::workers::Standing;
 use super::{Ending, Phase, Supervisor};
@@ -73,28 +73,50 @@ impl Supervisor {
         open.then_some(false)
     }
 
-    /// Asks those who have not voted, or all who have once more; `false` as answers are awaited.
+    /// Asks those who have not voted, or all who have once more, and all for their state, as one
+    /// who computes with another would say the same again; `false` as answers are awaited.
     fn ask_a_third(&mut self, index: usize, members: &[usize]) -> bool {
         let audit = &self.round.audits[index];
+        let leaf = audit.leaf;
         let votes = |worker: &usize| audit.votes.iter().filter(|(of, _)| of == worker).count();
         let fewest = members.iter().map(votes).min().unwrap_or(0);
-        if fewest >= 2 {
-            let text = format!(
-                "step {}: {}, and no third worker can judge; qualify the devices and add one",
-                self.step + 1,
-                evidence(audit, audit.owner)
-            );
-            self.ending = Some(Ending::Failed(text));
-            self.finish();
-            return true;
+        let mut asked: Vec<usize> = self.those(Standing::Joining);
+        asked.retain(|worker| votes(worker) == 0);
+        if fewest < 2 {
+            asked = members.iter().copied().filter(|w| votes(w) == fewest).collect();
+            for &worker in members {
+                self.send(worker, Command::Check { step: self.step + 1 });
+            }
+        } else if asked.is_empty() {
+            return self.await_a_third(index);
         }
-        let asked: Vec<usize> = members.iter().copied().filter(|w| votes(w) == fewest).collect();
-        let leaf = audit.leaf;
         self.round.audits[index].asked.clone_from(&asked);
         for worker in asked {
             self.replay(worker, leaf);
         }
         false
+    }
+
+    /// All members stand by what they said: one that is about to join can judge.
+    fn await_a_third(&mut self, index: usize) -> bool {
+        if !self.those(Standing::Ready).is_empty() {
+            if let (None, Some(donor)) = (self.join_donor, self.fastest()) {
+                self.export(donor, Area::Join);
+            }
+            return false;
+        }
+        if !self.those(Standing::Loading).is_empty() {
+            return false;
+        }
+        let audit = &self.round.audits[index];
+        let text = format!(
+            "step {}: {}, and no third worker can judge; qualify the devices and add one",
+            self.step + 1,
+            evidence(audit, audit.owner)
+        );
+        self.ending = Some(Ending::Failed(text));
+        self.finish();
+        true
     }
 
     /// `None` if every loss is a number and none has leapt.
@@ -170,8 +192,8 @@ impl Supervisor {
         }
         for &worker in &replicas {
             if self.round.combined[&worker].before != self.agreed {
-                let cause = "its weights or moments changed between two steps".to_owned();
-                self.lose(worker, Loss::new(EventKind::Corrupt, cause).discarding());
+                let loss = Loss::new(EventKind::Corrupt, CHANGED.to_owned());
+                self.lose(worker, loss.discarding());
                 return true;
             }
         }

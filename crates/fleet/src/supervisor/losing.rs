@@ -22,6 +22,9 @@ const RESTARTS: u32 = 5;
 /// A worker for which all others wait hangs if it has not moved for this long.
 const STANDSTILL: Duration = Duration::from_secs(1);
 
+/// Said of a worker whose state is no longer the one that all agreed on.
+pub(super) const CHANGED: &str = "its weights or moments changed between two steps";
+
 /// Why a worker is taken out, and what becomes of what it did.
 #[derive(Clone, Debug)]
 pub(super) struct Loss {

@@ -18,6 +18,10 @@ enum Wrong {
     Weights,
     Sum,
     Loss,
+    /// Its state changed: it computes with it until it is replaced.
+    State,
+    /// It computes wrongly from now on, with the right state.
+    Stubborn,
 }
 
 struct World {
@@ -31,6 +35,9 @@ struct World {
     losses: Vec<f64>,
     ending: Option<Ending>,
     hung: Vec<(usize, u32)>,
+    /// Those with another state, and those that compute wrongly.
+    changed: Vec<(usize, u32)>,
+    stubborn: Vec<(usize, u32)>,
     outbox: VecDeque<Input>,
 }
 
@@ -65,6 +72,8 @@ impl World {
             losses: Vec::new(),
             ending: None,
             hung: Vec::new(),
+            changed: Vec::new(),
+            stubborn: Vec::new(),
             outbox: VecDeque::new(),
         };
         world.outbox.push_back(Input::Start);
@@ -116,6 +125,11 @@ impl World {
         place.map(|place| self.wrongs.swap_remove(place)).is_some()
     }
 
+    fn lie(&self, worker: usize, incarnation: u32) -> u64 {
+        let lists = [&self.changed, &self.stubborn];
+        u64::from(lists.iter().any(|list| list.contains(&(worker, incarnation))))
+    }
+
     fn work(&mut self, worker: usize, incarnation: u32, command: Command) {
         let say = |world: &mut World, report: Report| {
             world.outbox.push_back(Input::Report { worker, incarnation, report });
@@ -135,7 +149,14 @@ impl World {
                 if self.is_wrong(worker, step, Wrong::Hang) {
                     return self.hung.push((worker, incarnation));
                 }
-                let lie = u64::from(self.is_wrong(worker, step, Wrong::Gradient));
+                if self.is_wrong(worker, step, Wrong::State) {
+                    self.changed.push((worker, incarnation));
+                }
+                if self.is_wrong(worker, step, Wrong::Stubborn) {
+                    self.stubborn.push((worker, incarnation));
+                }
+                let lie = u64::from(self.is_wrong(worker, step, Wrong::Gradient))
+                    + self.lie(worker, incarnation);
                 let bad_loss = self.is_wrong(worker, step, Wrong::Loss);
                 for node in nodes {
                     let range = node.first..node.first + node.count;
@@ -148,8 +169,14 @@ impl World {
                 }
             }
             Command::Replay { step, leaf } => {
-                let (digest, loss) = (of_leaf(step, leaf), 1.0.into());
+                let lie = self.lie(worker, incarnation);
+                let (digest, loss) = (of_leaf(step, leaf) + lie, 1.0.into());
                 say(self, Report::Replayed { step, leaf, digest, loss });
+            }
+            Command::Check { step } => {
+                let mut digest = state(step - 1);
+                digest[0] += u64::from(self.changed.contains(&(worker, incarnation)));
+                say(self, Report::Checked { step, digest });
             }
             Command::Combine { step, nodes } => {
                 let nodes = nodes.iter().map(|node| of_leaf(step, node.first)).collect();
@@ -211,4 +238,36 @@ fn a_flip_in_one_of_two_workers_is_arbitrated_by_computing_again() {
     assert_eq!(world.ending, Some(Ending::Finished));
     let corrupt = world.events.iter().find(|event| event.kind.name() == "corrupt");
     assert_eq!(corrupt.and_then(|event| event.worker), Some(0), "{:?}", world.events);
+}
+
+#[test]
+fn of_two_that_differ_the_one_whose_state_changed_is_the_liar() {
+    for liar in 0..2 {
+        let world = World::run(2, 1.0, &[(liar, 3, Wrong::State)]);
+        assert_eq!(world.ending, Some(Ending::Finished), "{:?}", world.events);
+        assert_eq!(world.losses, [8.0; STEPS as usize]);
+        let corrupt: Vec<&Event> =
+            world.events.iter().filter(|event| event.kind == EventKind::Corrupt).collect();
+        assert_eq!(corrupt.len(), 1, "{corrupt:?}");
+        assert_eq!(corrupt[0].worker, Some(liar as u32));
+    }
+}
+
+#[test]
+fn two_that_stand_by_different_gradients_wait_for_the_third_that_is_coming_back() {
+    let wrongs = [(2, 3, Wrong::Crash), (0, 3, Wrong::Stubborn)];
+    let world = World::run(3, 1.0, &wrongs);
+    assert_eq!(world.ending, Some(Ending::Finished), "{:?}", world.events);
+    let corrupt: Vec<Option<u32>> = (world.events.iter())
+        .filter(|event| event.kind == EventKind::Corrupt)
+        .map(|event| event.worker)
+        .collect();
+    assert_eq!(corrupt, [Some(0)], "{:?}", world.events);
+}
+
+#[test]
+fn two_that_stand_by_different_gradients_and_are_alone_stop_with_advice() {
+    let world = World::run(2, 1.0, &[(0, 3, Wrong::Stubborn)]);
+    let Some(Ending::Failed(text)) = &world.ending else { panic!("{:?}", world.ending) };
+    assert!(text.contains("step 3") && text.contains("qualify the devices"), "{text}");
 }

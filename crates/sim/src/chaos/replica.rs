@@ -53,6 +53,10 @@ impl<R: Replica> Replica for ChaosReplica<R> {
         self.at(step).replay(step, leaf)
     }
 
+    fn check(&mut self) -> Result<StateDigest, Fault> {
+        self.inner.check()
+    }
+
     fn combine(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, Fault> {
         self.at(step).combine(step, nodes)
     }
