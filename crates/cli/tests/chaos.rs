@@ -10,6 +10,7 @@ use serde_json::Value;
 
 const FOUR: [&str; 4] = ["--set", "train.micro_batches=4", "--set", "train.micro_batch=1"];
 
+#[expect(clippy::unwrap_used, reason = "a test's helper may fail loudly too")]
 fn events(run: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(run.join("events.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()

@@ -181,6 +181,8 @@ pub enum EventKind {
     Moved,
     /// The run went back to an earlier step.
     RolledBack,
+    /// A step's data was passed over.
+    Skipped,
     /// The run went on after a stop.
     Resumed,
     /// The run is done.
@@ -205,6 +207,7 @@ impl EventKind {
             EventKind::Joined => "joined",
             EventKind::Moved => "moved",
             EventKind::RolledBack => "rolled_back",
+            EventKind::Skipped => "skipped",
             EventKind::Resumed => "resumed",
             EventKind::Finished => "finished",
         }

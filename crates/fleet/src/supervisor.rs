@@ -46,6 +46,8 @@ pub struct Settings {
     pub validation: Validation,
     /// The share of micro-batches that a second worker computes too.
     pub audit: f64,
+    /// What becomes of a step that gives no finite number anywhere.
+    pub non_finite: NonFinite,
     /// When silence is a hang.
     pub hang_after: HangAfter,
     /// Where the state comes from.
@@ -60,6 +62,18 @@ pub enum Validation {
     /// Every so many steps and at the end; 0 for the end only.
     Every(u64),
 }
+
+/// What becomes of a step that gives no finite number anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NonFinite {
+    /// The run ends.
+    Stop,
+    /// Its data is passed over, unless that comes to pass too often in a row.
+    Skip,
+}
+
+/// So many steps in a row that give no number mean that the weights themselves are spoilt.
+pub const SKIPS: u32 = 10;
 
 /// What the supervisor learns.
 #[derive(Clone, Debug)]
@@ -227,6 +241,8 @@ pub struct Supervisor {
     snapshot_due: bool,
     saved: Option<u64>,
     save_failures: u32,
+    /// Steps skipped in a row.
+    skips: u32,
     /// Restarts from a snapshot since a step was last done.
     restarts: u32,
     /// Why the run ends once its state is saved.
@@ -253,6 +269,7 @@ impl Supervisor {
             snapshot_due: false,
             saved: None,
             save_failures: 0,
+            skips: 0,
             restarts: 0,
             ending: None,
             stop_asked: false,

@@ -11,7 +11,7 @@ mod replica;
 pub use device::{ChaosDevice, Injector};
 pub use disk::ChaosDisk;
 pub use plan::{Fault, FaultKind, Numbered, Plan, PlanError, Run};
-pub use replica::ChaosReplica;
+pub use replica::{ChaosReplica, Place};
 
 /// A number from a place in a plan, always the same (splitmix64).
 fn draw(seed: u64, index: u64) -> u64 {

@@ -94,6 +94,8 @@ pub struct TrainSection {
     pub momentum: f64,
     /// What is computed again in the backward pass instead of kept.
     pub recompute: RecomputeName,
+    /// What becomes of a step whose loss or gradient is no finite number on any device.
+    pub non_finite: NonFiniteName,
     /// Steps between validations; 0 for one at the end.
     pub valid_every: u64,
     /// Micro-batches of one validation at most.
@@ -180,6 +182,16 @@ pub enum RecomputeName {
     Layer,
 }
 
+/// What becomes of a step that gives no finite number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NonFiniteName {
+    /// The run stops, its state from before the step kept.
+    Stop,
+    /// Its data is passed over; the weights stay as they are.
+    Skip,
+}
+
 impl Default for DataSection {
     fn default() -> Self {
         DataSection { train: Vec::new(), valid: Vec::new(), tokenizer: None, sequence: 1024 }
@@ -207,6 +219,7 @@ impl Default for TrainSection {
             eps: 1e-8,
             momentum: 0.95,
             recompute: RecomputeName::Cheap,
+            non_finite: NonFiniteName::Stop,
             valid_every: 0,
             valid_batches: 16,
         }

@@ -16,12 +16,12 @@ use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
 use pontoon_fleet::snapshot::SnapshotWriter;
 use pontoon_fleet::supervisor::{
-    Ending, Input, Output, Settings, StepDone, Supervisor, Validation,
+    Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Validation,
 };
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::{HostWeights, Model};
 
-use crate::config::{HangSetting, RunConfig};
+use crate::config::{HangSetting, NonFiniteName, RunConfig};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::replica::layout;
@@ -135,6 +135,10 @@ fn settings(run: &Run<'_>, config: &RunConfig, devices: &[String]) -> Settings {
         hang_after: match config.fleet.hang_after {
             HangSetting::Seconds(seconds) => HangAfter::Fixed(Duration::from_secs_f64(seconds)),
             HangSetting::Word(_) => HangAfter::Auto,
+        },
+        non_finite: match config.train.non_finite {
+            NonFiniteName::Stop => NonFinite::Stop,
+            NonFiniteName::Skip => NonFinite::Skip,
         },
         source: if run.start == Start::Resume { Source::Snapshot } else { Source::Fresh },
     }

@@ -11,16 +11,17 @@ use std::time::Duration;
 
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
 use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, weights_blake3};
+use pontoon_fleet::supervisor::SKIPS;
 use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, ModelConfig, Tokenizer, Weights, preset};
 use pontoon_ops::Backend;
 use serde::Serialize;
 
-use crate::config::RunConfig;
+use crate::config::{NonFiniteName, RunConfig};
 use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
 use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
-use crate::step::{TrainingState, fits, tensor_refs};
+use crate::step::{StepResult, TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
 
 /// What a run is given.
@@ -202,6 +203,7 @@ pub fn train(
         observer,
         step,
         saved: None,
+        skips: 0,
         last: Last::default(),
     };
     session.begin(backend)?;
@@ -311,6 +313,8 @@ struct Session<'a> {
     observer: &'a mut dyn Observer,
     step: u64,
     saved: Option<u64>,
+    /// Steps skipped in a row.
+    skips: u32,
     last: Last,
 }
 
@@ -374,6 +378,10 @@ impl Session<'_> {
         })
     }
 
+    fn may_skip(&self) -> bool {
+        self.config.train.non_finite == NonFiniteName::Skip && self.skips < SKIPS
+    }
+
     fn one_step(
         &mut self,
         backend: &mut dyn Backend,
@@ -386,7 +394,21 @@ impl Session<'_> {
             let position = self.step * samples(self.config) + (index * train.micro_batch) as u64;
             self.data.train.batch(position, train.micro_batch, batch);
         }
-        let result = self.state.step(backend, step, batches)?;
+        let result = match self.state.step(backend, step, batches) {
+            Err(TrainError::NonFinite { what, value, .. }) if self.may_skip() => {
+                self.skips += 1;
+                let cause = Some(format!("{what} is {value}"));
+                let action =
+                    Some("its data is passed over; the weights stay as they are".to_owned());
+                let event = Event::new(step, EventKind::Skipped);
+                self.tell(Event { cause, action, ..event })?;
+                StepResult { loss: f64::NAN, gradient_norm: f64::NAN, lr: 0.0 }
+            }
+            result => {
+                self.skips = 0;
+                result?
+            }
+        };
         let now = self.run.clock.now();
         let taken = now.duration_since(started);
         self.step = step;

@@ -1,7 +1,8 @@
-//! `pontoon demo`: a model learns to add from nothing, is killed half way, and ends with the same
-//! bits as a run that was left in peace.
+//! `pontoon demo`: a model learns to add from nothing on three workers, of which one crashes, one
+//! hangs and one flips a bit, survives the loss of its supervisor too, and ends with the same bits
+//! as a run that was left in peace.
 //!
-//! Training happens in processes of their own, as the kill is a real one. Read next: `train.rs`,
+//! Training happens in processes of their own, as the kills are real. Read next: `train.rs`,
 //! `eval.rs`.
 
 use std::io::Write;
@@ -20,7 +21,7 @@ use pontoon_train::data::{Import, Prepare, train_tokenizer};
 use serde_json::{Value, json};
 
 use super::eval::{Answered, Exam};
-use super::show;
+use super::{faults, show};
 use crate::model_source::ModelSource;
 
 /// Additions to learn from: more than the steps take, so that none comes twice.
@@ -41,8 +42,8 @@ tokenizer = "tokenizer.json"
 sequence = 256
 [train]
 steps = 240
-micro_batch = 8
-micro_batches = 1
+micro_batch = 2
+micro_batches = 4
 optimizer = "muon"
 lr = 6e-3
 schedule = "wsd"
@@ -52,6 +53,28 @@ weight_decay = 0.0
 [snapshot]
 every = 40
 "#;
+
+/// What goes wrong on purpose.
+const FAULTS: &str = r#"
+[[fault]]
+worker = 1
+step = 40
+kind = "crash"
+[[fault]]
+worker = 2
+step = 80
+kind = "hang"
+[[fault]]
+worker = 0
+step = 100
+kind = "bitflip"
+tensor = "weights"
+bit = 29
+"#;
+/// The workers of the disturbed run.
+const WORKERS: [&str; 2] = ["--workers", "3"];
+/// Columns of the loss curve.
+const COLUMNS: usize = 60;
 
 /// The arguments of `pontoon demo`.
 #[derive(Args)]
@@ -77,24 +100,31 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let dir = kept.map_or(temporary.path(), PathBuf::as_path);
     say("1  Data: additions with every step written out, and a tokenizer for them");
     prepare(dir)?;
-    say("2  Training a Qwen3 of a million parameters from nothing, in a process of its own");
+    say("2  Training a Qwen3 of a million parameters from nothing, on three workers: one will");
+    say("   crash, one will hang, one will flip a bit of its weights; then their supervisor goes");
     let config = RunConfig::parse(SETTINGS, &[], "the demo's settings")?;
+    let chaos = dir.join("chaos.toml").display().to_string();
+    let disturbed = [&WORKERS[..], &["--chaos", &chaos]].concat();
     let half = config.train.steps / 2 + 7;
-    let killed_at = train_and_kill(dir, half)?;
-    say(&format!("   killed with SIGKILL at step {killed_at}; the supervisor starts it again"));
-    let resumed = train(dir, "interrupted", &["--resume"])?;
-    say("3  The same run once more, in peace, to compare");
+    let killed_at = train_and_kill(dir, half, &disturbed)?;
+    say(&format!("   supervisor killed with SIGKILL at step {killed_at}; it is started again"));
+    let resumed = train(dir, "disturbed", &[&disturbed[..], &["--resume"]].concat())?;
+    let survived = faults::of_run(&dir.join("disturbed"))?;
+    say("   the loss, and where the faults struck:");
+    loss_curve(dir, &survived, config.train.steps)?.iter().for_each(|line| say(line));
+    faults::table(&survived).iter().for_each(|line| say(line));
+    say("3  The same run once more, in one process and in peace, to compare");
     let peaceful = train(dir, "peaceful", &[])?;
     let hash = |summary: &Value| summary["weights_blake3"].as_str().unwrap_or("?").to_owned();
     let (interrupted, undisturbed) = (hash(&resumed), hash(&peaceful));
-    say(&format!("   interrupted  {interrupted}\n   undisturbed  {undisturbed}"));
+    say(&format!("   disturbed    {interrupted}\n   undisturbed  {undisturbed}"));
     ensure!(
         interrupted == undisturbed,
         "the two runs differ: this machine computes wrongly, or Pontoon does; please report it"
     );
     say("   the same weights, bit for bit");
     say("4  Fresh problems, none of them in the training data");
-    let source = ModelSource::open(&dir.join("interrupted"))?;
+    let source = ModelSource::open(&dir.join("disturbed"))?;
     let problems: Vec<_> =
         additions(2, Purpose::Ask, PROBLEMS).into_iter().map(Addition::problem).collect();
     let exam = Exam {
@@ -119,11 +149,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     say(&format!("done in {}", show::duration(begun.elapsed().as_secs_f64())));
     if let Some(dir) = kept {
         let dir = dir.display();
-        say(&format!("try: pontoon generate {dir}/interrupted -p '57+968=?'"));
+        say(&format!("try: pontoon generate {dir}/disturbed -p '57+968=?'"));
     }
     if arguments.json {
         let result = json!({
             "killed_at_step": killed_at,
+            "faults": survived,
+            "goodput": resumed["goodput"],
             "weights_blake3": interrupted,
             "undisturbed_weights_blake3": undisturbed,
             "exact_match_untrained": untrained,
@@ -138,6 +170,33 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
 fn say(text: &str) {
     eprintln!("{text}");
+}
+
+/// The losses of the disturbed run as a line of bars, and a line with the faults below it.
+fn loss_curve(dir: &Path, faults: &[Value], steps: u64) -> Result<Vec<String>> {
+    let lines = read_lines(&RealDisk, &dir.join("disturbed/metrics.jsonl"))?;
+    let mut losses = vec![f64::NAN; COLUMNS];
+    let column = |step: u64| ((step.saturating_sub(1)) as usize * COLUMNS / steps as usize).min(59);
+    for line in &lines {
+        if let (Some(step), Some(loss)) = (line["step"].as_u64(), line["loss"].as_f64()) {
+            losses[column(step)] = loss;
+        }
+    }
+    let most = losses.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+    let least = losses.iter().copied().fold(most, f64::min);
+    let bars: Vec<char> = "▁▂▃▄▅▆▇█".chars().collect();
+    // On a logarithmic scale, as most of the fall is at the start.
+    let height = |loss: &f64| (loss / least).ln() / (most / least).ln().max(f64::MIN_POSITIVE);
+    let bar = |loss: &f64| bars[((height(loss) * 8.0) as usize).min(7)];
+    let mut marks = vec![' '; COLUMNS];
+    for fault in faults {
+        let letter = fault["kind"].as_str().and_then(|kind| kind.chars().next());
+        marks[column(fault["step"].as_u64().unwrap_or(1))] = letter.unwrap_or('?');
+    }
+    let curve: String = losses.iter().map(bar).collect();
+    let marks: String = marks.into_iter().collect();
+    let last = losses.last().copied().unwrap_or(f64::NAN);
+    Ok(vec![format!("   {curve}  {most:.2} to {last:.2}"), format!("   {marks}")])
 }
 
 fn share(answered: &[Answered]) -> f64 {
@@ -157,7 +216,8 @@ fn prepare(dir: &Path) -> Result<()> {
             writeln!(file, "{}", json!({ "text": text }))?;
         }
         file.flush()?;
-        std::fs::write(dir.join("run.toml"), SETTINGS)
+        std::fs::write(dir.join("run.toml"), SETTINGS)?;
+        std::fs::write(dir.join("chaos.toml"), FAULTS)
     };
     write().with_context(|| format!("cannot write to `{}`", dir.display()))?;
     let import = Import::open(&[texts.display().to_string()], "text", 0)?;
@@ -201,9 +261,9 @@ fn train(dir: &Path, name: &str, more: &[&str]) -> Result<Value> {
 }
 
 /// Starts the run and kills it once it has done `step` steps; returns the last step it wrote.
-fn train_and_kill(dir: &Path, step: u64) -> Result<u64> {
-    let mut child = start(dir, "interrupted", &[])?;
-    let metrics = dir.join("interrupted/metrics.jsonl");
+fn train_and_kill(dir: &Path, step: u64, more: &[&str]) -> Result<u64> {
+    let mut child = start(dir, "disturbed", more)?;
+    let metrics = dir.join("disturbed/metrics.jsonl");
     loop {
         let last = read_lines(&RealDisk, &metrics)?.last().and_then(|line| line["step"].as_u64());
         if let Some(last) = last.filter(|&last| last >= step) {

@@ -3,7 +3,6 @@
 //! It ends with the pipe its commands come through. Read next: `train.rs`, the other side.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use pontoon_fleet::exchange::Exchange;
 use pontoon_fleet::protocol::{Report, Trouble};
 use pontoon_fleet::worker::{Progress, Reports, serve};
 use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
-use pontoon_sim::chaos::{ChaosDevice, ChaosReplica, Injector, Numbered, Plan};
+use pontoon_sim::chaos::{ChaosDevice, ChaosReplica, Injector, Numbered, Place, Plan};
 use pontoon_train::{RunConfig, TrainingReplica, WorkerRun};
 
 use crate::devices;
@@ -80,11 +79,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             return Ok(serve(&mut replica, commands, &reports, process)?);
         };
         let faults = serde_json::from_str(faults).context("--chaos")?;
-        let (step, clock) = (Arc::new(AtomicU64::new(0)), &SystemClock);
+        let (place, clock) = (Arc::new(Place::default()), &SystemClock);
         let injector =
-            Injector { faults, step: Arc::clone(&step), reports: reports.clone(), clock };
+            Injector { faults, place: Arc::clone(&place), reports: reports.clone(), clock };
         let mut device = ChaosDevice::new(backend.as_mut(), injector);
-        let mut replica = ChaosReplica::new(TrainingReplica::new(run, &mut device)?, step);
+        let mut replica = ChaosReplica::new(TrainingReplica::new(run, &mut device)?, place);
         Ok(serve(&mut replica, commands, &reports, process)?)
     };
     if let Err(error) = work() {

@@ -198,9 +198,29 @@ impl Supervisor {
             }
         }
         self.agreed = applied[0].1;
+        self.skips = 0;
+        self.step_done(&replicas);
+        true
+    }
+
+    /// Passes over a step's data: nothing is applied.
+    pub(super) fn skip(&mut self, cause: String) {
+        self.skips += 1;
+        let action = Some("its data is passed over; the weights stay as they are".to_owned());
+        let event = Event::new(self.step + 1, EventKind::Skipped);
+        self.tell(Event { cause: Some(cause), action, ..event });
+        self.round.combined.clear();
+        let replicas = self.replicas();
+        for &worker in &replicas {
+            self.workers[worker].standing = Standing::Member;
+        }
+        self.step_done(&replicas);
+    }
+
+    fn step_done(&mut self, replicas: &[usize]) {
         self.step += 1;
         self.restarts = 0;
-        for worker in replicas {
+        for &worker in replicas {
             self.workers[worker].did_well();
         }
         let due = match self.settings.validation {
@@ -216,7 +236,6 @@ impl Supervisor {
             }
             _ => self.close_step(),
         }
-        true
     }
 
     pub(super) fn try_scored(&mut self) -> bool {
@@ -241,7 +260,7 @@ impl Supervisor {
         self.ledger.lose("audit", checking);
         let lost = self.ledger.step(self.step, wall.as_secs_f64() - checking, cause);
         let lr = self.round.applied.values().next().map_or(0.0, |(lr, _)| *lr);
-        let norm = self.round.combined.values().next().map_or(0.0, |combined| combined.norm);
+        let norm = self.round.combined.values().next().map_or(f64::NAN, |of| of.norm);
         let losses = self.round.losses();
         self.ledger.last_losses(&losses);
         self.outputs.push(Output::Step(StepDone {

@@ -8,7 +8,7 @@ use crate::run_dir::{Event, EventKind};
 use super::losing::{CHANGED, Loss};
 use super::round::{Audit, Evidence};
 use super::workers::Standing;
-use super::{Ending, Phase, Supervisor};
+use super::{Ending, NonFinite, Phase, SKIPS, Supervisor};
 
 /// A leaf's loss beyond this many times the largest of the step before is computed once more.
 const SPIKE: f64 = 2.0;
@@ -168,6 +168,10 @@ impl Supervisor {
     /// A value is no number: all is computed once more, elsewhere; the second time it is believed.
     fn once_more(&mut self, what: &'static str, value: f64, suspects: Vec<usize>) -> bool {
         if self.round.suspects.is_some() {
+            if self.settings.non_finite == NonFinite::Skip && self.skips < SKIPS {
+                self.skip(format!("{what} is {value}, on two workers alike"));
+                return true;
+            }
             self.ending = Some(Ending::NonFinite { step: self.step + 1, what, value });
             self.finish();
             return true;

@@ -51,6 +51,15 @@ fn of_leaf(step: u64, leaf: u32) -> u64 {
 
 impl World {
     fn run(workers: usize, audit: f64, wrongs: &[(usize, u64, Wrong)]) -> World {
+        World::run_with(workers, audit, wrongs, NonFinite::Stop)
+    }
+
+    fn run_with(
+        workers: usize,
+        audit: f64,
+        wrongs: &[(usize, u64, Wrong)],
+        non_finite: NonFinite,
+    ) -> World {
         let settings = Settings {
             devices: vec!["chip".to_owned(); workers],
             leaves: LEAVES,
@@ -59,6 +68,7 @@ impl World {
             snapshot_every: 2,
             validation: Validation::Every(3),
             audit,
+            non_finite,
             hang_after: HangAfter::Auto,
             source: Source::Fresh,
         };
@@ -130,17 +140,25 @@ impl World {
         u64::from(lists.iter().any(|list| list.contains(&(worker, incarnation))))
     }
 
+    /// The state after a step: one that was passed over changes nothing.
+    fn state(&self, step: u64) -> StateDigest {
+        let skipped = self.events.iter().filter(|event| event.kind == EventKind::Skipped).count();
+        state(step - skipped as u64)
+    }
+
     fn work(&mut self, worker: usize, incarnation: u32, command: Command) {
         let say = |world: &mut World, report: Report| {
             world.outbox.push_back(Input::Report { worker, incarnation, report });
         };
         match command {
             Command::Load { from } => {
-                let digest = (from != Source::Nothing).then(|| state(0));
+                let digest = (from != Source::Nothing).then(|| self.state(0));
                 let device = DeviceFacts::default();
                 say(self, Report::Ready { step: 0, digest, device });
             }
-            Command::Import { step } => say(self, Report::Imported { step, digest: state(step) }),
+            Command::Import { step } => {
+                say(self, Report::Imported { step, digest: self.state(step) })
+            }
             Command::Compute { step, nodes, digests, .. } => {
                 if self.is_wrong(worker, step, Wrong::Crash) {
                     let cause = "gone".to_owned();
@@ -174,23 +192,23 @@ impl World {
                 say(self, Report::Replayed { step, leaf, digest, loss });
             }
             Command::Check { step } => {
-                let mut digest = state(step - 1);
+                let mut digest = self.state(step - 1);
                 digest[0] += u64::from(self.changed.contains(&(worker, incarnation)));
                 say(self, Report::Checked { step, digest });
             }
             Command::Combine { step, nodes } => {
                 let nodes = nodes.iter().map(|node| of_leaf(step, node.first)).collect();
-                let [before, weights] = state(step - 1);
+                let [before, weights] = self.state(step - 1);
                 let flip = u64::from(self.is_wrong(worker, step, Wrong::Weights));
                 let gradient = step + u64::from(self.is_wrong(worker, step, Wrong::Sum));
                 let (before, norm) = ([before ^ flip, weights], 1.0.into());
                 say(self, Report::Combined { step, before, nodes, gradient, norm });
             }
             Command::Apply { step } => {
-                say(self, Report::Applied { step, lr: 0.1, after: state(step) });
+                say(self, Report::Applied { step, lr: 0.1, after: self.state(step) });
             }
             Command::Export { step, area } => {
-                say(self, Report::Exported { step, area, digest: state(step)[0] });
+                say(self, Report::Exported { step, area, digest: self.state(step)[0] });
             }
             Command::Score { step } => say(self, Report::Scored { step, loss: 1.0.into() }),
             Command::Stop => {}
@@ -270,4 +288,16 @@ fn two_that_stand_by_different_gradients_and_are_alone_stop_with_advice() {
     let world = World::run(2, 1.0, &[(0, 3, Wrong::Stubborn)]);
     let Some(Ending::Failed(text)) = &world.ending else { panic!("{:?}", world.ending) };
     assert!(text.contains("step 3") && text.contains("qualify the devices"), "{text}");
+}
+
+#[test]
+fn a_step_without_a_number_on_two_workers_ends_the_run_or_is_passed_over() {
+    let everywhere: Vec<(usize, u64, Wrong)> =
+        [0, 1, 0, 1].map(|worker| (worker, 4, Wrong::Loss)).to_vec();
+    let stopped = World::run_with(2, 0.0, &everywhere, NonFinite::Stop);
+    assert!(matches!(stopped.ending, Some(Ending::NonFinite { step: 4, .. })));
+    let skipped = World::run_with(2, 0.0, &everywhere, NonFinite::Skip);
+    assert_eq!(skipped.ending, Some(Ending::Finished), "{:?}", skipped.events);
+    assert_eq!(skipped.kinds().iter().filter(|kind| **kind == "skipped").count(), 1);
+    assert_eq!(skipped.losses.iter().filter(|loss| loss.is_nan()).count(), 1);
 }

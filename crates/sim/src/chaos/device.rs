@@ -4,7 +4,7 @@
 //! before it happens, by its number in the plan.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pontoon_fleet::protocol::Report;
@@ -16,6 +16,7 @@ use pontoon_ops::{
 
 use super::draw;
 use super::plan::{Fault, FaultKind, Numbered};
+use super::replica::Place;
 
 /// A fault strikes this many operations into its step at most.
 const OPERATIONS: u64 = 64;
@@ -28,8 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Injector<'a> {
     /// What strikes, by number.
     pub faults: Vec<Numbered>,
-    /// The step that is being computed; 0 before the first.
-    pub step: Arc<AtomicU64>,
+    /// Where the run is.
+    pub place: Arc<Place>,
     /// Who is told.
     pub reports: Reports,
     /// The clock.
@@ -65,10 +66,11 @@ impl<'a> ChaosDevice<'a> {
     /// Takes the fault that is to strike now, for which `fits` holds.
     fn due(&mut self, fits: impl Fn(&Self, &Fault) -> bool) -> Option<Numbered> {
         let (step, operation) = self.place;
+        let loaded = self.injector.place.loaded.load(Ordering::Relaxed);
         let strikes = |(index, fault): &Numbered| {
             let delay = draw(*index as u64, fault.step) % OPERATIONS;
             let late = step > fault.step || operation >= delay;
-            step >= fault.step && late && fits(self, fault)
+            step >= fault.step && fault.step > loaded && late && fits(self, fault)
         };
         let place = self.injector.faults.iter().position(strikes)?;
         Some(self.injector.faults.remove(place))
@@ -237,7 +239,7 @@ impl Backend for ChaosDevice<'_> {
     }
 
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
-        let step = self.injector.step.load(Ordering::Relaxed);
+        let step = self.injector.place.step.load(Ordering::Relaxed);
         self.place = if self.place.0 == step { (step, self.place.1 + 1) } else { (step, 0) };
         if self.slow.as_ref().is_some_and(|slow| step > slow.last_step) {
             self.slow = None;

@@ -8,27 +8,38 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pontoon_fleet::protocol::{Area, DeviceFacts, Node, Publish, Source, StateDigest};
 use pontoon_fleet::worker::{Combined, Computed, Fault, Replica};
 
+/// Where a run is, for the device below a replica.
+#[derive(Debug, Default)]
+pub struct Place {
+    /// The step that is being computed; 0 before the first.
+    pub(super) step: AtomicU64,
+    /// The step of the snapshot it loaded: faults up to there have struck in an earlier life.
+    pub(super) loaded: AtomicU64,
+}
+
 /// A replica on a [`ChaosDevice`](super::ChaosDevice).
 pub struct ChaosReplica<R> {
     inner: R,
-    step: Arc<AtomicU64>,
+    place: Arc<Place>,
 }
 
 impl<R: Replica> ChaosReplica<R> {
-    /// Wraps a replica; `step` is what its device reads.
-    pub fn new(inner: R, step: Arc<AtomicU64>) -> ChaosReplica<R> {
-        ChaosReplica { inner, step }
+    /// Wraps a replica; `place` is what its device reads.
+    pub fn new(inner: R, place: Arc<Place>) -> ChaosReplica<R> {
+        ChaosReplica { inner, place }
     }
 
     fn at(&mut self, step: u64) -> &mut R {
-        self.step.store(step, Ordering::Relaxed);
+        self.place.step.store(step, Ordering::Relaxed);
         &mut self.inner
     }
 }
 
 impl<R: Replica> Replica for ChaosReplica<R> {
     fn load(&mut self, from: Source) -> Result<(u64, Option<StateDigest>), Fault> {
-        self.at(0).load(from)
+        let loaded = self.at(0).load(from)?;
+        self.place.loaded.store(loaded.0, Ordering::Relaxed);
+        Ok(loaded)
     }
 
     fn facts(&self) -> DeviceFacts {
