@@ -11,9 +11,9 @@ use pontoon_fleet::world::Clock;
 use pontoon_models::{BatchShape, HostWeights, Model};
 use pontoon_ops::cost::cost;
 use pontoon_ops::{Add, Backend, BufferId, DType, Op, OpName, View};
-use pontoon_program::{Executor, Memory};
+use pontoon_program::{Executor, Memory, Program};
 
-use crate::config::RunConfig;
+use crate::config::{RunConfig, TrainSection};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
@@ -56,6 +56,21 @@ pub struct StepResult {
     pub lr: f64,
 }
 
+/// Floating-point operations of a step's matrix products, as [`TrainingState::model_flops`].
+pub(crate) fn model_flops(model: &Model, config: &RunConfig) -> Result<f64, TrainError> {
+    let (train, sequence) = (&config.train, config.data.sequence);
+    let rows = train.micro_batch * sequence;
+    let shape = BatchShape { rows, documents: rows + 1, positions_max: sequence };
+    Ok(flops_of(&model.scoring_program(shape, train.dtype.dtype())?, train))
+}
+
+fn flops_of(scoring: &Program, train: &TrainSection) -> f64 {
+    // Backward takes two products for each one of forward; recomputation is no useful work.
+    let sequences = train.micro_batch as f64;
+    let forward: f64 = scoring.ops.iter().map(|op| forward_flops(op, sequences)).sum();
+    3.0 * forward * train.micro_batches as f64
+}
+
 impl TrainingState {
     /// Loads programs, weights and an empty optimiser.
     pub fn load(
@@ -82,10 +97,7 @@ impl TrainingState {
             leaves.push(leaf);
         }
         let scoring = model.scoring_program(shape, dtype)?;
-        // Backward takes two products for each one of forward; recomputation is no useful work.
-        let sequences = train.micro_batch as f64;
-        let forward: f64 = scoring.ops.iter().map(|op| forward_flops(op, sequences)).sum();
-        let model_flops = 3.0 * forward * train.micro_batches as f64;
+        let model_flops = flops_of(&scoring, train);
         // Scoring keeps no activations, so it always fits the arena of training.
         let arena = Some(leaves[0].arena());
         let scoring = Executor::load_with(backend, &mut memory, &scoring, &[], arena)?;

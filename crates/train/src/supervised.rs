@@ -26,7 +26,7 @@ use crate::data::Batch;
 use crate::error::TrainError;
 use crate::replica::layout;
 use crate::run_files::{Saving, SnapshotFrame, samples};
-use crate::step::fits;
+use crate::step::{fits, model_flops};
 use crate::tensorboard::TensorBoard;
 use crate::trainer::{
     Beginning, Data, Metrics, Observer, Run, Start, Summary, model_of, refuse_old_run,
@@ -85,6 +85,7 @@ pub fn supervise(
         begun: run.clock.now(),
         done: Done::default(),
         injected: BTreeSet::new(),
+        flops: model_flops(&model, &config)?,
         memory_bytes: 0,
     };
     let mut supervisor = Supervisor::new(settings(run, &config, devices));
@@ -228,6 +229,8 @@ struct Driver<'a> {
     done: Done,
     /// Faults injected so far, by their places in the plan.
     injected: BTreeSet<usize>,
+    /// Floating-point operations of a step.
+    flops: f64,
     /// Bytes that the workers' devices hold.
     memory_bytes: u64,
 }
@@ -307,7 +310,7 @@ impl Driver<'_> {
             lr: step.lr,
             tokens_per_s: tokens as f64 / seconds.max(1e-9),
             step_ms: seconds * 1e3,
-            mfu: None,
+            mfu: self.run.peak_flops.map(|peak| self.flops / seconds.max(1e-9) / peak),
             goodput: step.goodput,
             workers: step.workers,
             valid_loss: step.valid_loss,

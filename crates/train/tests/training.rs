@@ -178,6 +178,19 @@ fn a_loss_that_is_no_number_stops_the_run_with_the_good_state_kept() {
 }
 
 #[test]
+fn steps_without_a_number_are_passed_over_if_asked_but_not_for_ever() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let changes = ["train.lr=1e38", "train.clip=0", "train.warmup=0", "train.non_finite=skip"];
+    let (result, metrics, events) = run(&plain(folder.path(), "wild", &changes));
+    let Err(TrainError::NonFinite { step, .. }) = result else { panic!("{result:?}") };
+    let skipped = events.iter().filter(|kind| **kind == EventKind::Skipped).count();
+    assert_eq!(skipped, 10);
+    assert_eq!(step, metrics.len() as u64 + 1);
+    assert!(metrics.iter().rev().take(10).all(|of| of.loss.is_nan() && of.lr == 0.0));
+}
+
+#[test]
 fn a_run_folder_is_not_overwritten_and_not_resumed_with_other_settings() {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());

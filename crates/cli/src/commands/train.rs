@@ -94,6 +94,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     let mut display = Display::new();
     let summary = if supervised {
+        run.peak_flops = Some(fleet_peak(&run.config)?);
         supervise(&run, plan.as_ref(), &mut display)
     } else {
         let mut backend = devices::open(&device)?;
@@ -132,6 +133,15 @@ fn read_plan(path: &Path, config: &RunConfig, supervised: bool) -> Result<Plan> 
         .with_context(|| format!("cannot read the plan of faults `{origin}`"))?;
     let run = chaos::Run { workers: config.workers(), steps: config.train.steps };
     Ok(Plan::parse(&text, &origin, run)?)
+}
+
+/// What all devices of a fleet can do at most; workers on one device share it.
+fn fleet_peak(config: &RunConfig) -> Result<f64> {
+    let mut names: Vec<&String> = config.fleet.devices.iter().take(config.workers()).collect();
+    names.sort();
+    names.dedup();
+    let dtype = config.train.dtype.dtype();
+    names.into_iter().map(|name| devices::peak_flops(name, dtype)).sum()
 }
 
 /// Runs with a worker process for each device.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::protocol::StateDigest;
 
 /// Steps without fault that make up for one: a device that lies more often is out for good.
-const FORGIVEN_AFTER: u32 = 200;
+const FORGIVEN_AFTER: u32 = 100;
 
 /// Where a worker stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
