@@ -16,10 +16,12 @@ pub mod scratch;
 pub mod simd;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pontoon_ops::{
     Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName, Support, View,
+    digest,
 };
 
 use crate::group::Rendezvous;
@@ -198,6 +200,22 @@ impl Backend for CpuBackend {
         bytes: &mut [u8],
     ) -> Result<(), DeviceError> {
         self.buffers.read(buffer, byte_offset, bytes)
+    }
+
+    fn digest(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: usize,
+    ) -> Result<u64, DeviceError> {
+        let blocks: Vec<&[u8]> =
+            self.buffers.part(buffer, byte_offset, bytes)?.chunks(digest::BLOCK).collect();
+        let digests: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
+        self.pool.run(blocks.len(), |index| {
+            digests[index].store(digest::Digest::of(blocks[index]), Ordering::Relaxed);
+        });
+        let digests: Vec<u64> = digests.into_iter().map(AtomicU64::into_inner).collect();
+        Ok(digest::of_digests(&digests))
     }
 
     fn supports(&self, op: &Op) -> Support {

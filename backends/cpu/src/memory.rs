@@ -71,6 +71,17 @@ impl Buffers {
         Ok(())
     }
 
+    /// The bytes of a part of a buffer.
+    pub fn part(
+        &self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: usize,
+    ) -> Result<&[u8], DeviceError> {
+        let range = self.range(buffer, byte_offset, bytes)?;
+        Ok(&self.get(buffer)?.bytes()[range])
+    }
+
     fn get(&self, buffer: BufferId) -> Result<&Allocation, DeviceError> {
         self.slots.get(buffer.0 as usize).and_then(Option::as_ref).ok_or_else(|| unknown(buffer))
     }

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::digest;
 use crate::dtype::DType;
 use crate::error::DeviceError;
 use crate::op::Op;
@@ -67,6 +68,24 @@ pub trait Backend: Send {
         byte_offset: usize,
         bytes: &mut [u8],
     ) -> Result<(), DeviceError>;
+
+    /// The digest of a part of a buffer, as [`digest::Blocks`] defines it, after all launched work
+    /// that writes it. A device with the means computes it in place.
+    fn digest(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: usize,
+    ) -> Result<u64, DeviceError> {
+        let mut block = vec![0; digest::BLOCK.min(bytes)];
+        let mut blocks = digest::Blocks::default();
+        for at in (0..bytes).step_by(digest::BLOCK) {
+            let block = &mut block[..digest::BLOCK.min(bytes - at)];
+            self.download(buffer, byte_offset + at, block)?;
+            blocks.push(block);
+        }
+        Ok(blocks.finish())
+    }
 
     /// Whether `op` can run here.
     fn supports(&self, op: &Op) -> Support;

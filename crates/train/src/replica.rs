@@ -7,13 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pontoon_fleet::digest::Digest;
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::protocol::{Area, DeviceFacts, Node, Publish, Source, StateDigest, Trouble};
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
 use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replica};
 use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
+use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support};
 use pontoon_program::ProgramError;
 
@@ -24,8 +24,8 @@ use crate::run_files::{restore_moments, restore_weights, samples};
 use crate::step::TrainingState;
 use crate::trainer::{Data, model_of};
 
-/// Bytes moved at a time: a piece stays in the cache from copy to digest.
-const PIECE: usize = 256 << 10;
+/// Bytes moved at a time: a piece is a digest's block and stays in the cache from copy to digest.
+const PIECE: usize = BLOCK;
 
 /// Where the parts of a run's exchange lie.
 pub fn layout(model: &Model, config: &RunConfig) -> Layout {
@@ -105,14 +105,9 @@ impl<'a> TrainingReplica<'a> {
     fn digest_state(&mut self) -> Result<StateDigest, TrainError> {
         let (state, weights) = loaded(&mut self.state).state_buffers();
         let mut digest = |buffers: &[(BufferId, usize)]| {
-            let mut digest = Digest::default();
-            for &(buffer, bytes) in buffers {
-                pieces(&mut self.backend, (buffer, bytes), &mut self.piece, |_, piece| {
-                    digest.update(piece);
-                    Ok(())
-                })?;
-            }
-            Ok::<u64, TrainError>(digest.finish())
+            let of = |&(buffer, bytes): &(BufferId, usize)| self.backend.digest(buffer, 0, bytes);
+            let digests = buffers.iter().map(of).collect::<Result<Vec<u64>, DeviceError>>()?;
+            Ok::<u64, TrainError>(of_digests(&digests))
         };
         Ok([digest(&state)?, digest(&weights)?])
     }
@@ -187,10 +182,9 @@ impl<'a> TrainingReplica<'a> {
         let leaves = node.first as usize..(node.first + node.count) as usize;
         let state = loaded(&mut self.state);
         let mut of_leaves = Vec::new();
-        let piece = &mut self.piece;
         let mut seen = |backend: &mut dyn Backend, leaf: usize, buffer: BufferId| {
             if digests.contains(&(leaf as u32)) {
-                of_leaves.push((leaf as u32, digest_of(backend, (buffer, bytes), piece)?));
+                of_leaves.push((leaf as u32, backend.digest(buffer, 0, bytes)?));
             }
             Ok(())
         };
@@ -200,9 +194,9 @@ impl<'a> TrainingReplica<'a> {
             Publish::Local => 0,
             Publish::Shared => {
                 let slot = self.layout.slot(node.first);
-                let mut digest = Digest::default();
+                let mut digest = Blocks::default();
                 pieces(&mut self.backend, sum, &mut self.piece, |at, piece| {
-                    digest.update(piece);
+                    digest.push(piece);
                     self.run.exchange.write(slot + at as u64, piece).map_err(TrainError::Exchange)
                 })?;
                 digest.finish()
@@ -220,32 +214,38 @@ impl<'a> TrainingReplica<'a> {
         let mut read = Vec::with_capacity(nodes.len());
         let (exchange, piece) = (&self.run.exchange, &mut self.piece);
         let mut fill = |backend: &mut dyn Backend, index: usize, buffer: BufferId| {
-            let mut digest = Digest::default();
+            let mut digest = Blocks::default();
             let slot = self.layout.slot(nodes[index].first);
-            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| digest.update(piece))?;
+            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| digest.push(piece))?;
             read.push(digest.finish());
             Ok(())
         };
         state.sum(&mut self.backend, &counts, &mut fill)?;
         let sum = (state.gradient_buffer(0), bytes);
         self.norm = state.gradient_norm(&mut self.backend)?;
-        let gradient = digest_of(&mut self.backend, sum, &mut self.piece)?;
+        // One that computes alone has nobody to compare its sum with.
+        let gradient = match nodes {
+            [] => 0,
+            _ => self.backend.digest(sum.0, 0, sum.1)?,
+        };
         Ok(Combined { before, nodes: read, gradient, norm: self.norm })
     }
 
     fn copy_out(&mut self, area: Area) -> Result<u64, TrainError> {
         let (buffers, _) = loaded(&mut self.state).state_buffers();
         let mut position = self.layout.area(area);
-        let mut digest = Digest::default();
+        let mut digests = Vec::new();
         for (buffer, bytes) in buffers {
+            let mut digest = Blocks::default();
             pieces(&mut self.backend, (buffer, bytes), &mut self.piece, |at, piece| {
-                digest.update(piece);
+                digest.push(piece);
                 let place = position + at as u64;
                 self.run.exchange.write(place, piece).map_err(TrainError::Exchange)
             })?;
+            digests.push(digest.finish());
             position += bytes as u64;
         }
-        Ok(digest.finish())
+        Ok(of_digests(&digests))
     }
 
     fn validate(&mut self) -> Result<f64, TrainError> {
@@ -346,19 +346,6 @@ fn pieces(
     Ok(())
 }
 
-fn digest_of(
-    backend: &mut dyn Backend,
-    buffer: (BufferId, usize),
-    piece: &mut [u8],
-) -> Result<u64, TrainError> {
-    let mut digest = Digest::default();
-    pieces(backend, buffer, piece, |_, piece| {
-        digest.update(piece);
-        Ok(())
-    })?;
-    Ok(digest.finish())
-}
-
 /// Fills a buffer from the exchange; `show` sees every piece.
 fn upload(
     backend: &mut dyn Backend,
@@ -425,6 +412,12 @@ impl Backend for Watched<'_> {
     ) -> Result<(), DeviceError> {
         self.begin();
         let result = self.inner.download(buffer, at, bytes);
+        self.tell(result)
+    }
+
+    fn digest(&mut self, buffer: BufferId, at: usize, bytes: usize) -> Result<u64, DeviceError> {
+        self.begin();
+        let result = self.inner.digest(buffer, at, bytes);
         self.tell(result)
     }
 

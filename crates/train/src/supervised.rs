@@ -20,6 +20,7 @@ use pontoon_fleet::supervisor::{
 };
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::{HostWeights, Model};
+use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 
 use crate::config::{HangSetting, NonFiniteName, RunConfig};
 use crate::data::Batch;
@@ -173,15 +174,20 @@ impl Saver<'_> {
         let mut first = vec![0.0_f32; weights.trainable.len()];
         let mut second = first.clone();
         let mut position = self.layout.area(Area::Snapshot);
-        let mut check = pontoon_fleet::digest::Digest::default();
+        let mut digests = Vec::new();
         let parts = [&mut weights.trainable, &mut first, &mut second, &mut weights.frozen];
         for values in parts {
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
             self.exchange.read(position, bytes).map_err(TrainError::Exchange)?;
-            check.update(bytes);
+            let mut check = Blocks::default();
+            bytes.chunks(BLOCK).for_each(|block| check.push(block));
+            // Frozen tensors that a model has not are no buffer either.
+            if !bytes.is_empty() {
+                digests.push(check.finish());
+            }
             position += bytes.len() as u64;
         }
-        if check.finish() != digest {
+        if of_digests(&digests) != digest {
             let text = "the state changed on its way to the snapshot; it was not written";
             return Err(TrainError::Supervised(text.to_owned()));
         }

@@ -234,6 +234,10 @@ impl Backend for ChaosDevice<'_> {
         self.inner.download(buffer, at, bytes)
     }
 
+    fn digest(&mut self, buffer: BufferId, at: usize, bytes: usize) -> Result<u64, DeviceError> {
+        self.inner.digest(buffer, at, bytes)
+    }
+
     fn supports(&self, op: &Op) -> Support {
         self.inner.supports(op)
     }

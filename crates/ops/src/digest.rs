@@ -7,6 +7,41 @@
 const FACTOR: u64 = 0x9E37_79B9_7F4A_7C15;
 const LANES: usize = 8;
 
+/// Bytes that are digested as one; a buffer's digest is that of its blocks' digests, so that a
+/// device may compute them side by side.
+pub const BLOCK: usize = 256 << 10;
+
+/// The digest of a buffer that comes block by block.
+#[derive(Clone, Debug, Default)]
+pub struct Blocks {
+    digests: Vec<u64>,
+}
+
+impl Blocks {
+    /// Adds a block: [`BLOCK`] bytes, or less if it is the last.
+    pub fn push(&mut self, block: &[u8]) {
+        self.digests.push(Digest::of(block));
+    }
+
+    /// The digest of all blocks.
+    pub fn finish(&self) -> u64 {
+        of_digests(&self.digests)
+    }
+}
+
+/// The digest of digests.
+pub fn of_digests(digests: &[u64]) -> u64 {
+    let mut digest = Digest::default();
+    for group in digests.chunks(LANES) {
+        let mut bytes = [0; 8 * LANES];
+        for (place, one) in bytes.chunks_exact_mut(8).zip(group) {
+            place.copy_from_slice(&one.to_le_bytes());
+        }
+        digest.update(&bytes[..8 * group.len()]);
+    }
+    digest.finish()
+}
+
 /// A digest over bytes that come in pieces.
 #[derive(Clone, Debug)]
 pub struct Digest {
@@ -72,6 +107,19 @@ mod tests {
             assert_ne!(Digest::of(&flipped), whole, "bit {bit}");
         }
         assert_ne!(Digest::of(&bytes[..202]), whole);
+    }
+
+    #[test]
+    fn a_flip_in_any_block_and_any_change_of_their_order_changes_the_whole() {
+        let blocks = [[1_u8; 64], [2; 64], [3; 64]];
+        let of = |order: [usize; 3]| {
+            let mut whole = Blocks::default();
+            order.map(|index| whole.push(&blocks[index]));
+            whole.finish()
+        };
+        assert_ne!(of([0, 1, 2]), of([1, 0, 2]));
+        assert_ne!(of([0, 1, 2]), of([0, 1, 1]));
+        assert_ne!(of_digests(&[1, 2]), of_digests(&[1, 2, 0]));
     }
 
     #[test]
