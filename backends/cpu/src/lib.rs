@@ -29,7 +29,7 @@ use crate::kernels::Context;
 use crate::memory::{Buffers, Operands};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::Isa;
+use crate::simd::{ISA_VARIABLE, Isa};
 
 /// How to open the device.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,7 +59,8 @@ impl CpuBackend {
         let isa = match options.isa {
             Some(isa) => isa,
             None => Isa::detect()
-                .map_err(|e| DeviceError::new(DeviceErrorKind::BadArgument, e.to_string()))?,
+                .map_err(|e| format!("{ISA_VARIABLE}: {e}"))
+                .map_err(|text| DeviceError::new(DeviceErrorKind::BadArgument, text))?,
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = options.threads.unwrap_or(cores);

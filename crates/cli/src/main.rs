@@ -15,8 +15,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve, status,
-    tokenizer, train,
+    bench, bisect, compare, data, demo, eval, export, generate, moving, new, qualify, score, serve,
+    status, tokenizer, train,
 };
 
 /// Trains and serves language models on whatever accelerators there are.
@@ -50,6 +50,9 @@ enum Command {
     /// Shows where a run stands.
     #[command(after_help = "Example:\n  pontoon status my-run/run")]
     Status(status::Arguments),
+    /// Moves a live run to other devices at the next step boundary, once they are seen to agree.
+    #[command(after_help = "Example:\n  pontoon move my-run/run --to cpu:isa=avx2,cpu:isa=avx2")]
+    Move(moving::Arguments),
     /// Continues a prompt.
     #[command(after_help = "Example:\n  pontoon generate my-run/run -p '57+968=?'")]
     Generate(generate::Arguments),
@@ -104,6 +107,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::New(arguments) => new::run(arguments),
         Command::Train(arguments) => train::run(arguments),
         Command::Status(arguments) => status::run(arguments),
+        Command::Move(arguments) => moving::run(arguments),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),

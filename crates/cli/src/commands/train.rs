@@ -10,12 +10,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pontoon_fleet::control::ControlSocket;
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
+use pontoon_fleet::supervisor::Tolerance;
 use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
+use pontoon_qualify::compare::Limits;
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
-use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
+use pontoon_train::{Beginning, Devices, Metrics, Observer, Run, RunConfig, Start, Summary};
 
 use super::{faults, show, worker};
 use crate::devices;
+use crate::steps::sizes;
 
 /// The arguments of `pontoon train`.
 #[derive(Args)]
@@ -157,8 +160,11 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
     let snapshots = std::path::absolute(snapshots)?;
     let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
     let mut processes = Processes { command: |what: &Launching| start.of(what) };
+    let deal =
+        |names: &[String]| devices::dealt(names, names.len()).map_err(|error| format!("{error:#}"));
+    let devices = Devices { names: &names, tolerance: tolerance(run)?, deal: &deal };
     let Some(plan) = plan else {
-        return Ok(pontoon_train::supervise(run, &names, &mut processes, display)?);
+        return Ok(pontoon_train::supervise(run, &devices, &mut processes, display)?);
     };
     let disk = ChaosDisk::new(run.disk, plan.of_disk());
     let run = Run {
@@ -168,7 +174,15 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
         disk: &disk,
         ..*run
     };
-    Ok(pontoon_train::supervise(&run, &names, &mut processes, display)?)
+    Ok(pontoon_train::supervise(&run, &devices, &mut processes, display)?)
+}
+
+/// How far devices of two numeric classes may be apart on a run's model, by the limits of
+/// `pontoon compare`.
+fn tolerance(run: &Run<'_>) -> Result<Tolerance> {
+    let model = pontoon_train::model_of(&run.config, &run.base)?;
+    let limits = Limits::of(&sizes(&model, run.config.train.dtype.dtype(), 1), 1.0);
+    Ok(Tolerance { gradient: limits.gradient_error, loss: limits.gradient_error })
 }
 
 /// The settings' file and the run folder.

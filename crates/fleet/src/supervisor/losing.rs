@@ -64,6 +64,9 @@ impl Supervisor {
         if matches!(was, Standing::Out | Standing::Retired) {
             return;
         }
+        if self.workers[worker].trial {
+            return self.refuse_move(format!("worker {worker}: {}", loss.cause));
+        }
         self.outputs.push(Output::Kill { worker });
         let mut lost = self.round.take_pending(worker);
         if loss.discards {
@@ -71,6 +74,7 @@ impl Supervisor {
         }
         self.round.combined.remove(&worker);
         self.round.applied.remove(&worker);
+        self.round.handing = self.round.handing.filter(|donor| *donor != worker);
         let mut event = self.event(worker, loss.kind);
         event.step = self.step + u64::from(was == Standing::Member);
         event.cause = Some(loss.cause.clone());
@@ -109,7 +113,8 @@ impl Supervisor {
 
     fn carry_on_without(&mut self, worker: usize, lost: &[u32]) {
         let in_step = matches!(self.phase, Phase::Computing | Phase::Combining);
-        if !in_step && !matches!(self.phase, Phase::Applying | Phase::Scoring | Phase::Finishing) {
+        let after = matches!(self.phase, Phase::Applying | Phase::Handing | Phase::Scoring);
+        if !in_step && !after && self.phase != Phase::Finishing {
             return;
         }
         let members = self.those(Standing::Member);
@@ -166,6 +171,7 @@ impl Supervisor {
 
     /// All go back to the newest snapshot.
     pub(super) fn start_over(&mut self, cause: &str) {
+        self.refuse_move(format!("all workers go back to a snapshot: {cause}"));
         self.restarts += 1;
         if self.restarts > RESTARTS {
             let text = format!("{cause}, {RESTARTS} times without a step between");
@@ -202,6 +208,7 @@ impl Supervisor {
             Trouble::MemoryFault => EventKind::MemoryFault,
             Trouble::OutOfMemory => EventKind::OutOfMemory,
             Trouble::LinkDown => EventKind::LinkDown,
+            Trouble::Run if self.workers[worker].trial => return self.refuse_move(text),
             Trouble::Run => return self.end(Ending::Failed(text)),
         };
         self.lose(worker, Loss::new(kind, text));

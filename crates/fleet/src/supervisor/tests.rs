@@ -70,6 +70,7 @@ impl World {
             audit,
             non_finite,
             hang_after: HangAfter::Auto,
+            tolerance: Tolerance { gradient: 0.01, loss: 0.01 },
             source: Source::Fresh,
         };
         let mut world = World {
@@ -125,6 +126,7 @@ impl World {
             Output::Save { step, .. } => {
                 self.outbox.push_back(Input::Saved { step, folder: format!("step-{step}") });
             }
+            Output::Moved(outcome) => panic!("nobody asked: {outcome:?}"),
             Output::End(ending) => self.ending = Some(ending),
         }
     }
@@ -186,10 +188,10 @@ impl World {
                     say(self, Report::Computed { step, node, digest, leaves, losses, seconds });
                 }
             }
-            Command::Replay { step, leaf } => {
+            Command::Replay { step, leaf, .. } => {
                 let lie = self.lie(worker, incarnation);
                 let (digest, loss) = (of_leaf(step, leaf) + lie, 1.0.into());
-                say(self, Report::Replayed { step, leaf, digest, loss });
+                say(self, Report::Replayed { step, leaf, digest, loss, apart: None });
             }
             Command::Check { step } => {
                 let mut digest = self.state(step - 1);
