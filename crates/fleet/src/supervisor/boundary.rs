@@ -290,6 +290,15 @@ impl Supervisor {
         if over { self.finish() } else { self.begin_step() }
     }
 
+    /// Whether a member is slow for its kind: a slower kind is no fault, it just gets less.
+    fn is_slow(&self, index: usize, members: &[usize], seconds: &[f64]) -> bool {
+        let alike = |at: &usize| self.are_alike(members[*at], members[index]);
+        let alike: Vec<usize> = (0..members.len()).filter(alike).collect();
+        let place = alike.iter().position(|at| *at == index);
+        let seconds: Vec<f64> = alike.iter().map(|at| seconds[*at]).collect();
+        place.is_some_and(|place| is_slow(place, &seconds))
+    }
+
     /// Names those that fell behind; gives up those that get no leaf any more.
     fn look_for_slowness(&mut self, members: &[usize]) {
         let Some(seconds) =
@@ -300,8 +309,9 @@ impl Supervisor {
         let counts = crate::policy::shares(self.settings.leaves, &seconds);
         let even = self.settings.leaves / members.len().max(1) as u32;
         for (index, &worker) in members.iter().enumerate() {
+            let slow = self.is_slow(index, members, &seconds);
             let of = &mut self.workers[worker];
-            of.slow_steps = if is_slow(index, &seconds) { of.slow_steps + 1 } else { 0 };
+            of.slow_steps = if slow { of.slow_steps + 1 } else { 0 };
             if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
                 let cause = format!(
                     "{:.0} ms for a micro-batch: too slow to be of use",

@@ -21,6 +21,10 @@ use super::{Phase, Supervisor};
 /// The norm of one sum, summed in another order: f32 and a billion elements stay below this.
 const NORM_APART: f64 = 1e-3;
 
+/// What a worker compared with may have been replaced meanwhile; one that always reads something
+/// else than was published is at fault itself.
+const REREADS: u32 = 3;
+
 /// How far results of two numeric classes may be apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Tolerance {
@@ -105,6 +109,21 @@ impl Supervisor {
             self.round.apart = Some(self.round.apart.map_or(error, |worst| worst.max(error)));
         }
         let Some(audit) = self.round.awaiting(worker, of.leaf) else { return };
+        let crosses =
+            audit.evidence == Evidence::Gradient && classes[worker] != classes[audit.owner];
+        if crosses {
+            match &of.apart {
+                // Asked before the leaf went to another owner: the question that counts is open.
+                None => return,
+                Some(apart)
+                    if audit.owned() != Some(apart.published) && audit.rereads < REREADS =>
+                {
+                    audit.rereads += 1;
+                    return self.replay(worker, of.leaf);
+                }
+                Some(_) => {}
+            }
+        }
         audit.asked.retain(|asked| *asked != worker);
         let alike = classes[worker] == classes[audit.owner];
         let own = match audit.evidence {

@@ -53,6 +53,8 @@ pub(super) struct Audit {
     pub asked: Vec<usize>,
     /// What workers of other classes said of the owner's result: how far theirs is, in words.
     pub across: Vec<(usize, String)>,
+    /// Answers to a question about something else than what is published now.
+    pub rereads: u32,
 }
 
 impl Audit {
@@ -60,7 +62,7 @@ impl Audit {
     pub fn new(leaf: u32, owner: usize, auditor: usize) -> Audit {
         let (votes, across) = (Vec::new(), Vec::new());
         let evidence = Evidence::Gradient;
-        Audit { leaf, evidence, owner, votes, asked: vec![auditor], across }
+        Audit { leaf, evidence, owner, votes, asked: vec![auditor], across, rereads: 0 }
     }
 
     /// What the votes come to, once all are there.
