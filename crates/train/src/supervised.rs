@@ -90,7 +90,20 @@ pub fn supervise(
         memory_bytes: 0,
     };
     let mut supervisor = Supervisor::new(settings(run, &config, devices));
-    let ending: Result<Ending, TrainError> = std::thread::scope(|scope| {
+    let ending = drive(&mut driver, &mut supervisor, &arrived);
+    // Workers end before the folder's lock is given up, whatever went wrong.
+    driver.links.clear();
+    driver.summary(ending?, &supervisor)
+}
+
+/// Hands every input to the supervisor and does what it asks for, until the run ends.
+fn drive(
+    driver: &mut Driver<'_>,
+    supervisor: &mut Supervisor,
+    arrived: &mpsc::Receiver<Input>,
+) -> Result<Ending, TrainError> {
+    let (run, saver) = (driver.run, driver.saver);
+    std::thread::scope(|scope| {
         let mut input = Input::Start;
         loop {
             if let Input::Report { report: Report::Injected { fault, .. }, .. } = &input {
@@ -103,7 +116,7 @@ pub fn supervise(
                 match output {
                     Output::End(ending) => return Ok(ending),
                     Output::Save { step, digest, numeric_class } => {
-                        let (saver, inputs) = (&saver, driver.inputs.clone());
+                        let inputs = driver.inputs.clone();
                         scope.spawn(move || saver.save(step, digest, &numeric_class, &inputs));
                     }
                     output => driver.obey(output)?,
@@ -112,10 +125,7 @@ pub fn supervise(
             let silence = if run.stop.load(Ordering::Relaxed) { Input::Stop } else { Input::Tick };
             input = arrived.recv_timeout(TICK).unwrap_or(silence);
         }
-    });
-    // Workers end before the folder's lock is given up, whatever went wrong.
-    driver.links.clear();
-    driver.summary(ending?, &supervisor)
+    })
 }
 
 fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {
