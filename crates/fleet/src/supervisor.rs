@@ -24,6 +24,7 @@ use crate::run_dir::{Event, EventKind};
 use ledger::Ledger;
 use losing::{CHANGED, Loss};
 use round::Round;
+pub use workers::Seen;
 use workers::{Standing, Worker};
 
 /// A worker that loads its model may be silent for this long.
@@ -303,6 +304,16 @@ impl Supervisor {
         }
         while self.phase != Phase::Over && self.advance() {}
         std::mem::take(&mut self.outputs)
+    }
+
+    /// Steps done so far.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The workers as people see them.
+    pub fn workers(&self) -> Vec<Seen<'_>> {
+        self.workers.iter().enumerate().map(|(worker, of)| of.seen(worker)).collect()
     }
 
     /// Seconds lost so far, by cause.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use pontoon_fleet::control::ControlSocket;
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
 use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
@@ -91,6 +92,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         stop: &STOP,
         disk: &RealDisk,
         clock: &SystemClock,
+        control: &ControlSocket,
     };
     let mut display = Display::new();
     let summary = if supervised {
@@ -248,5 +250,9 @@ impl Observer for Display {
             }
         };
         self.bar.suspend(|| eprintln!("{said}"));
+    }
+
+    fn note(&mut self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
     }
 }
