@@ -107,8 +107,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     display.bar.finish_and_clear();
     let summary = summary?;
+    report(arguments, &run, &summary, supervised)
+}
+
+/// Prints how a run ended: one JSON object, or lines for people.
+fn report(arguments: &Arguments, run: &Run<'_>, summary: &Summary, supervised: bool) -> Result<()> {
     if arguments.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        println!("{}", serde_json::to_string(summary)?);
     } else {
         let loss = summary.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
         let valid = summary.valid_loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
