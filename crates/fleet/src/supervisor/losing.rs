@@ -4,13 +4,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::policy::is_overdue;
+use crate::policy::{is_overdue, load_deadline};
 use crate::protocol::{Area, Source, Trouble};
 use crate::run_dir::{Event, EventKind};
 
 use super::round::Round;
 use super::workers::{Standing, Worker};
-use super::{Ending, LOAD_DEADLINE, Output, Phase, Saving, Supervisor};
+use super::{Ending, Output, Phase, Saving, Supervisor};
 
 /// A device that was taken out this often stays out.
 const STRIKES: u32 = 3;
@@ -180,6 +180,7 @@ impl Supervisor {
             self.saving = None;
         }
         self.join_donor = None;
+        self.ledger.lose("given_up", self.since_round());
         self.round = Round::new(self.now);
         for worker in 0..self.workers.len() {
             if !matches!(self.workers[worker].standing, Standing::Out | Standing::Retired) {
@@ -216,7 +217,7 @@ impl Supervisor {
             }
             let silent = self.now.saturating_sub(of.progressed);
             let deadline = match of.standing {
-                Standing::Loading => LOAD_DEADLINE,
+                Standing::Loading => load_deadline(self.longest_load),
                 _ => self.settings.hang_after.deadline(of.longest_pause),
             };
             if silent > deadline {
@@ -242,13 +243,20 @@ impl Supervisor {
             return false;
         }
         let pending = &self.round.pending;
-        let mine = pending.iter().filter(|(of, ..)| *of == worker);
-        let (leaves, since) = mine.fold((0, self.now), |(leaves, since), (_, node, from)| {
-            (leaves + node.count, since.min(*from))
+        if pending.is_empty() || pending.iter().any(|(of, ..)| *of != worker) {
+            return false;
+        }
+        let of = &self.workers[worker];
+        // Whoever also copies its state or checks others has a reason to take longer.
+        if of.open as usize > pending.len() {
+            return false;
+        }
+        let (leaves, since) = pending.iter().fold((0, self.now), |(leaves, since), (_, node, at)| {
+            (leaves + node.count, since.min(*at))
         });
-        let alone = pending.iter().all(|(of, ..)| *of == worker);
-        match self.workers[worker].seconds {
-            Some(seconds) if alone && leaves > 0 => {
+        let since = since.max(of.answered);
+        match of.seconds {
+            Some(seconds) => {
                 let expected = Duration::from_secs_f64(seconds * f64::from(leaves));
                 is_overdue(self.now.saturating_sub(since), expected)
             }
