@@ -240,6 +240,8 @@ pub struct Supervisor {
     save_failures: u32,
     /// After a failure the next snapshot waits until then.
     save_not_before: Duration,
+    /// Whether workers are started once the snapshot that is being written is there.
+    awaits_snapshot: bool,
     /// The longest that a worker took to load.
     longest_load: Option<Duration>,
     /// Steps skipped in a row.
@@ -271,6 +273,7 @@ impl Supervisor {
             saved: None,
             save_failures: 0,
             save_not_before: Duration::ZERO,
+            awaits_snapshot: false,
             longest_load: None,
             skips: 0,
             restarts: 0,

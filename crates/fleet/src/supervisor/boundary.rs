@@ -26,7 +26,7 @@ const SAVE_PAUSE_MAX: Duration = Duration::from_secs(120);
 impl Supervisor {
     /// Begins once every worker has loaded or is out, and all have the same state.
     pub(super) fn try_begin(&mut self) -> bool {
-        if self.workers.iter().any(|of| of.standing == Standing::Loading) {
+        if self.awaits_snapshot || self.workers.iter().any(|of| of.standing == Standing::Loading) {
             return false;
         }
         let ready = self.those(Standing::Ready);
@@ -391,6 +391,9 @@ impl Supervisor {
         self.save_failures = 0;
         self.saved = Some(step);
         self.tell(Event { action: Some(folder), ..Event::new(step, EventKind::Snapshot) });
+        if self.awaits_snapshot {
+            self.start_from_the_newest();
+        }
     }
 
     pub(super) fn save_failed(&mut self, step: u64, cause: String) {
@@ -405,5 +408,8 @@ impl Supervisor {
         let action = Some(action);
         let event = Event::new(step, EventKind::SnapshotFailed);
         self.tell(Event { cause: Some(cause), action, ..event });
+        if self.awaits_snapshot {
+            self.start_from_the_newest();
+        }
     }
 }

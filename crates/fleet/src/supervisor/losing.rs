@@ -112,7 +112,12 @@ impl Supervisor {
         if !in_step && !matches!(self.phase, Phase::Applying | Phase::Scoring | Phase::Finishing) {
             return;
         }
-        let members = self.those(Standing::Member);
+        let mut members = self.those(Standing::Member);
+        if members.is_empty() {
+            // Those that were told to take a peer's state hold it, or will be found out.
+            members = self.those(Standing::Joining);
+            members.iter().for_each(|&of| self.workers[of].standing = Standing::Member);
+        }
         if members.is_empty() {
             return self.start_over("no worker is left");
         }
@@ -171,9 +176,11 @@ impl Supervisor {
             let text = format!("{cause}, {RESTARTS} times without a step between");
             return self.end(Ending::Failed(text));
         }
-        let back = self.saved.unwrap_or(0);
         let event = Event::new(self.step, EventKind::RolledBack);
-        let action = Some(format!("all go on from step {back}"));
+        let action = Some(match (self.saving, self.saved) {
+            (Some(Saving::Writing { step }), _) => format!("all go on from step {step}, if it is saved"),
+            (_, back) => format!("all go on from step {}", back.unwrap_or(0)),
+        });
         self.ledger.faults += 1;
         self.tell(Event { cause: Some(cause.to_owned()), action, ..event });
         if matches!(self.saving, Some(Saving::Copying { .. })) {
@@ -192,8 +199,17 @@ impl Supervisor {
             let text = "every worker is out for good; see events.jsonl".to_owned();
             return self.end(Ending::Failed(text));
         }
-        let fresh = self.saved.is_none() && self.settings.source == Source::Fresh;
-        self.start(if fresh { Source::Fresh } else { Source::Snapshot });
+        self.start_from_the_newest();
+    }
+
+    /// Starts all workers, once no snapshot is on its way: it would be newer than what they load.
+    pub(super) fn start_from_the_newest(&mut self) {
+        self.phase = Phase::Starting;
+        self.awaits_snapshot = self.saving.is_some();
+        if !self.awaits_snapshot {
+            let fresh = self.saved.is_none() && self.settings.source == Source::Fresh;
+            self.start(if fresh { Source::Fresh } else { Source::Snapshot });
+        }
     }
 
     pub(super) fn failed(&mut self, worker: usize, trouble: Trouble, text: String) {
