@@ -190,11 +190,14 @@ impl Checkers {
 
 /// Marks the oldest fault that fits and was not told of yet.
 fn notice(fleet: &mut Fleet, event: &Event, fits: impl Fn(&Struck) -> bool) {
-    let now = fleet.now;
-    let open = |of: &&mut Struck| fits(of) && of.noticed.is_none() && of.excused.is_none();
-    if let Some(struck) = fleet.struck.iter_mut().find(open) {
+    let (at, kind) = (fleet.now, event.kind.name());
+    let open = |of: &Struck| fits(of) && of.noticed.is_none() && of.excused.is_none();
+    // One of the very kind first: a slow device may stand still too.
+    let exact = fleet.struck.iter().position(|of| open(of) && of.fault.name() == kind);
+    let place = exact.or_else(|| fleet.struck.iter().position(open));
+    if let Some(place) = place {
         let recovery_ms = event.recovery_ms;
-        struck.noticed = Some(Noticed { kind: event.kind.name(), at: now, recovery_ms });
+        fleet.struck[place].noticed = Some(Noticed { kind, at, recovery_ms });
     }
 }
 

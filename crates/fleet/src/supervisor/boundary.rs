@@ -24,7 +24,7 @@ const SAVE_PAUSE: Duration = Duration::from_millis(200);
 const SAVE_PAUSE_MAX: Duration = Duration::from_secs(120);
 
 impl Supervisor {
-    /// Begins once every worker has loaded or is out, and all have the same state.
+    /// Begins once every worker has loaded or is out, with those that have the newest state.
     pub(super) fn try_begin(&mut self) -> bool {
         if self.awaits_snapshot || self.workers.iter().any(|of| of.standing == Standing::Loading) {
             return false;
@@ -36,18 +36,10 @@ impl Supervisor {
             self.end(Ending::Failed(text));
             return false;
         };
-        // One that read the folder before the newest snapshot was there reads it again.
-        let late: Vec<usize> =
-            ready.iter().copied().filter(|w| loaded(w).is_none_or(|(of, _)| of < step)).collect();
-        if !late.is_empty() {
-            for worker in late {
-                self.outputs.push(Output::Kill { worker });
-                self.launch(worker, Source::Snapshot);
-            }
-            return false;
-        }
+        // One that read an older snapshot, or found the newest damaged, joins from its peers.
+        let newest = |w: &usize| loaded(w).filter(|(of, _)| *of == step);
         let digests: Vec<(usize, StateDigest)> =
-            ready.iter().filter_map(|w| loaded(w).map(|(_, digest)| (*w, digest))).collect();
+            ready.iter().filter_map(|w| newest(w).map(|(_, digest)| (*w, digest))).collect();
         let votes: Vec<(usize, u64)> = digests
             .iter()
             .map(|(w, [state, weights])| (*w, state ^ weights.rotate_left(1)))
@@ -74,7 +66,7 @@ impl Supervisor {
         if step > 0 {
             self.saved = Some(step);
         }
-        for worker in ready {
+        for &(worker, _) in &digests {
             self.workers[worker].standing = Standing::Member;
         }
         self.ledger.lose(if first { "startup" } else { "restart" }, self.since_round());
