@@ -77,9 +77,9 @@ impl Small {
             options,
             rejoin_after: Duration::from_millis(20),
             limits: Arc::new(|spread| Distance {
-                worst: 0.01 * spread,
-                typical: 0.001 * spread,
-                divergence: 1e-4,
+                worst: 1e-4 * spread,
+                typical: 1e-5 * spread,
+                divergence: 1e-9,
             }),
             audit_share: self.audit_share,
             on_event: None,
@@ -101,6 +101,7 @@ impl Small {
             api_keys,
             limits,
             sampling_defaults: SamplingSettings::default(),
+            cors_origins: Vec::new(),
         });
         let (sender, receiver) = std::sync::mpsc::channel();
         let on_listening = Box::new(move |listening| sender.send(listening).unwrap());
