@@ -34,9 +34,6 @@ use round::{Replayed, Round};
 pub use workers::Seen;
 use workers::{Standing, Worker};
 
-/// A worker that loads its model may be silent for this long.
-const LOAD_DEADLINE: Duration = Duration::from_secs(300);
-
 /// What a supervised run is.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -269,6 +266,12 @@ pub struct Supervisor {
     snapshot_due: bool,
     saved: Option<u64>,
     save_failures: u32,
+    /// After a failure the next snapshot waits until then.
+    save_not_before: Duration,
+    /// Whether workers are started once the snapshot that is being written is there.
+    awaits_snapshot: bool,
+    /// The longest that a worker took to load.
+    longest_load: Option<Duration>,
     /// Steps skipped in a row.
     skips: u32,
     /// Restarts from a snapshot since a step was last done.
@@ -299,6 +302,9 @@ impl Supervisor {
             snapshot_due: false,
             saved: None,
             save_failures: 0,
+            save_not_before: Duration::ZERO,
+            awaits_snapshot: false,
+            longest_load: None,
             skips: 0,
             restarts: 0,
             ending: None,
@@ -404,7 +410,7 @@ impl Supervisor {
             _ => {}
         }
         of.open = of.open.saturating_sub(1);
-        of.progressed = now;
+        (of.progressed, of.answered) = (now, now);
         self.answered(worker, report);
     }
 
@@ -414,6 +420,8 @@ impl Supervisor {
             Report::Ready { step, digest, device } => {
                 let of = &mut self.workers[worker];
                 of.standing = if of.trial { Standing::Waiting } else { Standing::Ready };
+                let took = Some(self.now.saturating_sub(of.launched));
+                self.longest_load = self.longest_load.max(took);
                 of.loaded = digest.map(|digest| (step, digest));
                 of.numeric_class = device.numeric_class;
                 of.written_by = device.written_by;
@@ -476,7 +484,7 @@ impl Supervisor {
     fn send(&mut self, worker: usize, command: Command) {
         let of = &mut self.workers[worker];
         if of.open == 0 {
-            of.progressed = self.now;
+            (of.progressed, of.answered) = (self.now, self.now);
         }
         of.open += match &command {
             Command::Compute { nodes, .. } => nodes.len() as u32,
@@ -500,6 +508,7 @@ impl Supervisor {
         of.incarnation += 1;
         of.standing = Standing::Loading;
         (of.open, of.operations, of.injected, of.loaded) = (0, 0, None, None);
+        of.launched = self.now;
         let (incarnation, step, device) = (of.incarnation, self.step + 1, of.device.clone());
         self.outputs.push(Output::Launch { worker, incarnation, device, step });
         self.send(worker, Command::Load { from });
@@ -536,6 +545,9 @@ impl Supervisor {
 
     fn end(&mut self, ending: Ending) {
         self.settle();
+        // Whoever ends a run in peace has accounted for it already.
+        self.ledger.lose("given_up", self.since_round());
+        self.round.begun = self.now;
         for worker in 0..self.workers.len() {
             let standing = self.workers[worker].standing;
             if !matches!(standing, Standing::Out | Standing::Retired) {

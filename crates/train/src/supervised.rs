@@ -109,8 +109,23 @@ pub fn supervise(
         memory_bytes: 0,
     };
     let mut supervisor = Supervisor::new(settings(run, &config, devices));
-    let mut input = Input::Start;
-    let ending: Result<Ending, TrainError> = std::thread::scope(|scope| {
+    let ending = drive(&mut driver, &mut supervisor, &arrived);
+    // Workers end before the folder's lock is given up, whatever went wrong.
+    driver.links.clear();
+    let result = ending.and_then(|ending| driver.summary(ending, &supervisor));
+    driver.requests.ended(&result);
+    result
+}
+
+/// Hands every input to the supervisor and does what it asks for, until the run ends.
+fn drive(
+    driver: &mut Driver<'_>,
+    supervisor: &mut Supervisor,
+    arrived: &mpsc::Receiver<Input>,
+) -> Result<Ending, TrainError> {
+    let (run, saver) = (driver.run, driver.saver);
+    std::thread::scope(|scope| {
+        let mut input = Input::Start;
         loop {
             driver.overhear(&input);
             let now = run.clock.now().duration_since(driver.begun);
@@ -120,23 +135,18 @@ pub fn supervise(
                 match output {
                     Output::End(ending) => return Ok(ending),
                     Output::Save { step, digest, numeric_class } => {
-                        let (saver, inputs) = (&saver, driver.inputs.clone());
+                        let inputs = driver.inputs.clone();
                         scope.spawn(move || saver.save(step, digest, &numeric_class, &inputs));
                     }
                     output => driver.obey(output)?,
                 }
             }
-            input = match driver.asked(&supervisor) {
+            input = match driver.asked(supervisor) {
                 Some(input) => input,
                 None => arrived.recv_timeout(TICK).unwrap_or(Input::Tick),
             };
         }
-    });
-    // Workers end before the folder's lock is given up, whatever went wrong.
-    driver.links.clear();
-    let result = ending.and_then(|ending| driver.summary(ending, &supervisor));
-    driver.requests.ended(&result);
-    result
+    })
 }
 
 fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {

@@ -527,7 +527,19 @@ impl Session<'_> {
         Ok(self.last.valid_loss)
     }
 
+    /// Writes a snapshot. Where that fails the run ends: its state is that of the one before.
     fn save(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
+        let saved = self.write_snapshot(backend);
+        if let Err(error) = &saved {
+            let event = Event::new(self.step, EventKind::SnapshotFailed);
+            let cause = Some(error.to_string());
+            // The same disk may refuse this line as well; the run's error says what happened.
+            let _ = self.events.append(&Event { cause, ..event });
+        }
+        saved
+    }
+
+    fn write_snapshot(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
         self.metrics.sync()?;
         let weights = self.state.weights(backend, self.model)?;
         let moments = self.state.moments(backend)?;

@@ -69,8 +69,8 @@ fn show(arguments: &Arguments, answer: &Answer) {
         let ms = |key: &str| certificate[key].as_u64().map_or("?".to_owned(), |n| n.to_string());
         println!("{}", answer.text);
         println!(
-            "loaded in {} ms beside the run, state copied in {} ms, the step took {} ms, {} ms more \
-             than usual",
+            "loaded in {} ms beside the run, state copied in {} ms, the step took {} ms, \
+             {} ms more than usual",
             ms("load_ms"),
             ms("transfer_ms"),
             ms("step_ms"),

@@ -102,15 +102,16 @@ impl Supervisor {
         if self.workers[worker].trial {
             return self.tried(worker, of);
         }
-        let classes = self.workers.iter().map(|of| of.numeric_class.clone()).collect::<Vec<_>>();
-        let limits = self.settings.tolerance;
+        let (workers, limits) = (&self.workers, self.settings.tolerance);
+        let alike =
+            |one: usize, other: usize| workers[one].numeric_class == workers[other].numeric_class;
         if let Some(apart) = &of.apart {
             let error = apart.error.value();
             self.round.apart = Some(self.round.apart.map_or(error, |worst| worst.max(error)));
         }
         let Some(audit) = self.round.awaiting(worker, of.leaf) else { return };
-        let crosses =
-            audit.evidence == Evidence::Gradient && classes[worker] != classes[audit.owner];
+        let alike = alike(worker, audit.owner);
+        let crosses = audit.evidence == Evidence::Gradient && !alike;
         if crosses {
             match &of.apart {
                 // Asked before the leaf went to another owner: the question that counts is open.
@@ -125,7 +126,6 @@ impl Supervisor {
             }
         }
         audit.asked.retain(|asked| *asked != worker);
-        let alike = classes[worker] == classes[audit.owner];
         let own = match audit.evidence {
             Evidence::Gradient => of.digest,
             Evidence::Loss => of.loss.to_bits(),

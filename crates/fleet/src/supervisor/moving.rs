@@ -14,7 +14,7 @@ use crate::protocol::{Against, Area, Command, Publish, Source};
 use crate::run_dir::{Event, EventKind};
 
 use super::classes::{Tolerance, loss_apart};
-use super::round::Replayed;
+use super::round::{Replayed, Subtree};
 use super::workers::{Standing, Worker};
 use super::{Output, Phase, Saving, Supervisor};
 
@@ -175,6 +175,11 @@ impl Supervisor {
         }
     }
 
+    /// Whether the new workers of a move were tried and agree.
+    pub(super) fn has_passed(&self) -> bool {
+        self.moving.as_ref().is_some_and(|moving| moving.certificate.is_some())
+    }
+
     /// A new worker has the run's state, as it lies on its device.
     pub(super) fn transferred(&mut self) {
         if let Some(moving) = &mut self.moving {
@@ -250,56 +255,13 @@ impl Supervisor {
         let moving = self.moving.as_ref().expect("it is called while new workers are tried");
         let leaf = moving.micro_batch;
         let owner = self.round.published(leaf).expect("it was published before it was compared");
-        let loss = owner.losses[0];
         let mut reasons = Vec::new();
         let mut trials = Vec::new();
         for (&worker, answers) in &moving.answers {
-            let place = self.place(worker);
-            let first = &answers[0];
-            let (error, tensor) = match &first.apart {
-                Some(apart) if apart.published == owner.digest => {
-                    (apart.error.value(), apart.tensor.clone())
-                }
-                _ => (f64::NAN, String::new()),
-            };
-            let identical = first.digest == owner.digest;
-            let repeats = answers
-                .iter()
-                .all(|of| of.digest == first.digest && of.loss.to_bits() == first.loss.to_bits());
-            let loss_error = loss_apart(first.loss, loss);
-            let alike = self.are_alike(worker, owner.worker);
-            let before = reasons.len();
-            let mut say = |what: String| {
-                reasons.push(format!("{} ({}) {what}", place.device, place.numeric_class));
-            };
-            let limits = self.settings.tolerance;
-            if !repeats {
-                say("does not give the same bits twice".to_owned());
-            }
-            if alike && !identical {
-                say(format!("gives other bits than its own kind: {error:.1e} apart in `{tensor}`"));
-            }
-            // NaN is beyond every limit.
-            if !alike && !(error <= limits.gradient) {
-                let limit = limits.gradient;
-                say(format!(
-                    "is {error:.1e} apart in the gradient of `{tensor}`, limit {limit:.1e}"
-                ));
-            }
-            if !alike && !(loss_error <= limits.loss) {
-                let (mine, limit) = (first.loss, limits.loss);
-                say(format!("has a loss of {mine:.6} instead of {loss:.6}, limit {limit:.1e}"));
-            }
-            trials.push(Trial {
-                loss: first.loss,
-                loss_error,
-                gradient_error: error,
-                tensor,
-                identical,
-                repeats,
-                agree: reasons.len() == before,
-                place,
-            });
+            let (trial, why) = self.judge(worker, answers, owner);
+            let who = format!("{} ({})", trial.place.device, trial.place.numeric_class);
+            reasons.extend(why.into_iter().map(|why| format!("{who} {why}")));
+            trials.push(trial);
         }
         let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_millis() as u64;
         let loaded = moving.loaded.unwrap_or(self.now);
@@ -313,7 +275,7 @@ impl Supervisor {
             from: old.map(|worker| self.place(worker)).collect(),
             to: moving.workers.iter().map(|worker| self.place(*worker)).collect(),
             micro_batch: leaf,
-            loss,
+            loss: owner.losses[0],
             trials,
             limits: self.settings.tolerance,
             agree: reasons.is_empty(),
@@ -323,6 +285,54 @@ impl Supervisor {
             step_ms: 0,
             pause_ms: None,
         }
+    }
+
+    /// What one new worker's answers come to, and what speaks against it.
+    fn judge(&self, worker: usize, answers: &[Replayed], owner: &Subtree) -> (Trial, Vec<String>) {
+        let (first, limits) = (&answers[0], self.settings.tolerance);
+        let (error, tensor) = match &first.apart {
+            Some(apart) if apart.published == owner.digest => {
+                (apart.error.value(), apart.tensor.clone())
+            }
+            _ => (f64::NAN, String::new()),
+        };
+        let identical = first.digest == owner.digest;
+        let again =
+            |of: &Replayed| of.digest == first.digest && of.loss.to_bits() == first.loss.to_bits();
+        let repeats = answers.iter().all(again);
+        let loss_error = loss_apart(first.loss, owner.losses[0]);
+        let alike = self.are_alike(worker, owner.worker);
+        // NaN is beyond every limit.
+        let beyond = |error: f64, limit: f64| !alike && !(error <= limit);
+        let mut why = Vec::new();
+        if !repeats {
+            why.push("does not give the same bits twice".to_owned());
+        }
+        if alike && !identical {
+            why.push(format!(
+                "gives other bits than its own kind: {error:.1e} apart in `{tensor}`"
+            ));
+        }
+        if beyond(error, limits.gradient) {
+            let limit = limits.gradient;
+            let what = format!("is {error:.1e} apart in the gradient of `{tensor}`");
+            why.push(format!("{what}, limit {limit:.1e}"));
+        }
+        if beyond(loss_error, limits.loss) {
+            let (mine, theirs, limit) = (first.loss, owner.losses[0], limits.loss);
+            why.push(format!("has a loss of {mine:.6} instead of {theirs:.6}, limit {limit:.1e}"));
+        }
+        let trial = Trial {
+            place: self.place(worker),
+            loss: first.loss,
+            loss_error,
+            gradient_error: error,
+            tensor,
+            identical,
+            repeats,
+            agree: why.is_empty(),
+        };
+        (trial, why)
     }
 
     /// Gives a move up, if there is one.

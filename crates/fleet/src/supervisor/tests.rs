@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use super::*;
-use crate::protocol::{Against, Apart, Bits, DeviceFacts, Trouble};
+use crate::protocol::{Against, Apart, Bits, DeviceFacts, Node, Trouble};
 
 const LEAVES: u32 = 8;
 const STEPS: u64 = 6;
@@ -224,49 +224,11 @@ impl World {
                 say(self, Report::Imported { step, digest: self.state(step) })
             }
             Command::Compute { step, nodes, digests, .. } => {
-                if self.is_wrong(worker, step, Wrong::Crash) {
-                    let cause = "gone".to_owned();
-                    return self.outbox.push_back(Input::Gone { worker, incarnation, cause });
-                }
-                if self.is_wrong(worker, step, Wrong::Hang) {
-                    return self.hung.push((worker, incarnation));
-                }
-                if self.is_wrong(worker, step, Wrong::State) {
-                    self.changed.push((worker, incarnation));
-                }
-                if self.is_wrong(worker, step, Wrong::Stubborn) {
-                    self.stubborn.push((worker, incarnation));
-                }
-                let lie = u64::from(self.is_wrong(worker, step, Wrong::Gradient))
-                    + self.lie(worker, incarnation);
-                let bad_loss = self.is_wrong(worker, step, Wrong::Loss);
-                for node in nodes {
-                    let range = node.first..node.first + node.count;
-                    let inside = digests.iter().filter(|leaf| range.contains(leaf));
-                    let value = |leaf: &u32| (*leaf, self.of_leaf(worker, step, *leaf) + lie);
-                    let leaves = inside.map(value).collect();
-                    let value = if bad_loss { f64::NAN } else { 1.0 };
-                    let losses = vec![Bits::from(value); node.count as usize];
-                    let (digest, seconds) = (self.of_leaf(worker, step, node.first) + lie, 0.01);
-                    self.published.insert(node.first, digest);
-                    say(self, Report::Computed { step, node, digest, leaves, losses, seconds });
-                }
+                self.compute((worker, incarnation), step, &nodes, &digests);
             }
             Command::Replay { step, leaf, against } => {
-                if self.is_wrong(worker, step, Wrong::Stubborn) {
-                    self.stubborn.push((worker, incarnation));
-                }
-                let lie = self.lie(worker, incarnation)
-                    + 7 * u64::from(self.is_wrong(worker, step, Wrong::Fickle));
-                let (digest, loss) = (self.of_leaf(worker, step, leaf) + lie, 1.0.into());
-                let apart = (against == Against::Published).then(|| {
-                    let published = self.published[&leaf];
-                    // Classes differ in the upper half, lies in the lower.
-                    let apart = published as u32 != digest as u32;
-                    let error = if apart { 0.5 } else { 0.001 };
-                    Apart { published, error: error.into(), tensor: "a.weight".to_owned() }
-                });
-                say(self, Report::Replayed { step, leaf, digest, loss, apart });
+                let report = self.replay((worker, incarnation), step, leaf, against);
+                say(self, report);
             }
             Command::Check { step } => {
                 let mut digest = self.state(step - 1);
@@ -283,22 +245,73 @@ impl World {
             }
             Command::Apply { step } => {
                 if self.is_wrong(worker, step, Wrong::Apply) {
-                    let cause = "gone".to_owned();
-                    return self.outbox.push_back(Input::Gone { worker, incarnation, cause });
+                    return self.gone((worker, incarnation));
                 }
                 self.applied.push((step, worker));
                 say(self, Report::Applied { step, lr: 0.1, after: self.state(step) });
             }
             Command::Export { step, area } => {
                 if area == Area::Step && self.is_wrong(worker, step, Wrong::HandOn) {
-                    let cause = "gone".to_owned();
-                    return self.outbox.push_back(Input::Gone { worker, incarnation, cause });
+                    return self.gone((worker, incarnation));
                 }
                 say(self, Report::Exported { step, area, digest: self.state(step)[0] });
             }
             Command::Score { step } => say(self, Report::Scored { step, loss: 1.0.into() }),
             Command::Stop => {}
         }
+    }
+
+    fn gone(&mut self, (worker, incarnation): (usize, u32)) {
+        let cause = "gone".to_owned();
+        self.outbox.push_back(Input::Gone { worker, incarnation, cause });
+    }
+
+    fn compute(&mut self, of: (usize, u32), step: u64, nodes: &[Node], digests: &[u32]) {
+        let (worker, incarnation) = of;
+        if self.is_wrong(worker, step, Wrong::Crash) {
+            return self.gone(of);
+        }
+        if self.is_wrong(worker, step, Wrong::Hang) {
+            return self.hung.push(of);
+        }
+        if self.is_wrong(worker, step, Wrong::State) {
+            self.changed.push(of);
+        }
+        if self.is_wrong(worker, step, Wrong::Stubborn) {
+            self.stubborn.push(of);
+        }
+        let lie =
+            u64::from(self.is_wrong(worker, step, Wrong::Gradient)) + self.lie(worker, incarnation);
+        let bad_loss = self.is_wrong(worker, step, Wrong::Loss);
+        for &node in nodes {
+            let range = node.first..node.first + node.count;
+            let inside = digests.iter().filter(|leaf| range.contains(leaf));
+            let value = |leaf: &u32| (*leaf, self.of_leaf(worker, step, *leaf) + lie);
+            let leaves = inside.map(value).collect();
+            let value = if bad_loss { f64::NAN } else { 1.0 };
+            let losses = vec![Bits::from(value); node.count as usize];
+            let (digest, seconds) = (self.of_leaf(worker, step, node.first) + lie, 0.01);
+            self.published.insert(node.first, digest);
+            let report = Report::Computed { step, node, digest, leaves, losses, seconds };
+            self.outbox.push_back(Input::Report { worker, incarnation, report });
+        }
+    }
+
+    fn replay(&mut self, of: (usize, u32), step: u64, leaf: u32, against: Against) -> Report {
+        let (worker, incarnation) = of;
+        if self.is_wrong(worker, step, Wrong::Stubborn) {
+            self.stubborn.push(of);
+        }
+        let fickle = u64::from(self.is_wrong(worker, step, Wrong::Fickle));
+        let lie = self.lie(worker, incarnation) + 7 * fickle;
+        let (digest, loss) = (self.of_leaf(worker, step, leaf) + lie, 1.0.into());
+        let apart = (against == Against::Published).then(|| {
+            let published = self.published[&leaf];
+            // Classes differ in the upper half, lies in the lower.
+            let error = if published as u32 == digest as u32 { 0.001 } else { 0.5 };
+            Apart { published, error: error.into(), tensor: "a.weight".to_owned() }
+        });
+        Report::Replayed { step, leaf, digest, loss, apart }
     }
 
     fn kinds(&self) -> Vec<&'static str> {

@@ -61,6 +61,10 @@ pub(super) struct Worker {
     pub open: u32,
     /// When it last showed that it gets on.
     pub progressed: Duration,
+    /// When its process was started.
+    pub launched: Duration,
+    /// When it last answered, or was given something to do after a rest.
+    pub answered: Duration,
     pub operations: u64,
     pub longest_pause: Duration,
     /// Times it was taken out for what it did.
@@ -96,6 +100,8 @@ impl Worker {
             seconds: None,
             open: 0,
             progressed: Duration::ZERO,
+            launched: Duration::ZERO,
+            answered: Duration::ZERO,
             operations: 0,
             longest_pause: Duration::ZERO,
             strikes: 0,
