@@ -183,7 +183,10 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
 fn tolerance(run: &Run<'_>) -> Result<Tolerance> {
     let model = pontoon_train::model_of(&run.config, &run.base)?;
     let limits = Limits::of(&sizes(&model, run.config.train.dtype.dtype(), 1), 1.0);
-    Ok(Tolerance { gradient: limits.gradient_error, loss: limits.gradient_error })
+    let (gradient, drift) = (limits.gradient_error, limits.loss_drift);
+    // A loss is rounded on the way through the layers once, a gradient twice; but where nearly
+    // all is learnt, a few rows decide both.
+    Ok(Tolerance { gradient, loss: gradient, drift })
 }
 
 /// The settings' file and the run folder.
@@ -259,6 +262,9 @@ impl Observer for Display {
         let said = match event.kind {
             EventKind::Snapshot | EventKind::Started | EventKind::Finished => return,
             EventKind::Resumed => format!("resumed at step {}", event.step),
+            EventKind::Moved => {
+                format!("step {}: moved {}", event.step, event.action.as_deref().unwrap_or("?"))
+            }
             kind => {
                 let cause = event.cause.as_deref().unwrap_or_default();
                 format!("step {}: {kind:?}: {cause}", event.step)
