@@ -15,8 +15,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve, status,
-    tokenizer, train,
+    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve, simulate,
+    status, tokenizer, train,
 };
 
 /// Trains and serves language models on whatever accelerators there are.
@@ -77,6 +77,10 @@ enum Command {
     /// Finds the first operation on which two devices do not agree.
     #[command(after_help = "Example:\n  pontoon bisect qwen3-1m --devices cpu,cpu:threads=1")]
     Bisect(bisect::Arguments),
+    /// Runs the supervisor against a simulated fleet: weeks of faults in seconds.
+    #[command(after_help = "Examples:\n  pontoon simulate --seed 17\n  pontoon simulate --workers 512 \
+                            --days 54 --rate published")]
+    Simulate(simulate::Arguments),
     /// One device of a supervised run; `train` starts it.
     #[command(hide = true)]
     Worker(commands::worker::Arguments),
@@ -112,6 +116,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::Qualify(arguments) => qualify::run(arguments),
         Command::Compare(arguments) => compare::run(arguments),
         Command::Bisect(arguments) => bisect::run(arguments),
+        Command::Simulate(arguments) => simulate::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Bench(command) => bench::run(command),
     }
