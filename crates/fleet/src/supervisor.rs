@@ -24,6 +24,7 @@ use crate::run_dir::{Event, EventKind};
 use ledger::Ledger;
 use losing::{CHANGED, Loss};
 use round::Round;
+pub use workers::Seen;
 use workers::{Standing, Worker};
 
 /// What a supervised run is.
@@ -312,6 +313,16 @@ impl Supervisor {
         }
         while self.phase != Phase::Over && self.advance() {}
         std::mem::take(&mut self.outputs)
+    }
+
+    /// Steps done so far.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The workers as people see them.
+    pub fn workers(&self) -> Vec<Seen<'_>> {
+        self.workers.iter().enumerate().map(|(worker, of)| of.seen(worker)).collect()
     }
 
     /// Seconds lost so far, by cause.

@@ -17,11 +17,15 @@ use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
 use super::sse::{Left, Out, stream};
 use super::{body, formats, reply, usage_json};
 use crate::app::App;
+use crate::seats::Seat;
 
 /// Tokens of a completion if the request does not say, as OpenAI has it.
 const TOKENS_DEFAULT: usize = 16;
 /// Prompts of one request at most.
 const PROMPTS_MAX: usize = 1024;
+
+/// Sequences of one request at most: each holds its prompt while it waits.
+const SEQUENCES_MAX: usize = 1024;
 
 /// A request as read.
 struct Wanted {
@@ -31,6 +35,8 @@ struct Wanted {
     echo: bool,
     /// Likeliest tokens to tell; `None` for no log-probabilities.
     logprobs: Option<usize>,
+    /// Its place among the requests that are answered.
+    _seat: Seat,
 }
 
 /// The endpoint.
@@ -67,7 +73,12 @@ impl Wanted {
         }
         let logprobs = fields.whole("logprobs", 0..=TOP_LOGPROBS_MAX)?;
         let logprobs = logprobs.map(|count| count as usize);
-        Ok(Wanted { id: app.fresh_id("cmpl"), prompts, settings, echo, logprobs })
+        if prompts.len() * settings.choices > SEQUENCES_MAX {
+            let want = format!("so few that all prompts have at most {SEQUENCES_MAX} choices");
+            return Err(fields.wrong("n", &want));
+        }
+        let id = app.fresh_id("cmpl");
+        Ok(Wanted { id, prompts, settings, echo, logprobs, _seat: app.seat()? })
     }
 
     fn start<'a>(&self, app: &'a App) -> Flow<'a> {
@@ -192,7 +203,7 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
     let choices: Value = answers.into_iter().enumerate().map(told).collect();
     let mut value = wanted.object(app, choices);
     value["usage"] = usage_json(flow.usage(), None);
-    value["system_fingerprint"] = flow.numeric_classes().into();
+    value["system_fingerprint"] = flow.classes().into();
     value["device"] = flow.devices().into();
     Ok(reply(&value))
 }
@@ -241,7 +252,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             "finish_reason": finish,
         });
         let mut value = wanted.object(app, json!([choice]));
-        value["system_fingerprint"] = flow.numeric_classes().into();
+        value["system_fingerprint"] = flow.classes().into();
         out.data(&value).await?;
     }
     if wanted.settings.stream_usage {

@@ -89,7 +89,13 @@ impl Settings {
             end_tokens.push(app.token(token, &format!("stop_token_ids[{at}]"))?);
         }
         let shown = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
+        // Who asks is none of the server's business, but a wrong type is a mistake.
+        fields.text("user")?;
+        let stream = fields.flag("stream")?.unwrap_or(false);
         let options = fields.object("stream_options")?;
+        if options.is_some() && !stream {
+            return Err(fields.wrong("stream_options", "absent where `stream` is not true"));
+        }
         let usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten();
         Ok(Settings {
             sampling,
@@ -100,7 +106,7 @@ impl Settings {
             tokens_min: fields.whole("min_tokens", 0..=u64::from(u32::MAX))?.unwrap_or(0) as usize,
             logit_bias: logit_bias(fields, app)?,
             skip_special: fields.flag("skip_special_tokens")?.unwrap_or(true),
-            stream: fields.flag("stream")?.unwrap_or(false),
+            stream,
             stream_usage: usage.unwrap_or(false),
             constraint: None,
         })
