@@ -16,7 +16,7 @@ use clap::{Parser, Subcommand};
 
 use commands::{
     bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve, simulate,
-    status, tokenizer, train,
+    status, stop, tokenizer, train,
 };
 
 /// Trains and serves language models on whatever accelerators there are.
@@ -48,8 +48,11 @@ enum Command {
     #[command(after_help = "Example:\n  pontoon train my-run/run.toml --set train.lr=1e-3")]
     Train(train::Arguments),
     /// Shows where a run stands.
-    #[command(after_help = "Example:\n  pontoon status my-run/run")]
+    #[command(after_help = "Example:\n  pontoon status my-run/run --watch")]
     Status(status::Arguments),
+    /// Has a live run save its state at the next step and end.
+    #[command(after_help = "Example:\n  pontoon stop my-run/run")]
+    Stop(stop::Arguments),
     /// Continues a prompt.
     #[command(after_help = "Example:\n  pontoon generate my-run/run -p '57+968=?'")]
     Generate(generate::Arguments),
@@ -108,6 +111,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::New(arguments) => new::run(arguments),
         Command::Train(arguments) => train::run(arguments),
         Command::Status(arguments) => status::run(arguments),
+        Command::Stop(arguments) => stop::run(arguments),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
