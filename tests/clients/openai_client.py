@@ -149,10 +149,12 @@ def responses():
             text += event.delta
     assert names[0] == "response.created", names
     assert names[-1] in ("response.completed", "response.incomplete"), names
-    with client.responses.stream(input="Two?", **more) as stream:
+    wanted = {"format": {"type": "json_schema", "name": "sum", "schema": schema}}
+    formatted = {"model": model, "input": "x", "text": wanted, "max_output_tokens": 400}
+    with client.responses.stream(**formatted) as stream:
         for _ in stream:
             pass
-        assert stream.get_final_response().status in ("completed", "incomplete")
+        assert 0 <= json.loads(stream.get_final_response().output_text)["answer"] <= 99
     own = {"type": "function", "name": "add", "parameters": schema, "strict": True}
     called = client.responses.create(
         model=model, input="Add.", tools=[own], tool_choice="required", max_output_tokens=400
@@ -161,8 +163,7 @@ def responses():
     assert 0 <= json.loads(call.arguments)["answer"] <= 99
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "2"}
     client.responses.create(input=[result], previous_response_id=called.id, **more)
-    wanted = {"format": {"type": "json_schema", "name": "sum", "schema": schema}}
-    made = client.responses.create(model=model, input="x", text=wanted, max_output_tokens=400)
+    made = client.responses.create(**formatted)
     assert 0 <= json.loads(made.output_text)["answer"] <= 99
     begun = client.responses.create(model=model, input="Count.", background=True)
     ended = client.responses.cancel(begun.id)
