@@ -11,6 +11,14 @@ use crate::protocol::Node;
 const HANG_FACTOR: u32 = 8;
 /// But never before this.
 const HANG_FLOOR: Duration = Duration::from_millis(1500);
+/// A worker that loads its model may be silent for this long while nobody knows how long it takes,
+/// and never longer.
+const LOAD_CEILING: Duration = Duration::from_secs(300);
+/// Once others have loaded, it may take this many times longer than the slowest of them did:
+/// disks and memories are shared by all that start at once.
+const LOAD_FACTOR: u32 = 10;
+/// But always this long.
+const LOAD_FLOOR: Duration = Duration::from_secs(30);
 /// A worker is called slow at this many times the others' median time for a micro-batch.
 const SLOW_FACTOR: f64 = 2.0;
 /// A worker that takes this many times longer than it should while all others wait is given up.
@@ -33,6 +41,11 @@ impl HangAfter {
             HangAfter::Fixed(given) => given,
         }
     }
+}
+
+/// How long a worker may load, given the longest that one took so far, if any did.
+pub fn load_deadline(longest: Option<Duration>) -> Duration {
+    longest.map_or(LOAD_CEILING, |of| (of * LOAD_FACTOR).clamp(LOAD_FLOOR, LOAD_CEILING))
 }
 
 /// How many of equal pieces of work each worker takes so that the last one is done soonest, given
@@ -163,6 +176,14 @@ mod tests {
             .map(|counts| worst(&counts))
             .fold(f64::INFINITY, f64::min);
         assert_eq!(worst(&shares(16, &seconds)), best);
+    }
+
+    #[test]
+    fn loading_may_take_ten_times_what_it_took_others_within_limits() {
+        assert_eq!(load_deadline(None), Duration::from_secs(300));
+        assert_eq!(load_deadline(Some(Duration::from_secs(1))), Duration::from_secs(30));
+        assert_eq!(load_deadline(Some(Duration::from_secs(7))), Duration::from_secs(70));
+        assert_eq!(load_deadline(Some(Duration::from_secs(90))), Duration::from_secs(300));
     }
 
     #[test]

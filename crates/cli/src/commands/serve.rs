@@ -112,7 +112,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     })?;
     let app = App::new(AppParts {
         model_name: arguments.name.clone().unwrap_or_else(|| folder_name(&arguments.model)),
-        template: source.chat_template(),
+        template: source.chat_template()?,
         tokenizer,
         pool,
         api_keys,

@@ -1,8 +1,10 @@
 //! What a step's results are worth: audits, sums and state are compared before anything is
 //! applied, and who is alone with a value is taken out.
 
+use std::sync::Arc;
+
 use crate::policy::{Verdict, verdict};
-use crate::protocol::{Area, Command, Publish};
+use crate::protocol::{Area, Command, Node, Publish};
 use crate::run_dir::{Event, EventKind};
 
 use super::losing::{CHANGED, Loss};
@@ -39,12 +41,12 @@ impl Supervisor {
     fn ask_for_sums(&mut self) {
         self.phase = Phase::Combining;
         self.round.combined.clear();
-        let nodes = match self.round.publish {
-            Publish::Shared => self.round.nodes(),
-            Publish::Local => Vec::new(),
+        let nodes: Arc<[Node]> = match self.round.publish {
+            Publish::Shared => self.round.nodes().into(),
+            Publish::Local => Arc::from([]),
         };
         for worker in self.replicas() {
-            let nodes = nodes.clone();
+            let nodes = Arc::clone(&nodes);
             self.send(worker, Command::Combine { step: self.step + 1, nodes });
         }
     }
