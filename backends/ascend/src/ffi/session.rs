@@ -447,11 +447,6 @@ pub struct Pinned {
 unsafe impl Send for Pinned {}
 
 impl Pinned {
-    /// Its size.
-    pub fn len(&self) -> usize {
-        self.bytes
-    }
-
     /// Puts bytes in. The caller knows that no copy still reads there.
     pub fn write(&mut self, start: usize, bytes: &[u8]) {
         let fits = start.checked_add(bytes.len()).is_some_and(|end| end <= self.bytes);

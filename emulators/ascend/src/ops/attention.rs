@@ -514,10 +514,12 @@ fn forward(
         let v_width = geometry.v_width;
         for (index, sums) in sums.chunks_mut(v_width.max(1)).enumerate() {
             let at = (row + index) * geometry.heads + head;
-            sums.iter_mut().for_each(|x| *x /= totals[index]);
+            // Scores that are all minus infinity have no softmax: 0 / 0 shows it.
+            let total = if totals[index] == 0.0 { f32::NAN } else { totals[index] };
+            sums.iter_mut().for_each(|x| *x /= total);
             store_floats(isa, out, at * v_width, 1, sums, rounding);
             store_floats(isa, peak, at * REPEATS, 1, &[peaks[index]; REPEATS], Rounding::Nearest);
-            store_floats(isa, sum, at * REPEATS, 1, &[totals[index]; REPEATS], Rounding::Nearest);
+            store_floats(isa, sum, at * REPEATS, 1, &[total; REPEATS], Rounding::Nearest);
         }
     });
     Ok(())
