@@ -32,7 +32,7 @@ use crate::scratch::Scratch;
 use crate::simd::{ISA_VARIABLE, Isa};
 
 /// How to open the device.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
     /// Threads that work on one operation; all cores if absent.
     pub threads: Option<usize>,

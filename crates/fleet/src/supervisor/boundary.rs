@@ -1,8 +1,9 @@
 //! The beginning and the end of a step: who takes part, what is handed out, what is saved.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::policy::{Verdict, apart, assign, is_audited, is_slow, verdict};
+use crate::policy::{Verdict, apart, assign, is_audited, slow, verdict};
 use crate::protocol::{Area, Command, Node, Publish, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
@@ -153,7 +154,10 @@ impl Supervisor {
         let settings = &self.settings;
         let drawn = self.workers[owner].on_probation
             || is_audited(settings.audit, settings.seed, self.step + 1, leaf);
-        let auditor = self.auditor(leaf, owner, members).filter(|_| drawn)?;
+        if !drawn {
+            return None;
+        }
+        let auditor = self.auditor(leaf, owner, members)?;
         self.round.audits.retain(|audit| audit.leaf != leaf);
         self.round.audits.push(Audit::new(leaf, owner, auditor));
         Some(auditor)
@@ -294,13 +298,20 @@ impl Supervisor {
         if over { self.finish() } else { self.begin_step() }
     }
 
-    /// Whether a member is slow for its kind: a slower kind is no fault, it just gets less.
-    fn is_slow(&self, index: usize, members: &[usize], seconds: &[f64]) -> bool {
-        let alike = |at: &usize| self.are_alike(members[*at], members[index]);
-        let alike: Vec<usize> = (0..members.len()).filter(alike).collect();
-        let place = alike.iter().position(|at| *at == index);
-        let seconds: Vec<f64> = alike.iter().map(|at| seconds[*at]).collect();
-        place.is_some_and(|place| is_slow(place, &seconds))
+    /// Which members are slow for their kind: a slower kind is no fault, it just gets less.
+    fn slow_for_their_kind(&self, members: &[usize], seconds: &[f64]) -> Vec<bool> {
+        let mut kinds: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for (place, &worker) in members.iter().enumerate() {
+            kinds.entry(&self.workers[worker].numeric_class).or_default().push(place);
+        }
+        let mut are = vec![false; members.len()];
+        for places in kinds.values() {
+            let alike: Vec<f64> = places.iter().map(|place| seconds[*place]).collect();
+            for (place, is_slow) in places.iter().zip(slow(&alike)) {
+                are[*place] = is_slow;
+            }
+        }
+        are
     }
 
     /// Names those that fell behind; gives up those that get no leaf any more.
@@ -312,10 +323,10 @@ impl Supervisor {
         };
         let counts = crate::policy::shares(self.settings.leaves, &seconds);
         let even = self.settings.leaves / members.len().max(1) as u32;
+        let is_slow = self.slow_for_their_kind(members, &seconds);
         for (index, &worker) in members.iter().enumerate() {
-            let slow = self.is_slow(index, members, &seconds);
             let of = &mut self.workers[worker];
-            of.slow_steps = if slow { of.slow_steps + 1 } else { 0 };
+            of.slow_steps = if is_slow[index] { of.slow_steps + 1 } else { 0 };
             if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
                 let cause = format!(
                     "{:.0} ms for a micro-batch: too slow to be of use",
