@@ -6,8 +6,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use pontoon_ops::sums::of_row;
+
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
-use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
+use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind, Watch};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
@@ -18,7 +20,7 @@ use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
 /// evenly.
 const TILE_ROWS: usize = 48;
 /// Columns of a task's tile.
-const TILE_COLUMNS: usize = 256;
+pub(super) const TILE_COLUMNS: usize = 256;
 /// Longest stretch of a chain between two visits to the sums: a right panel of this many units is
 /// 32 KB with AVX-512, the size of the first-level cache.
 const CHAIN_UNITS_MAX: usize = 256;
@@ -134,6 +136,7 @@ pub(super) fn run<T: Unit>(
     scratch: &mut Scratch,
     product: &Product<'_, T>,
     mut c: MatrixMut<'_>,
+    watch: Option<&Watch>,
 ) {
     let geometry = isa.geometry();
     let blocks = Blocks::new(product, geometry);
@@ -169,6 +172,8 @@ pub(super) fn run<T: Unit>(
                 dot: product.dot,
                 bias: if bias.is_empty() { None } else { Some(&bias[column..][..columns]) },
                 store: product.store,
+                first: (row, column),
+                watch,
             };
             match c.data.from(row * c.row_stride + column) {
                 DataMut::F32(c) => compute(pool, isa, &region, Tiles::new(c, grid), grid, sums),
@@ -271,6 +276,9 @@ struct Region<'a> {
     dot: bool,
     bias: Option<&'a [f32]>,
     store: Store,
+    /// Its place in C.
+    first: (usize, usize),
+    watch: Option<&'a Watch>,
 }
 
 /// Computes all tiles of a region.
@@ -324,6 +332,12 @@ impl<C: Element> Kernel for TileTask<'_, C> {
         let (width, region) = (2 * S::LANES, self.region);
         let units = region.units;
         let micro_words = S::MICRO_ROWS * width;
+        if let Some(watch) = region.watch
+            && region.store == Store::Accumulate
+        {
+            watch.before.fetch_add(self.words(), Ordering::Relaxed);
+        }
+        let mut row_sums = [simd.zero(); TILE_ROWS];
         let mut unit = 0;
         loop {
             let stretch = region.chain_units.min(units - unit);
@@ -343,6 +357,10 @@ impl<C: Element> Kernel for TileTask<'_, C> {
                     } else {
                         micro_tile::<S, false>(simd, rows, tile);
                     }
+                    if is_last && region.watch.is_some() {
+                        let sums = &mut row_sums[row..row + rows];
+                        self.watch(simd, (row, column), slot, sums);
+                    }
                     if is_last {
                         self.write(simd, row, rows, column, slot);
                     }
@@ -356,10 +374,56 @@ impl<C: Element> Kernel for TileTask<'_, C> {
                 break;
             }
         }
+        if let Some(watch) = region.watch {
+            watch.stored.fetch_add(self.words(), Ordering::Relaxed);
+            let (row, column) = (region.first.0 + self.row, region.first.1 + self.column);
+            for (index, sum) in row_sums.iter().enumerate().take(self.tile.rows()) {
+                watch.row(row + index, column / TILE_COLUMNS, simd.reduce_sum(*sum));
+            }
+        }
     }
 }
 
 impl<C: Element> TileTask<'_, C> {
+    /// The word sum of the tile as it stands.
+    #[inline(always)]
+    fn words(&mut self) -> u32 {
+        let mut sum = 0_u32;
+        for row in 0..self.tile.rows() {
+            sum = sum.wrapping_add(of_row(bytemuck::cast_slice(self.tile.row(row))));
+        }
+        sum
+    }
+
+    /// Adds the sums of one register tile to those of its rows; spoils one first where asked to.
+    #[inline(always)]
+    fn watch<S: Simd>(
+        &mut self,
+        simd: S,
+        (row, column): (usize, usize),
+        slot: usize,
+        row_sums: &mut [S::F32],
+    ) {
+        let width = 2 * S::LANES;
+        let columns = width.min(self.tile.columns() - column);
+        if let Some(flip) = self.region.watch.and_then(|watch| watch.flip) {
+            let first = self.region.first;
+            let at = (first.0 + self.row + row, first.1 + self.column + column);
+            let rows = at.0..at.0 + row_sums.len();
+            if rows.contains(&flip.row) && (at.1..at.1 + columns).contains(&flip.column) {
+                let place = slot + (flip.row - at.0) * width + flip.column - at.1;
+                let sum = &mut self.sums[place];
+                *sum = f32::from_bits(sum.to_bits() ^ 1 << flip.bit);
+            }
+        }
+        for (index, row_sum) in row_sums.iter_mut().enumerate() {
+            let sums = &self.sums[slot + index * width..][..columns];
+            let (left, right) = sums.split_at(S::LANES.min(columns));
+            let both = simd.add(simd.load(left), simd.load(right));
+            *row_sum = simd.add(*row_sum, both);
+        }
+    }
+
     /// Rounds the sums of one register tile into C.
     #[inline(always)]
     fn write<S: Simd>(&mut self, simd: S, row: usize, rows: usize, column: usize, slot: usize) {
