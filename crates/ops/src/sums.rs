@@ -61,9 +61,9 @@ pub fn runs(view: &View) -> Option<Runs> {
     // Outer dimensions of more than one element must step evenly.
     let outer: Vec<usize> =
         (0..rank.saturating_sub(1)).filter(|&axis| view.dim(axis) > 1).collect();
-    let even = outer.windows(2).all(|pair| {
-        view.stride(pair[0]) == view.stride(pair[1]) * view.dim(pair[1])
-    });
+    let even = outer
+        .windows(2)
+        .all(|pair| view.stride(pair[0]) == view.stride(pair[1]) * view.dim(pair[1]));
     let step = outer.last().map_or(width, |&axis| view.stride(axis));
     even.then_some(Runs { start, bytes, count, step: view.dtype.bytes(step) })
 }

@@ -129,9 +129,8 @@ impl Checks {
 
     fn check_at(&mut self, op: &Op, index: usize, slot: usize) {
         let of_slot = runs(&self.slots[slot].view);
-        let same = |view: &View| {
-            view.buffer == self.slots[slot].view.buffer && runs(view) == of_slot
-        };
+        let same =
+            |view: &View| view.buffer == self.slots[slot].view.buffer && runs(view) == of_slot;
         let operands = op.operands();
         let found = operands.iter().position(|o| o.access.reads() && same(&o.view));
         match found {

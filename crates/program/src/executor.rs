@@ -207,11 +207,7 @@ impl Executor {
         Ok(())
     }
 
-    fn sums(
-        &self,
-        backend: &mut dyn Backend,
-        slots: &[usize],
-    ) -> Result<Vec<u32>, DeviceError> {
+    fn sums(&self, backend: &mut dyn Backend, slots: &[usize]) -> Result<Vec<u32>, DeviceError> {
         if slots.is_empty() {
             return Ok(Vec::new());
         }

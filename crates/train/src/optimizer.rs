@@ -6,7 +6,8 @@
 use pontoon_models::{HostWeights, Model};
 use pontoon_ops::sums::Ask;
 use pontoon_ops::{
-    AdamW, Backend, BufferId, DType, DeviceError, DeviceErrorKind, Muon, Op, SumSquares, View, hyper,
+    AdamW, Backend, BufferId, DType, DeviceError, DeviceErrorKind, Muon, Op, SumSquares, View,
+    hyper,
 };
 use pontoon_program::{Class, Memory, ProgramError};
 

@@ -15,15 +15,13 @@ use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 use pontoon_ops::sums::{Ask, Sums, of_row};
-use pontoon_ops::{
-    Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
-};
+use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View};
 
 use crate::config::RunConfig;
 use crate::data::Batch;
 use crate::error::TrainError;
-use crate::run_files::{restore_moments, restore_weights, samples};
 use crate::optimizer::changed;
+use crate::run_files::{restore_moments, restore_weights, samples};
 use crate::step::TrainingState;
 use crate::trainer::{Data, model_of};
 

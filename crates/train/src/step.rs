@@ -298,7 +298,8 @@ impl TrainingState {
         let Some(sums) = &mut self.sums else {
             return Ok(backend.launch(&self.adds[buffer])?);
         };
-        let found = backend.launch_summed(&self.adds[buffer], Ask { read: 0b11, written: 0b100 })?;
+        let found =
+            backend.launch_summed(&self.adds[buffer], Ask { read: 0b11, written: 0b100 })?;
         if found.read[..2] != sums[buffer..buffer + 2] {
             return Err(changed("a gradient", "it was added to another").into());
         }
@@ -456,9 +457,7 @@ fn gradient(memory: &Memory, index: usize) -> (BufferId, usize) {
 }
 
 fn adds(memory: &Memory, count: usize, elements: usize) -> Vec<Op> {
-    let view = |index: usize| {
-        View::contiguous(gradient(memory, index).0, DType::F32, [elements])
-    };
+    let view = |index: usize| View::contiguous(gradient(memory, index).0, DType::F32, [elements]);
     debug_assert_eq!(GRADIENT, "gradients.0");
     let add = |index: usize| Add { a: view(index), b: view(index + 1), y: view(index) };
     (0..count - 1).map(|index| Op::from(add(index))).collect()

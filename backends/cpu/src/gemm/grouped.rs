@@ -3,9 +3,7 @@
 //! Each group is an ordinary product, so the bits rule carries over: a row's result does not depend
 //! on which rows share its group.
 
-use super::{
-    Data, GemmArgs, Layout, Matrix, MatrixMut, Store, WrongRow, gemm, gemm_checked,
-};
+use super::{Data, GemmArgs, Layout, Matrix, MatrixMut, Store, WrongColumn, gemm, gemm_checked};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::Isa;
@@ -49,11 +47,11 @@ pub fn grouped_gemm_checked(
     isa: Isa,
     scratch: &mut Scratch,
     args: GroupedGemmArgs<'_>,
-) -> Result<(), WrongRow> {
+) -> Result<(), WrongColumn> {
     let mut wrong = Ok(());
     each_group(args, |one| {
-        if let Err(row) = gemm_checked(pool, isa, scratch, one, None) {
-            wrong = Err(row);
+        if let Err(column) = gemm_checked(pool, isa, scratch, one, None) {
+            wrong = Err(column);
         }
     });
     wrong

@@ -19,7 +19,7 @@ mod tile;
 mod verify;
 
 pub use grouped::{GroupedGemmArgs, grouped_gemm, grouped_gemm_checked};
-pub use verify::{Flip, ProductSums, WrongRow};
+pub use verify::{Flip, ProductSums, WrongColumn};
 
 use verify::{Operands, Watch};
 
@@ -171,30 +171,30 @@ pub const GEMV_ROWS_MAX: usize = 8;
 ///
 /// Panics if an operand is smaller than its shape or A and B differ in type.
 pub fn gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, args: GemmArgs<'_>) {
-    run_watched(pool, isa, scratch, args, None);
+    run(pool, isa, scratch, args, None);
 }
 
-/// Computes one product, forms the word sums of its operands and checks its arithmetic; `flip`
-/// spoils it on purpose. The bits are those of [`gemm`].
+/// Computes one product, forms the word sums of its result and checks its arithmetic; `flip` spoils
+/// it on purpose. The bits are those of [`gemm`].
 pub fn gemm_checked(
     pool: &Pool,
     isa: Isa,
     scratch: &mut Scratch,
     args: GemmArgs<'_>,
     flip: Option<Flip>,
-) -> Result<ProductSums, WrongRow> {
-    let GemmArgs { layout, m, n, k, a, b, .. } = args;
-    let watch = Watch::new(m, n.div_ceil(tile::TILE_COLUMNS), flip);
-    run_watched(pool, isa, scratch, args, Some(&watch));
-    verify::verify((pool, isa), scratch, &Operands { layout, m, n, k, a, b }, &watch)
+) -> Result<ProductSums, WrongColumn> {
+    let GemmArgs { layout, m, k, a, b, .. } = args;
+    let mut watch = Watch { flip, ..Watch::default() };
+    run(pool, isa, scratch, args, Some(&mut watch));
+    verify::confirm((pool, isa), scratch, &Operands { layout, m, k, a, b }, &watch)
 }
 
-fn run_watched(
+fn run(
     pool: &Pool,
     isa: Isa,
     scratch: &mut Scratch,
     args: GemmArgs<'_>,
-    watch: Option<&Watch>,
+    watch: Option<&mut Watch>,
 ) {
     check(&args);
     if args.m == 0 || args.n == 0 {
@@ -215,7 +215,7 @@ fn typed<T: Unit>(
     scratch: &mut Scratch,
     args: GemmArgs<'_>,
     (a, b): (&[T], &[T]),
-    watch: Option<&Watch>,
+    watch: Option<&mut Watch>,
 ) {
     let product = Product {
         layout: args.layout,

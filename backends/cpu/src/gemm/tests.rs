@@ -109,7 +109,7 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
         pool: &Pool,
         isa: Isa,
         flip: Option<Flip>,
-    ) -> (Vec<C>, Result<ProductSums, WrongRow>) {
+    ) -> (Vec<C>, Result<ProductSums, WrongColumn>) {
         let mut c = self.c.clone();
         let sums = gemm_checked(pool, isa, &mut Scratch::new(), self.args(&mut c), flip);
         (c, sums)
@@ -461,22 +461,12 @@ fn check_checked<T: Wrap, C: Wrap>(seed: u64) {
                 let (c, sums) = case.run_checked(&pool, isa, None);
                 let what = format!("{} {layout:?} {shape:?} {:?}", isa.name(), case.store);
                 assert_eq!(c, case.run(&pool, isa), "{what}");
-                let (m, n, k) = shape;
-                let (a, b) = match layout {
-                    Layout::Nt => ((m, k), (n, k)),
-                    Layout::Nn => ((m, k), (k, n)),
-                    Layout::Tn => ((k, m), (k, n)),
-                };
+                let (m, n, _) = shape;
                 let before = match case.store {
                     Store::Overwrite => 0,
                     Store::Accumulate => words(&case.c, case.c_stride, (m, n)),
                 };
-                let want = ProductSums {
-                    a: words(&case.a, case.a_stride, a),
-                    b: words(&case.b, case.b_stride, b),
-                    before,
-                    stored: words(&c, case.c_stride, (m, n)),
-                };
+                let want = ProductSums { before, stored: words(&c, case.c_stride, (m, n)) };
                 assert_eq!(sums, Ok(want), "{what}");
             }
         }
@@ -484,7 +474,7 @@ fn check_checked<T: Wrap, C: Wrap>(seed: u64) {
 }
 
 #[test]
-fn a_checked_product_has_the_same_bits_and_tells_the_sums_of_its_operands() {
+fn a_checked_product_has_the_same_bits_and_tells_the_sums_of_its_result() {
     check_checked::<f32, f32>(81);
     check_checked::<bf16, bf16>(82);
     check_checked::<bf16, f32>(83);
@@ -503,7 +493,7 @@ fn flips_of_sign_and_exponent_bits_in_the_sums_of_a_product_are_found() {
                 let bit = 23 + random.below(9) as u32;
                 let (row, column) = (random.below(shape.0), random.below(shape.1));
                 let (_, sums) = case.run_checked(&pool, isa, Some(Flip { row, column, bit }));
-                assert!(sums.is_ok() || sums == Err(WrongRow(row)));
+                assert!(sums.is_ok() || sums == Err(WrongColumn(column)));
                 flips += 1;
                 found += usize::from(sums.is_err());
             }
@@ -518,7 +508,7 @@ fn odd_but_honest_products_are_not_accused() {
     let mut random = Random(95);
     for isa in Isa::available() {
         for layout in LAYOUTS {
-            let mut case = Case::<bf16, f32>::random(&mut random, layout, (70, 300, 260));
+            let mut case = Case::<bf16, f32>::random(&mut random, layout, (50, 70, 130));
             let honest = |case: &Case<bf16, f32>, what: &str| {
                 let (_, sums) = case.run_checked(&pool, isa, None);
                 assert!(sums.is_ok(), "{} {layout:?}: {what}", isa.name());

@@ -1,24 +1,24 @@
-//! Checks of a product while it is computed and right after: word sums of its operands, and whether
-//! its f32 sums add up.
+//! Whether a product's f32 sums add up, checked while it is computed.
 //!
-//! For `C = A B` the sum of row i of C must be row i of A times the vector of B's row sums, which
-//! costs two passes over the operands instead of a second product. The two sides are rounded in
-//! different orders, so they differ a little: a row beyond [`limit`] is computed once more, and as
-//! an element's bits depend on nothing but its row and column, an honest row then gives the same
-//! sum to the last bit. So a check can cost time but never accuses an honest product.
+//! For `C = A B` the sum of column j of C must be the vector of A's column sums times column j of
+//! B. The left side is added up tile by tile while the sums are in the nearest cache; the right one
+//! is one more row through the packed operand. The two are rounded in different orders, so they
+//! differ a little: a column beyond [`limit`] is computed once more, and as an element's bits depend
+//! on nothing but its row and column, an honest column then gives the same sums to the last bit. So
+//! a check can cost time but never accuses an honest product.
 //!
-//! The tile loop feeds a [`Watch`]; `kernels/linear.rs` and `kernels/loss.rs` decide who is
-//! watched.
+//! The tile loop owns the memory and calls this file; `kernels/watched.rs` decides what is checked.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use pontoon_ops::sums::of_row;
-
-use super::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store};
+use super::pack::{Source, row_units};
+use super::tile::TILE_ROWS;
+use super::{DataMut, GemmArgs, Layout, Matrix, MatrixMut, Product, Store, Unit};
 use crate::ffi::{PARTS_MAX, Parts};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
+use crate::simd::micro::{LeftUnits, load_units};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
 
 /// A flipped bit in a product's f32 sums before they are stored, to try the check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,331 +31,343 @@ pub struct Flip {
     pub bit: u32,
 }
 
+/// The word sums of a checked product's result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProductSums {
+    /// Before, where it is added to.
+    pub before: u32,
+    /// After.
+    pub stored: u32,
+}
+
+/// A column whose sums are not those of its operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrongColumn(pub usize);
+
 /// What a product tells while it is computed.
+#[derive(Default)]
 pub(crate) struct Watch {
     /// Of the words of C that were there before, where they are added to.
     pub(super) before: AtomicU32,
     /// Of the words that were stored.
     pub(super) stored: AtomicU32,
-    /// The f32 sums of each row within each column of tiles, as bits.
-    rows: Vec<AtomicU32>,
-    m: usize,
     pub(super) flip: Option<Flip>,
+    /// Columns whose two sums are too far apart, with their sums within each row of tiles.
+    pub(super) suspects: Vec<(usize, Vec<u32>)>,
 }
 
-/// The word sums of one product, as operands are read and written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ProductSums {
-    /// Of A.
-    pub a: u32,
-    /// Of B.
-    pub b: u32,
-    /// Of C before, where it is added to.
-    pub before: u32,
-    /// Of C after.
-    pub stored: u32,
-}
-
-/// A row whose sums are not those of its operands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WrongRow(pub usize);
-
-impl Watch {
-    pub(super) fn new(m: usize, tile_columns: usize, flip: Option<Flip>) -> Watch {
-        let rows = (0..m * tile_columns).map(|_| AtomicU32::new(0)).collect();
-        Watch { before: AtomicU32::new(0), stored: AtomicU32::new(0), rows, m, flip }
-    }
-
-    /// Takes in a row's sum within a column of tiles.
-    #[inline(always)]
-    pub(super) fn row(&self, row: usize, tile_column: usize, sum: f32) {
-        self.rows[tile_column * self.m + row].store(sum.to_bits(), Ordering::Relaxed);
-    }
-
-    /// A row's sums within each column of tiles, as bits.
-    fn parts(&self, row: usize) -> impl Iterator<Item = u32> {
-        let parts = self.rows.iter().skip(row).step_by(self.m.max(1));
-        parts.map(|part| part.load(Ordering::Relaxed))
-    }
-
-    fn row_sum(&self, row: usize) -> f64 {
-        self.parts(row).map(|bits| f64::from(f32::from_bits(bits))).sum()
-    }
-}
-
-/// Vectors of one strip of columns: as many sums and squares as there are registers.
-const STRIP_VECTORS: usize = 8;
-/// Vectors of a row that are summed side by side.
-const ROW_VECTORS: usize = 4;
-/// Rows that one task takes at least.
+/// Rows of the weights' three parts: together they are an f32 to the last bit.
+const SPLITS: usize = 3;
+/// Vectors of units that are summed down the rows at a time.
+const STRIP: usize = 4;
+/// Rows of the left operand that one task sums at least.
 const ROWS_PER_TASK: usize = 32;
+/// Panels that one task checks.
+const PANELS_PER_TASK: usize = 4;
 
-/// What a pass over a row finds.
-#[derive(Clone, Copy, Default)]
-struct Found {
-    sum: f32,
-    squares: f32,
-    words: u32,
+/// Working memory of a check, all of it overwritten.
+pub(super) struct Work<'a> {
+    /// Sums of C's columns within each row of tiles, `[row tiles, n]`.
+    pub columns: &'a mut [f32],
+    /// Sums of A's elements over rows within each row of tiles: `[row tiles, elements]`.
+    pub left: &'a mut [f32],
+    /// Sums of A's squares within each row of tiles.
+    pub squares: &'a mut [f32],
+    /// What each column's sum should be, and the squares of B's column: `[2, n]`.
+    pub expected: &'a mut [f32],
+    /// A's sums as rows of units.
+    pub weights: &'a mut [u32],
 }
 
-/// One row times a vector, or its plain sum; its norm and words beside it.
-struct RowPass<'a, T> {
-    row: &'a [T],
-    times: Option<&'a [f32]>,
+/// Words of working memory, in the order of [`Work`].
+pub(super) fn work_words<T>(product: &Product<'_, T>) -> [usize; 5] {
+    let tiles = product.m.div_ceil(TILE_ROWS);
+    // The transposed operand is summed as a whole.
+    let parts = if product.layout == Layout::Tn { 1 } else { tiles };
+    let elements = elements(product);
+    [tiles * product.n, parts * elements, parts, 2 * product.n, SPLITS * product.units]
 }
 
-impl<T: Element> Kernel for RowPass<'_, T> {
-    type Output = Found;
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> Found {
-        let (sum, squares) = match self.times {
-            Some(times) => sum_row(simd, self.row, |at| simd.load(&times[at..])),
-            None => sum_row(simd, self.row, |_| simd.splat(1.0)),
-        };
-        Found { sum, squares, words: of_row(bytemuck::cast_slice(self.row)) }
-    }
+/// Elements of the chain, a missing half of a last pair included.
+pub(super) fn elements<T>(product: &Product<'_, T>) -> usize {
+    if product.dot { 2 * product.units } else { product.units }
 }
 
+/// Sums rows of units down the rows: one sum for each element of the chain. Pairs give the sums of
+/// even elements in the first half of `to`, those of odd ones in the second. Returns the squares.
 #[inline(always)]
-fn sum_row<S: Simd, T: Element>(
+pub(super) fn sum_down<S: Simd, const DOT: bool>(
     simd: S,
-    row: &[T],
-    factor: impl Fn(usize) -> S::F32,
-) -> (f32, f32) {
-    let mut sums = [simd.zero(); ROW_VECTORS];
-    let mut squares = [simd.zero(); ROW_VECTORS];
-    let width = ROW_VECTORS * S::LANES;
-    let whole = row.len() / width * width;
-    for (index, values) in row.chunks_exact(width).enumerate() {
-        for vector in 0..ROW_VECTORS {
-            let at = vector * S::LANES;
-            let value = T::load(simd, &values[at..][..S::LANES]);
-            sums[vector] = simd.fma(value, factor(index * width + at), sums[vector]);
-            squares[vector] = simd.fma(value, value, squares[vector]);
+    left: LeftUnits<'_>,
+    rows: usize,
+    to: &mut [f32],
+) -> f32 {
+    let units = if DOT { to.len() / 2 } else { to.len() };
+    let (even, odd) = to.split_at_mut(units);
+    let [first, second] = [0x3f80_u32, 0x3f80 << 16].map(|ones| simd.splat(f32::from_bits(ones)));
+    let mut squares = simd.zero();
+    let mut unit = 0;
+    while unit < units {
+        let vectors = (units - unit).div_ceil(S::LANES).min(STRIP);
+        let mut sums = [[simd.zero(); 2]; STRIP];
+        for row in 0..rows {
+            let start = left.start + row * left.row_bytes + 4 * unit;
+            let bytes = &left.bytes[start..][..4 * (units - unit).min(STRIP * S::LANES)];
+            for (vector, sums) in sums.iter_mut().enumerate().take(vectors) {
+                let value = load_units(simd, bytes, vector * S::LANES);
+                if DOT {
+                    sums[0] = simd.dot_pairs(sums[0], value, first);
+                    sums[1] = simd.dot_pairs(sums[1], value, second);
+                    squares = simd.dot_pairs(squares, value, value);
+                } else {
+                    sums[0] = simd.add(sums[0], value);
+                    squares = simd.fma(value, value, squares);
+                }
+            }
+        }
+        for (vector, sums) in sums.iter().enumerate().take(vectors) {
+            let (at, end) = (unit + vector * S::LANES, units.min(unit + (vector + 1) * S::LANES));
+            simd.store(sums[0], &mut even[at..end]);
+            if DOT {
+                simd.store(sums[1], &mut odd[at..end]);
+            }
+        }
+        unit += vectors * S::LANES;
+    }
+    simd.reduce_sum(squares)
+}
+
+/// The sum of each row of a left operand whose rows are the chain's elements (the transposed one),
+/// and all squares.
+struct SumRows<'a, T> {
+    from: Source<'a, T>,
+    sums: &'a mut [f32],
+}
+
+impl<T: Unit> Kernel for SumRows<'_, T> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        if S::BF16_DOT && self.from.dot {
+            self.sum::<S, true>(simd)
+        } else {
+            self.sum::<S, false>(simd)
         }
     }
-    for (index, values) in row[whole..].chunks(S::LANES).enumerate() {
-        let value = T::load(simd, values);
-        // Lanes past the end are zero in `value`, so they add nothing whatever the factor is.
-        sums[0] = simd.fma(value, factor(whole + index * S::LANES), sums[0]);
-        squares[0] = simd.fma(value, value, squares[0]);
-    }
-    let fold = |v: [S::F32; ROW_VECTORS]| {
-        simd.reduce_sum(simd.add(simd.add(v[0], v[1]), simd.add(v[2], v[3])))
-    };
-    (fold(sums), fold(squares))
 }
 
-/// Columns of a matrix: each times a vector, or its plain sum; norms and words beside them.
-struct ColumnPass<'a, T> {
-    data: &'a [T],
-    stride: usize,
-    rows: usize,
-    times: Option<&'a [f32]>,
+impl<T: Unit> SumRows<'_, T> {
+    #[inline(always)]
+    fn sum<S: Simd, const DOT: bool>(self, simd: S) -> f32 {
+        let ones = simd.splat(f32::from_bits(0x3f80_3f80));
+        let per_vector = if DOT { 2 * S::LANES } else { S::LANES };
+        let mut all_squares = simd.zero();
+        for (index, to) in self.sums.iter_mut().enumerate() {
+            let row = &self.from.data[(self.from.first + index) * self.from.stride..];
+            let row = &row[..self.from.k];
+            let (mut sums, mut squares) = ([simd.zero(); 2], [simd.zero(), all_squares]);
+            for (place, values) in row.chunks(per_vector).enumerate() {
+                let (sum, square) = (&mut sums[place % 2], &mut squares[place % 2]);
+                let value = row_units::<S, T, DOT>(simd, values, 0);
+                if DOT {
+                    *sum = simd.dot_pairs(*sum, value, ones);
+                    *square = simd.dot_pairs(*square, value, value);
+                } else {
+                    *sum = simd.add(*sum, value);
+                    *square = simd.fma(value, value, *square);
+                }
+            }
+            *to = simd.reduce_sum(simd.add(sums[0], sums[1]));
+            all_squares = simd.add(squares[0], squares[1]);
+        }
+        simd.reduce_sum(all_squares)
+    }
+}
+
+/// Sums the rows of a transposed left operand into the first row of tiles of `work`.
+pub(super) fn sum_left_rows<T: Unit>(
+    (pool, isa): (&Pool, Isa),
+    product: &Product<'_, T>,
+    work: &mut Work<'_>,
+) {
+    let (k, m) = (product.k, product.m);
+    work.left.fill(0.0);
+    work.squares.fill(0.0);
+    let mut sums = vec![0.0_f32; k];
+    let per_task = ROWS_PER_TASK.max(k.div_ceil(PARTS_MAX));
+    let mut squares = vec![0.0_f32; k.div_ceil(per_task)];
+    if k == 0 {
+        return;
+    }
+    let (parts, of_parts) = (Parts::new(&mut sums, per_task), Parts::new(&mut squares, 1));
+    pool.run(parts.count(), |task| {
+        let sums = parts.take(task);
+        let from = Source {
+            data: product.a,
+            stride: product.a_stride,
+            first: task * per_task,
+            count: sums.len(),
+            k: m,
+            units: m,
+            dot: product.dot,
+        };
+        of_parts.take(task)[0] = dispatch(isa, SumRows { from, sums });
+    });
+    work.squares[0] = squares.iter().sum();
+    let units = product.units;
+    for (element, sum) in sums.iter().enumerate() {
+        let place = if product.dot { element % 2 * units + element / 2 } else { element };
+        work.left[place] = *sum;
+    }
+}
+
+/// Adds up A's sums over all rows of tiles and writes them as rows of units.
+pub(super) fn weigh<T>(product: &Product<'_, T>, work: &mut Work<'_>) {
+    let (elements, units) = (elements(product), product.units);
+    if units == 0 {
+        return;
+    }
+    let (sums, rest) = work.left.split_at_mut(elements);
+    for part in rest.chunks_exact(elements) {
+        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    if !product.dot {
+        work.weights[..units].copy_from_slice(bytemuck::cast_slice(&sums[..units]));
+        return;
+    }
+    let (even, odd) = sums.split_at(units);
+    // The upper halves of what is left are exact to subtract.
+    let cut = |rest: &mut f32| {
+        let high = rest.to_bits() & 0xffff_0000;
+        *rest -= f32::from_bits(high);
+        high
+    };
+    for (unit, (even, odd)) in even.iter().zip(odd).enumerate() {
+        let (mut even, mut odd) = (*even, *odd);
+        for split in 0..SPLITS {
+            work.weights[split * units + unit] = cut(&mut odd) | cut(&mut even) >> 16;
+        }
+    }
+}
+
+/// Panels of the packed right operand, times A's sums.
+struct Weighted<'a> {
+    right: &'a [u32],
+    weights: &'a [u32],
+    units: usize,
+    dot: bool,
     sums: &'a mut [f32],
     squares: &'a mut [f32],
 }
 
-impl<T: Element> Kernel for ColumnPass<'_, T> {
-    type Output = u32;
+impl Kernel for Weighted<'_> {
+    type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> u32 {
-        let width = STRIP_VECTORS * S::LANES;
-        let strips = self.sums.chunks_mut(width).zip(self.squares.chunks_mut(width));
-        let mut words = 0_u32;
-        for (strip, (sums, squares)) in strips.enumerate() {
-            let data = &self.data[strip * width..];
-            let strip = Strip { data, stride: self.stride, rows: self.rows, times: self.times };
-            let of_strip = if sums.len() == width {
-                strip.whole(simd, sums, squares)
-            } else {
-                strip.part(simd, sums, squares)
-            };
-            words = words.wrapping_add(of_strip);
-        }
-        words
+    fn run<S: Simd>(self, simd: S) {
+        if S::BF16_DOT && self.dot { self.sum::<S, true>(simd) } else { self.sum::<S, false>(simd) }
     }
 }
 
-/// A strip of columns, from its first element on.
-struct Strip<'a, T> {
-    data: &'a [T],
-    stride: usize,
-    rows: usize,
-    times: Option<&'a [f32]>,
-}
-
-impl<T: Element> Strip<'_, T> {
+impl Weighted<'_> {
     #[inline(always)]
-    fn whole<S: Simd>(&self, simd: S, to_sums: &mut [f32], to_squares: &mut [f32]) -> u32 {
-        let mut sums = [simd.zero(); STRIP_VECTORS];
-        let mut squares = [simd.zero(); STRIP_VECTORS];
-        let mut words = 0_u32;
-        for row in 0..self.rows {
-            let values = &self.data[row * self.stride..][..STRIP_VECTORS * S::LANES];
-            words = words.wrapping_add(of_row(bytemuck::cast_slice(values)));
-            let factor = simd.splat(self.times.map_or(1.0, |times| times[row]));
-            for vector in 0..STRIP_VECTORS {
-                let value = T::load(simd, &values[vector * S::LANES..][..S::LANES]);
-                sums[vector] = simd.fma(value, factor, sums[vector]);
-                squares[vector] = simd.fma(value, value, squares[vector]);
-            }
-        }
-        for vector in 0..STRIP_VECTORS {
-            simd.store(sums[vector], &mut to_sums[vector * S::LANES..][..S::LANES]);
-            simd.store(squares[vector], &mut to_squares[vector * S::LANES..][..S::LANES]);
-        }
-        words
-    }
-
-    /// The last strip, which may be narrower.
-    #[inline(always)]
-    fn part<S: Simd>(&self, simd: S, to_sums: &mut [f32], to_squares: &mut [f32]) -> u32 {
-        let width = to_sums.len();
-        let mut words = 0_u32;
-        to_sums.fill(0.0);
-        to_squares.fill(0.0);
-        for row in 0..self.rows {
-            let values = &self.data[row * self.stride..][..width];
-            words = words.wrapping_add(of_row(bytemuck::cast_slice(values)));
-            let factor = simd.splat(self.times.map_or(1.0, |times| times[row]));
-            for at in (0..width).step_by(S::LANES) {
-                let end = (at + S::LANES).min(width);
-                let value = T::load(simd, &values[at..end]);
-                let sum = simd.fma(value, factor, simd.load(&to_sums[at..end]));
-                let square = simd.fma(value, value, simd.load(&to_squares[at..end]));
-                simd.store(sum, &mut to_sums[at..end]);
-                simd.store(square, &mut to_squares[at..end]);
-            }
-        }
-        words
-    }
-}
-
-/// How an operand's elements lie around the dimension that is kept.
-#[derive(Clone, Copy)]
-enum Kept {
-    /// One result for each row.
-    Rows,
-    /// One result for each column.
-    Columns,
-}
-
-/// The shape `[rows, columns]` of an operand, and what is kept of it.
-#[derive(Clone, Copy)]
-struct Shaped {
-    rows: usize,
-    columns: usize,
-    kept: Kept,
-}
-
-/// Sums an operand over one dimension, weighted by `times`; gives its word sum. `results` and
-/// `squares` are as long as the other dimension.
-fn pass(
-    (pool, isa): (&Pool, Isa),
-    matrix: Matrix<'_>,
-    shaped: Shaped,
-    times: Option<&[f32]>,
-    (results, squares): (&mut [f32], &mut [f32]),
-) -> u32 {
-    match matrix.data {
-        Data::F32(data) => typed((pool, isa), (data, matrix.row_stride), shaped, times, (results, squares)),
-        Data::Bf16(data) => typed((pool, isa), (data, matrix.row_stride), shaped, times, (results, squares)),
-        Data::F16(data) => typed((pool, isa), (data, matrix.row_stride), shaped, times, (results, squares)),
-    }
-}
-
-fn typed<T: Element>(
-    (pool, isa): (&Pool, Isa),
-    (data, stride): (&[T], usize),
-    Shaped { rows, columns, kept }: Shaped,
-    times: Option<&[f32]>,
-    (results, squares): (&mut [f32], &mut [f32]),
-) -> u32 {
-    if results.is_empty() {
-        return 0;
-    }
-    let words = AtomicU32::new(0);
-    let strip = STRIP_VECTORS * isa.geometry().lanes;
-    let least = results.len().div_ceil(PARTS_MAX);
-    let step = match kept {
-        Kept::Rows => ROWS_PER_TASK.max(least),
-        Kept::Columns => least.next_multiple_of(strip).max(strip),
-    };
-    let (results, squares) = (Parts::new(results, step), Parts::new(squares, step));
-    pool.run(results.count(), |task| {
-        let (sums, squares) = (results.take(task), squares.take(task));
-        let first = task * step;
-        let found = match kept {
-            Kept::Rows => {
-                let mut all = 0_u32;
-                for (index, (sum, square)) in sums.iter_mut().zip(squares).enumerate() {
-                    let row = match columns {
-                        0 => &[],
-                        _ => &data[(first + index) * stride..][..columns],
-                    };
-                    let found = dispatch(isa, RowPass { row, times });
-                    (*sum, *square) = (found.sum, found.squares);
-                    all = all.wrapping_add(found.words);
+    fn sum<S: Simd, const DOT: bool>(self, simd: S) {
+        let width = 2 * S::LANES;
+        let weights: &[f32] = bytemuck::cast_slice(self.weights);
+        let right: &[f32] = bytemuck::cast_slice(self.right);
+        let panels = right.chunks_exact((self.units * width).max(1));
+        let results = self.sums.chunks_mut(width).zip(self.squares.chunks_mut(width));
+        for (panel, (to_sums, to_squares)) in panels.zip(results) {
+            let mut sums = [[simd.zero(); 2]; SPLITS];
+            let mut squares = [simd.zero(); 2];
+            for (unit, values) in panel.chunks_exact(width).enumerate() {
+                let values = [simd.load(&values[..S::LANES]), simd.load(&values[S::LANES..])];
+                for (half, value) in values.into_iter().enumerate() {
+                    if !DOT {
+                        let weight = simd.splat(weights[unit]);
+                        sums[0][half] = simd.fma(weight, value, sums[0][half]);
+                        squares[half] = simd.fma(value, value, squares[half]);
+                        continue;
+                    }
+                    for (split, sums) in sums.iter_mut().enumerate() {
+                        let weight = simd.splat(weights[split * self.units + unit]);
+                        sums[half] = simd.dot_pairs(sums[half], weight, value);
+                    }
+                    squares[half] = simd.dot_pairs(squares[half], value, value);
                 }
-                all
             }
-            Kept::Columns => {
-                let data = &data[first.min(data.len())..];
-                dispatch(isa, ColumnPass { data, stride, rows, times, sums, squares })
+            for half in 0..2 {
+                let at = (half * S::LANES).min(to_sums.len());
+                let end = (at + S::LANES).min(to_sums.len());
+                // The smallest part first.
+                let low = simd.add(sums[2][half], sums[1][half]);
+                simd.store(simd.add(low, sums[0][half]), &mut to_sums[at..end]);
+                simd.store(squares[half], &mut to_squares[at..end]);
             }
-        };
-        words.fetch_add(found, Ordering::Relaxed);
-    });
-    words.into_inner()
-}
-
-/// How far a row's two sums may be apart before it is computed again: the spread of rounding errors
-/// of a chain of k, none larger than half a unit of |a_row| |b_column|, over n columns.
-fn limit(k: usize, n: usize, row_squares: f32, all_squares: f64) -> f64 {
-    const UNIT: f64 = 0.29 * f32::EPSILON as f64;
-    let chain = (k as f64).sqrt() + (n as f64).sqrt();
-    // Products below the smallest normal number may be taken as zero.
-    let floor = f64::from(f32::MIN_POSITIVE) * (k * n) as f64;
-    UNIT * chain * (f64::from(row_squares) * all_squares).sqrt() + floor
-}
-
-/// Compares a computed product with its operands; gives their word sums, or a row that is wrong.
-pub(super) fn verify(
-    (pool, isa): (&Pool, Isa),
-    scratch: &mut Scratch,
-    product: &Operands<'_>,
-    watch: &Watch,
-) -> Result<ProductSums, WrongRow> {
-    let Operands { layout, m, n, k, a, b } = *product;
-    let mut work = vec![0.0_f32; 2 * k + 2 * m];
-    let (of_b, of_a) = work.split_at_mut(2 * k);
-    let (b_sums, b_squares) = of_b.split_at_mut(k);
-    let shaped = match layout {
-        Layout::Nt => Shaped { rows: n, columns: k, kept: Kept::Columns },
-        Layout::Nn | Layout::Tn => Shaped { rows: k, columns: n, kept: Kept::Rows },
-    };
-    let b_words = pass((pool, isa), b, shaped, None, (b_sums, b_squares));
-    let all_squares: f64 = b_squares.iter().map(|square| f64::from(*square)).sum();
-    let (a_sums, a_squares) = of_a.split_at_mut(m);
-    let shaped = match layout {
-        Layout::Tn => Shaped { rows: k, columns: m, kept: Kept::Columns },
-        Layout::Nt | Layout::Nn => Shaped { rows: m, columns: k, kept: Kept::Rows },
-    };
-    let a_words = pass((pool, isa), a, shaped, Some(b_sums), (a_sums, a_squares));
-    for row in 0..m {
-        let (computed, expected) = (watch.row_sum(row), f64::from(a_sums[row]));
-        let apart = (computed - expected).abs();
-        let limit = limit(k, n, a_squares[row], all_squares);
-        // Operands that are not finite are someone else's finding: nothing can be said of them.
-        let knows = all_squares.is_finite() && a_squares[row].is_finite() && expected.is_finite();
-        let fits = apart <= limit;
-        if knows && !fits && !row_again(pool, isa, scratch, product, row, watch) {
-            return Err(WrongRow(row));
         }
     }
-    let load = |of: &AtomicU32| of.load(Ordering::Relaxed);
-    Ok(ProductSums { a: a_words, b: b_words, before: load(&watch.before), stored: load(&watch.stored) })
+}
+
+/// Computes what the sums of columns `first..first + count` should be from their packed panels.
+pub(super) fn expect<T>(
+    (pool, isa): (&Pool, Isa),
+    product: &Product<'_, T>,
+    right: &[u32],
+    (first, count): (usize, usize),
+    work: &mut Work<'_>,
+) {
+    let width = isa.geometry().micro_columns;
+    let (sums, squares) = work.expected.split_at_mut(product.n);
+    let (sums, squares) = (&mut sums[first..][..count], &mut squares[first..][..count]);
+    if product.units == 0 {
+        sums.fill(0.0);
+        squares.fill(0.0);
+        return;
+    }
+    let per_task = PANELS_PER_TASK.max(count.div_ceil(width * PARTS_MAX));
+    let (sums, squares) =
+        (Parts::new(sums, per_task * width), Parts::new(squares, per_task * width));
+    let panel_words = product.units * width;
+    let (weights, units, dot) = (&*work.weights, product.units, product.dot);
+    pool.run(sums.count(), |task| {
+        let (sums, squares) = (sums.take(task), squares.take(task));
+        let words = sums.len().div_ceil(width) * panel_words;
+        let right = &right[task * per_task * panel_words..][..words];
+        dispatch(isa, Weighted { right, weights, units, dot, sums, squares });
+    });
+}
+
+/// How far a column's two sums may be apart before it is computed again: the spread of rounding
+/// errors of chains of k, none larger than half a unit of |row of A| |column of B|, over m rows.
+fn limit(k: usize, m: usize, left_squares: f64, column_squares: f32) -> f64 {
+    const UNIT: f64 = 0.29 * f32::EPSILON as f64;
+    let chain = (k as f64).sqrt() + (m as f64).sqrt();
+    // Products below the smallest normal number may be taken as zero.
+    let floor = f64::from(f32::MIN_POSITIVE) * (k * m) as f64;
+    UNIT * chain * (f64::from(column_squares) * left_squares).sqrt() + floor
+}
+
+/// Compares the sums of all columns with what they should be.
+pub(super) fn compare<T>(product: &Product<'_, T>, work: &mut Work<'_>, watch: &mut Watch) {
+    let (n, m, k) = (product.n, product.m, product.k);
+    let left_squares: f64 = work.squares.iter().map(|square| f64::from(*square)).sum();
+    // Operands that are not finite are someone else's finding: nothing can be said of them.
+    if !left_squares.is_finite() {
+        return;
+    }
+    let mut sums = work.columns[..n].to_vec();
+    for part in work.columns[n..].chunks_exact(n) {
+        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    let (expected, squares) = work.expected.split_at(n);
+    for (column, ((sum, expected), squares)) in sums.iter().zip(expected).zip(squares).enumerate() {
+        let knows = squares.is_finite() && expected.is_finite();
+        let apart = (f64::from(*sum) - f64::from(*expected)).abs();
+        let fits = apart <= limit(k, m, left_squares, *squares);
+        if knows && !fits {
+            let parts = work.columns[column..].iter().step_by(n).map(|part| part.to_bits());
+            watch.suspects.push((column, parts.collect()));
+        }
+    }
 }
 
 /// The operands of a product.
@@ -363,36 +375,42 @@ pub(super) fn verify(
 pub(super) struct Operands<'a> {
     pub layout: Layout,
     pub m: usize,
-    pub n: usize,
     pub k: usize,
     pub a: Matrix<'a>,
     pub b: Matrix<'a>,
 }
 
-/// Computes a row once more; whether it has the sums it had before, to the last bit.
-fn row_again(
-    pool: &Pool,
-    isa: Isa,
+/// Computes the suspected columns once more; gives the first that has other sums than before.
+pub(super) fn confirm(
+    (pool, isa): (&Pool, Isa),
     scratch: &mut Scratch,
     product: &Operands<'_>,
-    row: usize,
     watch: &Watch,
-) -> bool {
-    let Operands { layout, n, k, a, b, .. } = *product;
-    let start = if layout == Layout::Tn { row } else { row * a.row_stride };
-    let again = Watch::new(1, n.div_ceil(super::tile::TILE_COLUMNS), None);
-    let mut sums = vec![0.0_f32; n];
-    let args = GemmArgs {
-        layout,
-        m: 1,
-        n,
-        k,
-        a: Matrix { data: a.data.from(start), row_stride: a.row_stride },
-        b,
-        bias: None,
-        c: MatrixMut { data: DataMut::F32(&mut sums), row_stride: n.max(1) },
-        store: Store::Overwrite,
-    };
-    super::run_watched(pool, isa, scratch, args, Some(&again));
-    watch.parts(row).eq(again.parts(0))
+) -> Result<ProductSums, WrongColumn> {
+    let Operands { layout, m, k, a, b } = *product;
+    let mut result = vec![0.0_f32; if watch.suspects.is_empty() { 0 } else { m }];
+    for (column, parts) in &watch.suspects {
+        let start = if layout == Layout::Nt { column * b.row_stride } else { *column };
+        let args = GemmArgs {
+            layout,
+            m,
+            n: 1,
+            k,
+            a,
+            b: Matrix { data: b.data.from(start), row_stride: b.row_stride },
+            bias: None,
+            c: MatrixMut { data: DataMut::F32(&mut result), row_stride: 1 },
+            store: Store::Overwrite,
+        };
+        // The result is the f32 sums themselves; a column's tiles add them in this order.
+        super::gemm(pool, isa, scratch, args);
+        let again = result
+            .chunks(TILE_ROWS)
+            .map(|rows| rows.iter().fold(0.0_f32, |sum, value| sum + value).to_bits());
+        if !again.eq(parts.iter().copied()) {
+            return Err(WrongColumn(*column));
+        }
+    }
+    let load = |of: &AtomicU32| of.load(Ordering::Relaxed);
+    Ok(ProductSums { before: load(&watch.before), stored: load(&watch.stored) })
 }

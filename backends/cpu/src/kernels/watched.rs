@@ -8,7 +8,7 @@ use pontoon_ops::{DeviceError, DeviceErrorKind, Op, OpName, View};
 
 use super::Context;
 use crate::gemm::{
-    Flip, GemmArgs, GroupedGemmArgs, ProductSums, WrongRow, gemm, gemm_checked, grouped_gemm,
+    Flip, GemmArgs, GroupedGemmArgs, ProductSums, WrongColumn, gemm, gemm_checked, grouped_gemm,
     grouped_gemm_checked,
 };
 
@@ -46,14 +46,14 @@ fn formed_by(op: &Op) -> Ask {
     match op {
         Op::Matmul(product) => {
             let c = 2 + usize::from(product.bias.is_some());
-            let read = 0b11 | if op.operands()[c].access.reads() { 1 << c } else { 0 };
-            Ask { read, written: 1 << c }
+            let reads = op.operands()[c].access.reads();
+            Ask { read: if reads { 1 << c } else { 0 }, written: 1 << c }
         }
         Op::CrossEntropyBwd(_) | Op::TokenLogProbBwd(_) => {
             let dhead = op.operands().len() - 1;
             let reads = op.operands()[dhead].access.reads();
             let before = if reads { 1 << dhead } else { 0 };
-            Ask { read: 0b11 | before, written: 0b11 << (dhead - 1) }
+            Ask { read: before, written: 0b11 << (dhead - 1) }
         }
         Op::Add(_) if super::handles_in_place(op) => Ask { read: 0b11, written: 0b100 },
         _ => Ask::default(),
@@ -73,7 +73,7 @@ impl Context<'_> {
         }
         let flip = self.checks.flip.take();
         let sums = gemm_checked(self.pool, self.isa, self.gemm_scratch, args, flip);
-        sums.map_err(|row| wrong(op, result, row))
+        sums.map_err(|column| wrong(op, result, column))
     }
 
     /// The same for the products of all groups.
@@ -87,12 +87,12 @@ impl Context<'_> {
             return Ok(());
         }
         let done = grouped_gemm_checked(self.pool, self.isa, self.gemm_scratch, args);
-        done.map_err(|row| wrong(op, result, row))
+        done.map_err(|column| wrong(op, result, column))
     }
 }
 
-fn wrong(op: OpName, result: &str, WrongRow(row): WrongRow) -> DeviceError {
-    let text = format!("{op:?}: row {row} of `{result}` is not the product of its operands");
+fn wrong(op: OpName, result: &str, WrongColumn(column): WrongColumn) -> DeviceError {
+    let text = format!("{op:?}: column {column} of `{result}` does not add up to its operands");
     DeviceError::new(DeviceErrorKind::Corrupt, text)
 }
 
