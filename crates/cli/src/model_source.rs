@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, read_folder};
 use pontoon_fleet::world::{Clock, RealDisk, SystemClock};
 use pontoon_models::{
-    ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, Tokenizer, Weights,
+    ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, ModelError, Tokenizer, Weights,
 };
 use serde_json::{Map, json};
 
@@ -51,9 +51,16 @@ impl ModelSource {
         Ok(tokenizer)
     }
 
-    /// The chat template, if the folder has one.
-    pub fn chat_template(&self) -> Option<ChatTemplate> {
-        ChatTemplate::from_folder(&self.folder, None).ok()
+    /// The chat template, if the folder has one; one that cannot be used is an error.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        match ChatTemplate::from_folder(&self.folder, None) {
+            Ok(template) => Ok(Some(template)),
+            Err(ModelError::NoTemplate { known, .. }) if known.is_empty() => Ok(None),
+            Err(error) => bail!(
+                "the chat template in `{}` cannot be used: {error}; mend it or remove it",
+                self.folder.display()
+            ),
+        }
     }
 }
 

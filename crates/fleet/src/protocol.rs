@@ -3,6 +3,8 @@
 //! Gradients and state do not travel here but through [`crate::exchange`]. Every command but
 //! `Stop` is answered, `Compute` once for each node. Read next: `supervisor.rs`, `worker.rs`.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages; both sides must have the same.
@@ -116,8 +118,8 @@ pub enum Command {
     Combine {
         /// The step.
         step: u64,
-        /// The subtrees, in order.
-        nodes: Vec<Node>,
+        /// The subtrees, in order; all workers get the same.
+        nodes: Arc<[Node]>,
     },
     /// Apply the sum.
     Apply {
@@ -227,7 +229,7 @@ pub enum Report {
         /// Of the state before the step is applied.
         before: StateDigest,
         /// Of every subtree as it was read.
-        nodes: Vec<u64>,
+        nodes: Arc<[u64]>,
         /// Of the sum.
         gradient: u64,
         /// The sum's norm.
@@ -309,7 +311,7 @@ mod tests {
 
     #[test]
     fn a_command_is_one_line_of_json() {
-        let nodes = vec![Node { first: 4, count: 4 }];
+        let nodes = [Node { first: 4, count: 4 }].into();
         let command = Command::Combine { step: 9, nodes };
         let line = serde_json::to_string(&command).unwrap();
         assert!(line.starts_with(r#"{"do":"combine","step":9"#) && !line.contains('\n'), "{line}");

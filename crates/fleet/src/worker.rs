@@ -182,6 +182,7 @@ fn obey(
         Command::Check { step } => replica.check().map(|digest| Report::Checked { step, digest }),
         Command::Combine { step, nodes } => replica.combine(step, &nodes).map(|of| {
             let Combined { before, nodes, gradient, norm } = of;
+            let nodes = nodes.into();
             Report::Combined { step, before, nodes, gradient, norm: norm.into() }
         }),
         Command::Apply { step } => {

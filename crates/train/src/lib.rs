@@ -11,6 +11,7 @@ pub mod eval;
 mod gradient_tree;
 mod optimizer;
 mod replica;
+mod requests;
 mod run_files;
 mod schedule;
 mod step;

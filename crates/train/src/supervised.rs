@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
+use pontoon_fleet::control::{Answer, Request};
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::{Area, Report, Source};
@@ -21,11 +22,13 @@ use pontoon_fleet::supervisor::{
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::{HostWeights, Model};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
+use serde_json::{Value, json};
 
 use crate::config::{HangSetting, NonFiniteName, RunConfig};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::replica::layout;
+use crate::requests::Requests;
 use crate::run_files::{Saving, SnapshotFrame, samples};
 use crate::step::{fits, model_flops};
 use crate::tensorboard::TensorBoard;
@@ -70,6 +73,7 @@ pub fn supervise(
         newest: Mutex::new(None),
     };
     let (inputs, arrived) = mpsc::channel();
+    let requests = Requests::open(run, observer);
     let mut driver = Driver {
         run,
         config: &config,
@@ -77,6 +81,7 @@ pub fn supervise(
         saver: &saver,
         launcher,
         observer,
+        requests,
         inputs,
         links: devices.iter().map(|_| None).collect(),
         devices,
@@ -90,7 +95,22 @@ pub fn supervise(
         memory_bytes: 0,
     };
     let mut supervisor = Supervisor::new(settings(run, &config, devices));
-    let ending: Result<Ending, TrainError> = std::thread::scope(|scope| {
+    let ending = drive(&mut driver, &mut supervisor, &arrived);
+    // Workers end before the folder's lock is given up, whatever went wrong.
+    driver.links.clear();
+    let result = ending.and_then(|ending| driver.summary(ending, &supervisor));
+    driver.requests.ended(&result);
+    result
+}
+
+/// Hands every input to the supervisor and does what it asks for, until the run ends.
+fn drive(
+    driver: &mut Driver<'_>,
+    supervisor: &mut Supervisor,
+    arrived: &mpsc::Receiver<Input>,
+) -> Result<Ending, TrainError> {
+    let (run, saver) = (driver.run, driver.saver);
+    std::thread::scope(|scope| {
         let mut input = Input::Start;
         loop {
             if let Input::Report { report: Report::Injected { fault, .. }, .. } = &input {
@@ -103,19 +123,16 @@ pub fn supervise(
                 match output {
                     Output::End(ending) => return Ok(ending),
                     Output::Save { step, digest, numeric_class } => {
-                        let (saver, inputs) = (&saver, driver.inputs.clone());
+                        let inputs = driver.inputs.clone();
                         scope.spawn(move || saver.save(step, digest, &numeric_class, &inputs));
                     }
                     output => driver.obey(output)?,
                 }
             }
-            let silence = if run.stop.load(Ordering::Relaxed) { Input::Stop } else { Input::Tick };
+            let silence = if driver.stop(supervisor) { Input::Stop } else { Input::Tick };
             input = arrived.recv_timeout(TICK).unwrap_or(silence);
         }
-    });
-    // Workers end before the folder's lock is given up, whatever went wrong.
-    driver.links.clear();
-    driver.summary(ending?, &supervisor)
+    })
 }
 
 fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {
@@ -225,6 +242,7 @@ struct Driver<'a> {
     saver: &'a Saver<'a>,
     launcher: &'a mut dyn Launcher,
     observer: &'a mut dyn Observer,
+    requests: Requests,
     inputs: Sender<Input>,
     links: Vec<Option<Box<dyn Link>>>,
     devices: &'a [String],
@@ -242,6 +260,29 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
+    /// Answers what was asked; whether the run is to stop.
+    fn stop(&mut self, supervisor: &Supervisor) -> bool {
+        while let Some(asked) = self.requests.next() {
+            let answer = match &asked.request {
+                Request::Move { .. } => Answer::refused("a live run cannot be moved yet"),
+                Request::Stop | Request::Status => self.status(supervisor),
+            };
+            asked.answer(answer);
+        }
+        self.requests.stop() || self.run.stop.load(Ordering::Relaxed)
+    }
+
+    fn status(&self, supervisor: &Supervisor) -> Answer {
+        let (step, steps) = (supervisor.step(), self.config.train.steps);
+        let workers: Vec<Value> = supervisor.workers().iter().map(|of| json!(of)).collect();
+        Answer::done(format!("step {step} of {steps}"))
+            .with("step", step)
+            .with("steps", steps)
+            .with("goodput", supervisor.goodput())
+            .with("faults", supervisor.faults())
+            .with("workers", workers)
+    }
+
     fn obey(&mut self, output: Output) -> Result<(), TrainError> {
         match output {
             Output::Launch { worker, incarnation, step } => {

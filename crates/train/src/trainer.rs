@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
 use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, weights_blake3};
 use pontoon_fleet::supervisor::SKIPS;
-use pontoon_fleet::world::{Clock, Disk};
+use pontoon_fleet::world::{Clock, Control, Disk};
 use pontoon_models::{HostWeights, Model, ModelConfig, Tokenizer, Weights, preset};
 use pontoon_ops::Backend;
 use serde::Serialize;
@@ -20,6 +21,7 @@ use serde::Serialize;
 use crate::config::{NonFiniteName, RunConfig};
 use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
+use crate::requests::Requests;
 use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
 use crate::step::{StepResult, TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
@@ -42,6 +44,8 @@ pub struct Run<'a> {
     pub disk: &'a dyn Disk,
     /// The clock.
     pub clock: &'a dyn Clock,
+    /// Where people reach it while it lives.
+    pub control: &'a dyn Control,
 }
 
 /// How a run begins.
@@ -61,6 +65,8 @@ pub trait Observer {
     fn step(&mut self, metrics: &Metrics);
     /// Something worth a line.
     fn event(&mut self, event: &Event);
+    /// A line that is no event of the run.
+    fn note(&mut self, line: &str);
 }
 
 /// What will be trained.
@@ -200,6 +206,7 @@ pub fn train(
         writer: &writer,
         metrics,
         events,
+        requests: Requests::open(run, observer),
         observer,
         step,
         saved: None,
@@ -208,7 +215,9 @@ pub fn train(
         last: Last::default(),
     };
     session.begin(backend)?;
-    session.go(backend)
+    let result = session.go(backend);
+    session.requests.ended(&result);
+    result
 }
 
 pub(crate) fn refuse_old_run(
@@ -312,6 +321,7 @@ struct Session<'a> {
     events: EventLog<'a>,
     board: TensorBoard,
     observer: &'a mut dyn Observer,
+    requests: Requests,
     step: u64,
     saved: Option<u64>,
     /// Steps skipped in a row.
@@ -344,7 +354,7 @@ impl Session<'_> {
         let begun = self.run.clock.now();
         let mut batches = vec![Batch::default(); self.config.train.micro_batches];
         let steps = self.config.train.steps;
-        while self.step < steps && !self.run.stop.load(Ordering::Relaxed) {
+        while self.step < steps && !self.stop() {
             let done = self.one_step(backend, &mut batches, begun);
             if let Err(TrainError::NonFinite { .. }) = done {
                 // Nothing was applied: the state before the step is worth keeping.
@@ -379,6 +389,29 @@ impl Session<'_> {
             finished,
             lost_s: BTreeMap::new(),
         })
+    }
+
+    /// Answers what was asked since the last step; whether the run is to stop.
+    fn stop(&mut self) -> bool {
+        while let Some(asked) = self.requests.next() {
+            let answer = self.answer(&asked);
+            asked.answer(answer);
+        }
+        self.requests.stop() || self.run.stop.load(Ordering::Relaxed)
+    }
+
+    fn answer(&self, asked: &Asked) -> Answer {
+        match asked.request {
+            Request::Move { .. } => Answer::refused(
+                "this run computes in its own process and cannot be moved while it lives: start \
+                 it with --workers, or stop it and go on with --resume --device DEV",
+            ),
+            Request::Stop | Request::Status => {
+                let (step, steps) = (self.step, self.config.train.steps);
+                let answer = Answer::done(format!("step {step} of {steps}"));
+                answer.with("step", step).with("steps", steps)
+            }
+        }
     }
 
     fn may_skip(&self) -> bool {
@@ -473,7 +506,19 @@ impl Session<'_> {
         Ok(self.last.valid_loss)
     }
 
+    /// Writes a snapshot. Where that fails the run ends: its state is that of the one before.
     fn save(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
+        let saved = self.write_snapshot(backend);
+        if let Err(error) = &saved {
+            let event = Event::new(self.step, EventKind::SnapshotFailed);
+            let cause = Some(error.to_string());
+            // The same disk may refuse this line as well; the run's error says what happened.
+            let _ = self.events.append(&Event { cause, ..event });
+        }
+        saved
+    }
+
+    fn write_snapshot(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
         self.metrics.sync()?;
         let weights = self.state.weights(backend, self.model)?;
         let moments = self.state.moments(backend)?;

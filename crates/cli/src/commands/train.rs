@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use pontoon_fleet::control::ControlSocket;
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
-use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
+use pontoon_fleet::world::{Disk, Launching, RealDisk, SystemClock};
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
 use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
 
@@ -80,6 +81,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let supervised = config.fleet.workers.is_some() || config.fleet.devices.len() > 1;
     let plan = arguments.chaos.as_ref().map(|path| read_plan(path, &config, supervised));
     let plan = plan.transpose()?;
+    let struck = plan.as_ref().map(|plan| ChaosDisk::new(&RealDisk, plan.of_disk()));
+    let disk: &dyn Disk = struck.as_ref().map_or(&RealDisk, |disk| disk);
     let device = config.fleet.devices[0].clone();
     let dtype = config.train.dtype.dtype();
     let mut run = Run {
@@ -89,8 +92,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         start: if arguments.resume { Start::Resume } else { Start::Fresh },
         peak_flops: None,
         stop: &STOP,
-        disk: &RealDisk,
+        disk,
         clock: &SystemClock,
+        control: &ControlSocket,
     };
     let mut display = Display::new();
     let summary = if supervised {
@@ -103,8 +107,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     display.bar.finish_and_clear();
     let summary = summary?;
+    report(arguments, &run, &summary, supervised)
+}
+
+/// Prints how a run ended: one JSON object, or lines for people.
+fn report(arguments: &Arguments, run: &Run<'_>, summary: &Summary, supervised: bool) -> Result<()> {
     if arguments.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        println!("{}", serde_json::to_string(summary)?);
     } else {
         let loss = summary.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
         let valid = summary.valid_loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
@@ -127,12 +136,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
 /// Reads a plan of faults for a run.
 fn read_plan(path: &Path, config: &RunConfig, supervised: bool) -> Result<Plan> {
-    ensure!(supervised, "--chaos needs workers to strike; add --workers N");
     let origin = path.display().to_string();
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the plan of faults `{origin}`"))?;
-    let run = chaos::Run { workers: config.workers(), steps: config.train.steps };
-    Ok(Plan::parse(&text, &origin, run)?)
+    // Without workers none has a number that is too high; that there is none is said below.
+    let workers = if supervised { config.workers() } else { usize::MAX };
+    let plan = Plan::parse(&text, &origin, chaos::Run { workers, steps: config.train.steps })?;
+    ensure!(
+        supervised || plan.of_disk().count() == plan.faults().len(),
+        "--chaos needs workers to strike; add --workers N"
+    );
+    Ok(plan)
 }
 
 /// What all devices of a fleet can do at most; workers on one device share it.
@@ -155,18 +169,7 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
     let snapshots = std::path::absolute(snapshots)?;
     let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
     let mut processes = Processes { command: |what: &Launching| start.of(what) };
-    let Some(plan) = plan else {
-        return Ok(pontoon_train::supervise(run, &names, &mut processes, display)?);
-    };
-    let disk = ChaosDisk::new(run.disk, plan.of_disk());
-    let run = Run {
-        config: run.config.clone(),
-        base: run.base.clone(),
-        dir: run.dir.clone(),
-        disk: &disk,
-        ..*run
-    };
-    Ok(pontoon_train::supervise(&run, &names, &mut processes, display)?)
+    Ok(pontoon_train::supervise(run, &names, &mut processes, display)?)
 }
 
 /// The settings' file and the run folder.
@@ -248,5 +251,9 @@ impl Observer for Display {
             }
         };
         self.bar.suspend(|| eprintln!("{said}"));
+    }
+
+    fn note(&mut self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
     }
 }

@@ -1,6 +1,7 @@
 //! What one step holds while it is computed: subtrees, audits, what replicas say of them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::policy::{Verdict, verdict};
@@ -19,7 +20,7 @@ pub(super) struct Subtree {
 #[derive(Clone, Debug)]
 pub(super) struct Combined {
     pub before: StateDigest,
-    pub nodes: Vec<u64>,
+    pub nodes: Arc<[u64]>,
     pub gradient: u64,
     pub norm: f64,
 }
@@ -137,7 +138,8 @@ impl Round {
 
     /// The losses by leaf.
     pub fn losses(&self) -> Vec<f64> {
-        self.done.values().flat_map(|subtree| subtree.losses.iter().copied()).collect()
+        let lists: Vec<&[f64]> = self.done.values().map(|subtree| &subtree.losses[..]).collect();
+        lists.concat()
     }
 
     /// Takes away what a worker has not done yet; returns the leaves.
