@@ -211,6 +211,7 @@ pub fn train(
         step,
         saved: None,
         skips: 0,
+        faults: 0,
         last: Last::default(),
     };
     session.begin(backend)?;
@@ -325,6 +326,8 @@ struct Session<'a> {
     saved: Option<u64>,
     /// Steps skipped in a row.
     skips: u32,
+    /// Wrong results found by checks.
+    faults: u64,
     last: Last,
 }
 
@@ -381,7 +384,7 @@ impl Session<'_> {
             weights_blake3: hash,
             tokens_per_s: self.last.tokens as f64 / useful.max(1e-9),
             goodput: useful / wall.as_secs_f64().max(1e-9),
-            faults: 0,
+            faults: self.faults,
             dir: self.run.dir.clone(),
             finished,
             lost_s: BTreeMap::new(),
@@ -442,6 +445,12 @@ impl Session<'_> {
                 result?
             }
         };
+        for cause in std::mem::take(&mut self.state.found) {
+            let action = Some("computed again".to_owned());
+            let event = Event::new(step, EventKind::Corrupt);
+            self.tell(Event { cause: Some(cause), action, ..event })?;
+            self.faults += 1;
+        }
         let now = self.run.clock.now();
         let taken = now.duration_since(started);
         self.step = step;
