@@ -7,6 +7,7 @@ mod commands;
 mod devices;
 mod engine;
 mod model_source;
+mod snapshot_place;
 mod steps;
 
 use std::process::ExitCode;

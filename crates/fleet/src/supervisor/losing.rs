@@ -229,6 +229,9 @@ impl Supervisor {
             Trouble::MemoryFault => EventKind::MemoryFault,
             Trouble::OutOfMemory => EventKind::OutOfMemory,
             Trouble::LinkDown => EventKind::LinkDown,
+            Trouble::Corrupt => {
+                return self.lose(worker, Loss::new(EventKind::Corrupt, text).discarding());
+            }
             Trouble::Run if self.workers[worker].trial => return self.refuse_move(text),
             Trouble::Run => return self.end(Ending::Failed(text)),
         };
