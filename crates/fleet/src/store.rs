@@ -95,10 +95,8 @@ impl<'d> StoreDisk<'d> {
     /// making. Reaches nothing yet.
     pub fn open(url: &Path, staging: &Path, inner: &'d dyn Disk) -> Result<Self, FleetError> {
         let url = url.to_string_lossy().trim_end_matches('/').to_owned();
-        let wrong = |problem: &str| FleetError::Store {
-            url: url.clone(),
-            problem: problem.to_owned(),
-        };
+        let wrong =
+            |problem: &str| FleetError::Store { url: url.clone(), problem: problem.to_owned() };
         let Some(rest) = url.strip_prefix("s3://") else {
             return Err(wrong("only s3:// is known"));
         };

@@ -14,8 +14,9 @@ use serde_json::Value;
 use crate::engine::request::ConstraintSource;
 use crate::metrics::Metrics;
 use crate::openai::errors::ApiError;
-use crate::openai::fields::wrong;
+use crate::openai::fields::{whole, wrong};
 use crate::openai::responses::Kept;
+use crate::openai::settings::Around;
 use crate::pool::Pool;
 use crate::seats::{Refused, Seat, Seats};
 use crate::text::grammar::{Grammars, Guide, Vocabulary};
@@ -169,15 +170,23 @@ impl App {
     /// A token id of a request.
     pub(crate) fn token(&self, value: &Value, name: &str) -> Result<u32, ApiError> {
         let most = self.vocabulary();
-        match value.as_u64().filter(|&id| id < most as u64) {
+        match whole(value).filter(|&id| id < most as u64) {
             Some(id) => Ok(id as u32),
             None => Err(wrong(name, &format!("a token id from 0 to {}", most - 1), value)),
         }
     }
 
-    /// A text's tokens, with what the tokenizer puts around a document.
-    pub(crate) fn encode(&self, text: &str, name: &str) -> Result<Vec<u32>, ApiError> {
-        let tokens = self.tokenizer.encode_as_document(text);
+    /// A text's tokens.
+    pub(crate) fn encode(
+        &self,
+        text: &str,
+        name: &str,
+        around: Around,
+    ) -> Result<Vec<u32>, ApiError> {
+        let tokens = match around {
+            Around::Document => self.tokenizer.encode_as_document(text),
+            Around::Nothing => self.tokenizer.encode(text),
+        };
         tokens.map_err(|error| ApiError::field(name, error.to_string()))
     }
 

@@ -37,6 +37,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/tokenize", post(models::tokenize))
         .route("/detokenize", post(models::detokenize))
+        .route("/tokenizer_info", get(models::tokenizer_info))
         .route("/events", get(events))
         .layer(from_fn_with_state(Arc::clone(app), check_key));
     Router::new()

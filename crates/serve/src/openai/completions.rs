@@ -13,7 +13,7 @@ use super::errors::ApiError;
 use super::fields::{Fields, wrong};
 use super::flow::{Flow, Step};
 use super::logprobs::CompletionLogprobs;
-use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
+use super::settings::{Settings, TOP_LOGPROBS_MAX, Told, around};
 use super::sse::{Left, Out, stream};
 use super::{body, formats, reply, usage_json};
 use crate::app::App;
@@ -121,12 +121,13 @@ impl Wanted {
 /// The prompts: one or several texts or lists of token ids.
 pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>>, ApiError> {
     let value = fields.required(key, fields.get(key))?;
+    let around = around(fields)?;
     let token_list = |list: &[Value], name: &str| {
         let token = |(at, value): (usize, &Value)| app.token(value, &format!("{name}[{at}]"));
         list.iter().enumerate().map(token).collect::<Result<Vec<u32>, _>>()
     };
     let prompts = match value {
-        Value::String(text) => vec![app.encode(text, key)?],
+        Value::String(text) => vec![app.encode(text, key, around)?],
         Value::Array(list) if list.iter().all(Value::is_number) => {
             vec![token_list(list, key)?]
         }
@@ -134,7 +135,7 @@ pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>
             let prompt = |(at, value): (usize, &Value)| {
                 let name = format!("{key}[{at}]");
                 match value {
-                    Value::String(text) => app.encode(text, &name),
+                    Value::String(text) => app.encode(text, &name, around),
                     Value::Array(list) => token_list(list, &name),
                     other => Err(wrong(&name, "a text or a list of token ids", other)),
                 }

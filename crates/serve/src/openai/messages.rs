@@ -29,7 +29,10 @@ pub async fn messages(State(app): State<Arc<App>>, request: Request) -> Response
 pub async fn count_tokens(State(app): State<Arc<App>>, request: Request) -> Response {
     let count = async {
         let value = translated(&body(&app, request).await?)?;
-        let tokens = Conversation::read(&Fields::of(&value)?, &app)?.tokens(&app)?;
+        let fields = Fields::of(&value)?;
+        Settings::read(&fields, &app)?;
+        fields.whole("max_tokens", 1..=u64::from(u32::MAX))?;
+        let tokens = Conversation::read(&fields, &app)?.tokens(&app)?;
         Ok(reply(&json!({ "input_tokens": tokens.len() })))
     };
     count.await.unwrap_or_else(refused)
@@ -73,6 +76,7 @@ fn translated(value: &Value) -> Result<Value, ApiError> {
     let fields = Fields::of(value)?;
     let mut made = value.clone();
     let mut list = Vec::new();
+    fields.object("metadata")?;
     match fields.get("system") {
         None => {}
         Some(system) => list.push(json!({ "role": "system", "content": system })),

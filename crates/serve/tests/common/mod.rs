@@ -32,6 +32,8 @@ pub struct Small {
     pub weights: Arc<HostWeights>,
     /// The share of requests that its pools score again.
     pub audit_share: f64,
+    /// Origins whose pages may ask its servers.
+    pub cors_origins: Vec<String>,
 }
 
 impl Small {
@@ -43,7 +45,7 @@ impl Small {
         let config = preset("qwen3-1m").unwrap().with_vocab_size(tokenizer.vocab_size());
         let model = Arc::new(Model::new(config).unwrap());
         let weights = Arc::new(model.initialise(7));
-        Small { tokenizer, model, weights, audit_share: 0.05 }
+        Small { tokenizer, model, weights, audit_share: 0.05, cors_origins: Vec::new() }
     }
 
     pub fn options(&self) -> DeviceOptions {
@@ -101,7 +103,7 @@ impl Small {
             api_keys,
             limits,
             sampling_defaults: SamplingSettings::default(),
-            cors_origins: Vec::new(),
+            cors_origins: self.cors_origins.clone(),
         });
         let (sender, receiver) = std::sync::mpsc::channel();
         let on_listening = Box::new(move |listening| sender.send(listening).unwrap());
@@ -312,6 +314,16 @@ impl Server {
         // A server that refuses early closes before all is sent.
         let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes()));
         stream
+    }
+
+    /// The head of a response in small letters, and its status.
+    pub fn head(&self, method: &str, path: &str, headers: &[&str]) -> (String, u16) {
+        let mut stream = self.send(method, path, headers, "");
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        let text = String::from_utf8_lossy(&bytes).to_lowercase();
+        let head = text.split("\r\n\r\n").next().unwrap().to_owned();
+        (head, parse(&bytes).0)
     }
 
     pub fn get(&self, path: &str) -> (u16, String) {

@@ -83,7 +83,8 @@ impl SimWorker {
 
     /// The state of one that could carry the run on: one that nobody told to stop counts.
     pub fn can_go_on(&self) -> Option<u64> {
-        self.sound_state().filter(|_| !self.hung && self.weights == self.state.map_or(0, weights_of))
+        self.sound_state()
+            .filter(|_| !self.hung && self.weights == self.state.map_or(0, weights_of))
     }
 
     fn say(&self, worker: usize, report: Report) {
@@ -224,10 +225,10 @@ impl Fleet {
                 self.workers[worker].take_state(state);
                 Report::Imported { step, digest: self.workers[worker].digest() }
             }
-            Command::Replay { step, leaf } => {
+            Command::Replay { step, leaf, .. } => {
                 let value = self.gradient(worker, step, leaf);
                 let loss = TinyModel::loss(value).into();
-                Report::Replayed { step, leaf, digest: digest(value), loss }
+                Report::Replayed { step, leaf, digest: digest(value), loss, apart: None }
             }
             Command::Check { step } => {
                 Report::Checked { step, digest: self.workers[worker].digest() }
@@ -249,7 +250,7 @@ impl Fleet {
                     state ^= 1 << 30;
                 }
                 match area {
-                    Area::Join => self.memory.join = state,
+                    Area::Join | Area::Step => self.memory.join = state,
                     Area::Snapshot => self.memory.snapshot = state,
                 }
                 Report::Exported { step, area, digest: digest(state) }
@@ -260,7 +261,8 @@ impl Fleet {
     }
 
     fn load(&mut self, worker: usize, from: Source) -> Report {
-        let mut device = DeviceFacts { numeric_class: "simulated".to_owned(), ..Default::default() };
+        let mut device =
+            DeviceFacts { numeric_class: "simulated".to_owned(), ..Default::default() };
         let (mut step, mut state) = (0, Some(self.model.first()));
         match from {
             Source::Fresh => {}
