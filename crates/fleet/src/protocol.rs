@@ -152,6 +152,8 @@ pub enum Trouble {
     Hang,
     /// Memory returned an error that could not be corrected.
     MemoryFault,
+    /// A check found a wrong result or a changed tensor.
+    Corrupt,
     /// An allocation did not fit.
     OutOfMemory,
     /// A link failed.

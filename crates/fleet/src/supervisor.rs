@@ -231,6 +231,8 @@ pub struct Supervisor {
     /// The digest all replicas agreed on after `step`.
     agreed: StateDigest,
     round: Round,
+    /// The replica that was awaited when it was last asked for.
+    awaited: usize,
     losses: Vec<Loss>,
     ledger: Ledger,
     /// Who copies its state for workers that join.
@@ -266,6 +268,7 @@ impl Supervisor {
             phase: Phase::Idle,
             step: 0,
             agreed: [0; 2],
+            awaited: 0,
             losses: Vec::new(),
             ledger: Ledger::default(),
             join_donor: None,
@@ -487,6 +490,25 @@ impl Supervisor {
     fn replicas(&self) -> Vec<usize> {
         let takes_part = |of: &Worker| matches!(of.standing, Standing::Member | Standing::Joining);
         (0..self.workers.len()).filter(|&index| takes_part(&self.workers[index])).collect()
+    }
+
+    /// Whether some replica has not said yet what all wait for. Looks first at the one that was
+    /// missing the last time, as this is asked after every report of every worker.
+    fn awaits_a_replica(&mut self, has_said: impl Fn(&Round, usize) -> bool) -> bool {
+        let count = self.workers.len();
+        let missing = |of: &usize| {
+            let takes_part =
+                matches!(self.workers[*of].standing, Standing::Member | Standing::Joining);
+            takes_part && !has_said(&self.round, *of)
+        };
+        let from = self.awaited;
+        match (from..count).chain(0..from).find(missing) {
+            Some(worker) => {
+                self.awaited = worker;
+                true
+            }
+            None => false,
+        }
     }
 
     /// The member that does odd jobs: the fastest.

@@ -71,7 +71,7 @@ pub(crate) enum Happening {
     /// The snapshot that is being written is there.
     Saved { life: u32 },
     /// Silence is looked for.
-    Tick { life: u32 },
+    Tick { life: u32, chain: u32 },
     /// The run is to be stopped.
     Stop,
     /// Someone resumes the run.

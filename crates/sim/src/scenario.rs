@@ -79,9 +79,10 @@ const INCIDENTS: u64 = 9;
 /// for good, and a run whose devices are all out cannot end.
 const STRIKES_A_WORKER: u32 = 2;
 
-/// Faults a day at the rate of the Llama 3 report, for so many devices.
-pub fn published_rate(devices: f64) -> f64 {
-    PUBLISHED_INTERRUPTIONS / PUBLISHED_DAYS * devices / PUBLISHED_DEVICES
+/// Faults a day in the Llama 3 report: all of them, or at its rate on so many devices.
+pub fn published_rate(devices: Option<usize>) -> f64 {
+    let share = devices.map_or(1.0, |devices| devices as f64 / PUBLISHED_DEVICES);
+    PUBLISHED_INTERRUPTIONS / PUBLISHED_DAYS * share
 }
 
 impl Scenario {
@@ -179,6 +180,13 @@ impl Scenario {
         trial.limit = last + (trial.speeds.start * 8 + alone * (4 * steps as u32 + 40)) * 2;
         trial.limit += Duration::from_secs(600);
         trial
+    }
+
+    /// The same without faults, audits, checks and validation.
+    pub fn quiet(mut self) -> Scenario {
+        self.faults.clear();
+        (self.audit, self.checksums, self.valid_every) = (0.0, false, None);
+        self
     }
 
     /// Incidents one after another: silent corruption alone, as nobody promises more, and

@@ -105,6 +105,8 @@ struct Simulation<'w> {
     checkers: Checkers,
     life: Option<Life<'w>>,
     lives: u32,
+    /// Ticks so far.
+    ticks: u32,
     inputs: u64,
     lost: BTreeMap<String, f64>,
     ending: Option<Ending>,
@@ -141,6 +143,7 @@ impl<'w> Simulation<'w> {
             checkers: Checkers::new(Truth::new(model)),
             life: None,
             lives: 0,
+            ticks: 0,
             inputs: 0,
             lost: BTreeMap::new(),
             ending: None,
@@ -219,7 +222,9 @@ impl<'w> Simulation<'w> {
         let ticks = &self.scenario.ticks;
         let wait = if fleet.is_troubled() { ticks.troubled } else { ticks.calm };
         let wait = wait.mul_f64(fleet.random.between(0.5, 1.0));
-        fleet.after(wait, Happening::Tick { life: self.lives });
+        // Only the newest chain of ticks goes on.
+        self.ticks += 1;
+        fleet.after(wait, Happening::Tick { life: self.lives, chain: self.ticks });
     }
 
     fn happen(&mut self, what: Happening) -> Result<(), String> {
@@ -235,7 +240,7 @@ impl<'w> Simulation<'w> {
             Happening::Strike { fault } => self.strike(fault)?,
             Happening::DiskFree => self.disk.set_full(false),
             Happening::Saved { life } if now_living(life) => self.save()?,
-            Happening::Tick { life } if now_living(life) => {
+            Happening::Tick { life, chain } if now_living(life) && chain == self.ticks => {
                 self.fleet.0.borrow_mut().beat();
                 self.listen()?;
                 self.tell(Input::Tick)?;
@@ -271,9 +276,10 @@ impl<'w> Simulation<'w> {
                 fleet.strike(planned);
             }
         }
-        // A slow or silent worker is looked for more often from now on.
         if self.life.is_some() {
             self.listen()?;
+            // From now on silence is looked for more often.
+            self.tick_later();
         }
         Ok(())
     }

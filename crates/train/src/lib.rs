@@ -22,6 +22,6 @@ mod trainer;
 pub use config::RunConfig;
 pub use error::TrainError;
 pub use replica::{TrainingReplica, WorkerRun, layout};
-pub use step::{StepResult, TrainingState, tensor_refs};
+pub use step::{Checking, StepResult, TrainingState, tensor_refs};
 pub use supervised::supervise;
 pub use trainer::{Beginning, Metrics, Observer, Run, Start, Summary, model_of, train};

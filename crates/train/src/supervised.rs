@@ -15,7 +15,7 @@ use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::SnapshotWriter;
+use pontoon_fleet::snapshot::{SnapshotWriter, place};
 use pontoon_fleet::supervisor::{
     Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Validation,
 };
@@ -53,8 +53,7 @@ pub fn supervise(
     config.data.tokenizer = config.data.tokenizer.as_ref().map(|path| run.base.join(path));
     let data = Data::open(&config, &model, &run.base)?;
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
-    let to = config.snapshot.to.as_ref();
-    let snapshots = to.map_or_else(|| folder.snapshots(), |path| run.base.join(path));
+    let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
     if run.start == Start::Fresh {
         refuse_old_run(run, &snapshots)?;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, weights_blake3};
+use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, is_url, place, weights_blake3};
 use pontoon_fleet::supervisor::SKIPS;
 use pontoon_fleet::world::{Clock, Control, Disk};
 use pontoon_models::{HostWeights, Model, ModelConfig, Tokenizer, Weights, preset};
@@ -176,7 +176,7 @@ pub fn train(
     config.data.tokenizer = config.data.tokenizer.as_ref().map(absolute);
     let data = Data::open(&config, &model, &run.base)?;
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
-    let snapshots = config.snapshot.to.as_ref().map_or_else(|| folder.snapshots(), absolute);
+    let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
     let mut events = EventLog::open(run.disk, run.clock, &folder.events())?;
     let snapshot = match run.start {
@@ -211,6 +211,7 @@ pub fn train(
         step,
         saved: None,
         skips: 0,
+        faults: 0,
         last: Last::default(),
     };
     session.begin(backend)?;
@@ -255,6 +256,8 @@ pub(crate) fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), Tr
     config.data.valid = config.data.valid.iter().map(absolute).collect();
     config.model.config = config.model.config.map(|path| run.base.join(path));
     config.model.init = config.model.init.map(|path| run.base.join(path));
+    let to = config.snapshot.to.take();
+    config.snapshot.to = to.map(|to| if is_url(&to) { to } else { run.base.join(to) });
     let write = || -> std::io::Result<()> {
         let mut file = run.disk.create_file(&temporary)?;
         file.write_all(config.to_toml().as_bytes())?;
@@ -325,6 +328,8 @@ struct Session<'a> {
     saved: Option<u64>,
     /// Steps skipped in a row.
     skips: u32,
+    /// Wrong results found by checks.
+    faults: u64,
     last: Last,
 }
 
@@ -381,7 +386,7 @@ impl Session<'_> {
             weights_blake3: hash,
             tokens_per_s: self.last.tokens as f64 / useful.max(1e-9),
             goodput: useful / wall.as_secs_f64().max(1e-9),
-            faults: 0,
+            faults: self.faults,
             dir: self.run.dir.clone(),
             finished,
             lost_s: BTreeMap::new(),
@@ -442,6 +447,12 @@ impl Session<'_> {
                 result?
             }
         };
+        for cause in std::mem::take(&mut self.state.found) {
+            let action = Some("computed again".to_owned());
+            let event = Event::new(step, EventKind::Corrupt);
+            self.tell(Event { cause: Some(cause), action, ..event })?;
+            self.faults += 1;
+        }
         let now = self.run.clock.now();
         let taken = now.duration_since(started);
         self.step = step;

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::policy::{Verdict, assign, is_audited, is_slow, verdict};
-use crate::protocol::{Area, Command, Publish, Source, StateDigest};
+use crate::policy::{Verdict, assign, is_audited, slow, verdict};
+use crate::protocol::{Area, Command, Publish, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 use super::losing::Loss;
@@ -173,10 +173,10 @@ impl Supervisor {
 
     /// Every replica has applied the step: compares them and closes it.
     pub(super) fn try_close(&mut self) -> bool {
-        let replicas = self.replicas();
-        if replicas.iter().any(|worker| !self.round.applied.contains_key(worker)) {
+        if self.awaits_a_replica(|round, worker| round.applied.contains_key(&worker)) {
             return false;
         }
+        let replicas = self.replicas();
         let applied: Vec<(usize, StateDigest)> =
             self.round.applied.iter().map(|(worker, (_, after))| (*worker, *after)).collect();
         let votes: Vec<(usize, u64)> = applied
@@ -291,9 +291,10 @@ impl Supervisor {
         };
         let counts = crate::policy::shares(self.settings.leaves, &seconds);
         let even = self.settings.leaves / members.len().max(1) as u32;
+        let is_slow = slow(&seconds);
         for (index, &worker) in members.iter().enumerate() {
             let of = &mut self.workers[worker];
-            of.slow_steps = if is_slow(index, &seconds) { of.slow_steps + 1 } else { 0 };
+            of.slow_steps = if is_slow[index] { of.slow_steps + 1 } else { 0 };
             if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
                 let cause = format!(
                     "{:.0} ms for a micro-batch: too slow to be of use",

@@ -18,7 +18,7 @@ const SPIKE: f64 = 2.0;
 impl Supervisor {
     /// All leaves are there and audited: lets every replica sum them.
     pub(super) fn try_combine(&mut self) -> bool {
-        if self.those(Standing::Member).is_empty() {
+        if self.workers.iter().all(|of| of.standing != Standing::Member) {
             self.start_over("no worker is left");
             return false;
         }
@@ -145,6 +145,9 @@ impl Supervisor {
             self.tell(Event { cause: Some(cause), action: Some("computed again".into()), ..event });
         }
         let limit = SPIKE * self.ledger.largest_loss()?;
+        if losses.iter().all(|loss| *loss <= limit) {
+            return None;
+        }
         let mut new = false;
         let owners: Vec<(u32, usize, f64)> = (self.round.done.values())
             .flat_map(|s| {
@@ -188,12 +191,12 @@ impl Supervisor {
 
     /// Every replica has its sum: compares them, and the state they are applied to.
     pub(super) fn try_apply(&mut self) -> bool {
+        if self.awaits_a_replica(|round, worker| round.combined.contains_key(&worker)) {
+            return false;
+        }
         let replicas = self.replicas();
         if replicas.is_empty() {
             self.start_over("no worker is left");
-            return false;
-        }
-        if replicas.iter().any(|worker| !self.round.combined.contains_key(worker)) {
             return false;
         }
         for &worker in &replicas {

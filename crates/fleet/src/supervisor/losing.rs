@@ -219,6 +219,9 @@ impl Supervisor {
             Trouble::MemoryFault => EventKind::MemoryFault,
             Trouble::OutOfMemory => EventKind::OutOfMemory,
             Trouble::LinkDown => EventKind::LinkDown,
+            Trouble::Corrupt => {
+                return self.lose(worker, Loss::new(EventKind::Corrupt, text).discarding());
+            }
             Trouble::Run => return self.end(Ending::Failed(text)),
         };
         self.lose(worker, Loss::new(kind, text));

@@ -138,7 +138,8 @@ impl Round {
 
     /// The losses by leaf.
     pub fn losses(&self) -> Vec<f64> {
-        self.done.values().flat_map(|subtree| subtree.losses.iter().copied()).collect()
+        let lists: Vec<&[f64]> = self.done.values().map(|subtree| &subtree.losses[..]).collect();
+        lists.concat()
     }
 
     /// Takes away what a worker has not done yet; returns the leaves.
