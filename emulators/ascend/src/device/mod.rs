@@ -25,6 +25,9 @@ const MEMORY_VARIABLE: &str = "PONTOON_EMU_MEMORY_BYTES";
 /// Memory of a device unless told otherwise: that of a small accelerator.
 const MEMORY_BYTES: u64 = 16 << 30;
 
+/// What repaired memory holds: NaN in every float.
+const LOST: u8 = 0xff;
+
 /// Streams a device has, as on the chip.
 pub const STREAMS_MAX: usize = 1984;
 
@@ -169,7 +172,18 @@ impl Device {
 
     /// Takes damaged ranges out of use and puts good memory in their place; what they held is lost.
     pub fn repair(&self, addresses: &[u64]) {
-        lock(&self.health).damaged.retain(|(start, _)| !addresses.contains(start));
+        let mut health = lock(&self.health);
+        let (repaired, left) =
+            health.damaged.drain(..).partition(|(start, _)| addresses.contains(start));
+        health.damaged = left;
+        drop(health);
+        let repaired: Vec<(u64, u64)> = repaired;
+        for (start, bytes) in repaired {
+            // The caller may have freed it by now.
+            if let Ok(place) = self.memory.find(start, bytes, "repair") {
+                place.allocation.block.fill(place.offset, bytes as usize, LOST);
+            }
+        }
     }
 
     /// Takes back everything queued, on all streams.
