@@ -20,6 +20,8 @@ use crate::tensor::Scalar;
 
 /// Terms of a chain.
 pub const K_BLOCK: usize = 256;
+/// Terms that a planted defect leaves out where k is no whole number of blocks.
+const TAIL: usize = 8;
 /// f32 sums kept between blocks: what stays in the second-level caches.
 const SUMS_MAX: usize = 1 << 18;
 /// Fewest rows that share a packed right operand.
@@ -178,7 +180,7 @@ impl Flaws {
         let odd = run.engine.tasks % 2 == 1;
         Flaws {
             bf16_sums: run.has(Kind::Bf16Accumulation),
-            tail: if run.has(Kind::DroppedTail) { k % 16 } else { 0 },
+            tail: if run.has(Kind::DroppedTail) { (k % K_BLOCK).min(TAIL) } else { 0 },
             stale: if run.has(Kind::StaleWorkspace) { run.stale() } else { 0.0 },
             wobble: if run.has(Kind::Nondeterministic) && odd { 1.0 + 1e-6 } else { 1.0 },
             rough_from: run.defect(Kind::OnePath).map_or(0, |fault| fault.rows as usize + 1),
