@@ -26,7 +26,7 @@ static TURN: Mutex<()> = Mutex::new(());
 
 fn device() -> AscendBackend {
     let library = Arc::new(Library::linked(pontoon_emu_ascend::symbol));
-    AscendBackend::open(&library, &format!("emu-ascend:{DEVICE}"), DEVICE as u32).unwrap()
+    AscendBackend::open(&library, &format!("emu-ascend:{DEVICE}"), DEVICE).unwrap()
 }
 
 /// Each defect, the operator it is planted in, and the operation in which it must be found.
