@@ -34,8 +34,7 @@ fn a_run_on_a_full_disk_ends_with_one_line_and_goes_on_from_its_last_snapshot() 
         ("late", &[], 6, &["step-00000003"], "disk full: the snapshot of step 6"),
         ("fleet", &["--workers", "2"], 4, &["step-00000003"], "last snapshot could not be written"),
     ] {
-        let plan =
-            format!("[[fault]]\nkind = \"disk_full\"\nstep = {first}\nfor_steps = 1000\n");
+        let plan = format!("[[fault]]\nkind = \"disk_full\"\nstep = {first}\nfor_steps = 1000\n");
         std::fs::write(folder.join("chaos.toml"), plan).unwrap();
         let struck = [workers, &["--chaos", "chaos.toml"]].concat();
         let output = output(folder, &train(name, &struck));

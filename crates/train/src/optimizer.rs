@@ -7,6 +7,7 @@ use pontoon_models::{HostWeights, Model};
 use pontoon_ops::{AdamW, Backend, BufferId, DType, Muon, Op, SumSquares, View, hyper};
 use pontoon_program::{Class, Memory, ProgramError};
 
+use crate::balance::Balance;
 use crate::config::{OptimizerName, TrainSection};
 use crate::error::TrainError;
 use crate::schedule::learning_rate;
@@ -35,6 +36,16 @@ pub(crate) struct Optimizer {
     sum_squares: Op,
     sum: BufferId,
     masters: BufferId,
+    balance: Option<Balance>,
+}
+
+/// What an update was done with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Applied {
+    /// The learning rate.
+    pub lr: f64,
+    /// How uneven the experts' loads were, where the model balances them.
+    pub imbalance: Option<f64>,
 }
 
 impl Optimizer {
@@ -63,7 +74,7 @@ impl Optimizer {
         let state = Buffers {
             masters,
             compute: (dtype != DType::F32).then_some((compute, dtype)),
-            gradient: named(GRADIENT, bytes)?,
+            gradient: named(GRADIENT, 4 * model.table.gradient_elements())?,
             first: named(FIRST, bytes)?,
             second: named(SECOND, bytes)?,
         };
@@ -81,7 +92,8 @@ impl Optimizer {
         for op in ops.iter().chain([&sum_squares]) {
             op.check().expect("ranges of one table fit each other");
         }
-        Ok(Optimizer { train: train.clone(), ops, numbers, sum_squares, sum, masters })
+        let balance = Balance::load(memory, model, train.balance);
+        Ok(Optimizer { train: train.clone(), ops, numbers, sum_squares, sum, masters, balance })
     }
 
     /// The norm of the whole gradient.
@@ -92,13 +104,13 @@ impl Optimizer {
         Ok(f64::from(sum[0]).sqrt())
     }
 
-    /// Applies the gradient as step `step` (the first is 1); returns the learning rate.
+    /// Applies the gradient, and the counts behind it, as step `step` (the first is 1).
     pub(crate) fn apply(
-        &self,
+        &mut self,
         backend: &mut dyn Backend,
         step: u64,
         gradient_norm: f64,
-    ) -> Result<f64, TrainError> {
+    ) -> Result<Applied, TrainError> {
         let train = &self.train;
         let lr = learning_rate(train, step);
         let clip = train.clip;
@@ -123,7 +135,8 @@ impl Optimizer {
             backend.upload(buffer, 0, bytemuck::cast_slice(&numbers))?;
         }
         backend.launch_all(&self.ops)?;
-        Ok(lr)
+        let balanced = self.balance.as_mut().map(|balance| balance.apply(backend));
+        Ok(Applied { lr, imbalance: balanced.transpose()? })
     }
 
     /// The buffer of the f32 weights.

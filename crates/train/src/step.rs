@@ -17,7 +17,7 @@ use crate::config::{RunConfig, TrainSection};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
-use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, download};
+use crate::optimizer::{Applied, FIRST, GRADIENT, Optimizer, SECOND, download};
 
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
@@ -54,6 +54,9 @@ pub struct StepResult {
     pub gradient_norm: f64,
     /// The learning rate it was applied with.
     pub lr: f64,
+    /// By what share of the mean load the busiest expert was above it, where the model's routers
+    /// have a bias that is moved against it.
+    pub imbalance: Option<f64>,
 }
 
 /// Floating-point operations of a step's matrix products, as [`TrainingState::model_flops`].
@@ -104,7 +107,7 @@ impl TrainingState {
         assert!(scoring.plan().arena_bytes <= leaves[0].plan().arena_bytes);
         let elements = model.table.trainable_elements();
         Ok(TrainingState {
-            adds: adds(&memory, leaves.len(), elements),
+            adds: adds(&memory, leaves.len(), model.table.gradient_elements()),
             memory,
             leaves,
             scoring,
@@ -162,8 +165,8 @@ impl TrainingState {
         let loss = finite("the loss", loss)?;
         let norm = self.optimizer.gradient_norm(backend)?;
         let gradient_norm = finite("the gradient's norm", norm)?;
-        let lr = self.optimizer.apply(backend, step, gradient_norm)?;
-        Ok(StepResult { loss, gradient_norm, lr })
+        let Applied { lr, imbalance } = self.optimizer.apply(backend, step, gradient_norm)?;
+        Ok(StepResult { loss, gradient_norm, lr, imbalance })
     }
 
     /// The mean loss of batches, without training on them.
@@ -282,12 +285,12 @@ impl TrainingState {
 
     /// Applies the sum; returns the learning rate.
     pub(crate) fn apply(
-        &self,
+        &mut self,
         backend: &mut dyn Backend,
         step: u64,
         norm: f64,
     ) -> Result<f64, TrainError> {
-        self.optimizer.apply(backend, step, norm)
+        Ok(self.optimizer.apply(backend, step, norm)?.lr)
     }
 
     /// The buffers of the state that outlives a step, in the order in which it is copied, and

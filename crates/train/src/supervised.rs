@@ -319,6 +319,7 @@ impl Driver<'_> {
             mfu: self.run.peak_flops.map(|peak| self.flops / seconds.max(1e-9) / peak),
             goodput: step.goodput,
             workers: step.workers,
+            imbalance: None,
             valid_loss: step.valid_loss,
         };
         self.done.step = step.step;

@@ -104,6 +104,9 @@ pub struct Metrics {
     pub goodput: f64,
     /// Workers that computed it.
     pub workers: u32,
+    /// By what share of the mean load the busiest expert is above it, where the model balances.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub imbalance: Option<f64>,
     /// Mean loss of the validation data, on steps that validate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid_loss: Option<f64>,
@@ -402,7 +405,7 @@ impl Session<'_> {
                     Some("its data is passed over; the weights stay as they are".to_owned());
                 let event = Event::new(step, EventKind::Skipped);
                 self.tell(Event { cause, action, ..event })?;
-                StepResult { loss: f64::NAN, gradient_norm: f64::NAN, lr: 0.0 }
+                StepResult { loss: f64::NAN, gradient_norm: f64::NAN, lr: 0.0, imbalance: None }
             }
             result => {
                 self.skips = 0;
@@ -434,6 +437,7 @@ impl Session<'_> {
             mfu: self.run.peak_flops.map(|peak| flops / taken.as_secs_f64().max(1e-9) / peak),
             goodput: self.last.useful.as_secs_f64() / wall.max(1e-9),
             workers: 1,
+            imbalance: result.imbalance,
             valid_loss,
         };
         self.metrics.append(&metrics)?;
@@ -450,6 +454,7 @@ impl Session<'_> {
             ("speed/tokens_per_s", metrics.tokens_per_s),
         ];
         scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
+        scalars.extend(metrics.imbalance.map(|share| ("train/imbalance", share)));
         scalars.extend(metrics.mfu.map(|mfu| ("speed/mfu", mfu)));
         let unix = self.run.clock.unix_time().as_secs_f64();
         self.board.scalars(unix, metrics.step, &scalars)
