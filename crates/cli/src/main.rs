@@ -15,8 +15,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve, simulate,
-    status, stop, tokenizer, train,
+    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve,
+    simulate, status, stop, tokenizer, train,
 };
 
 /// Trains and serves language models on whatever accelerators there are.
@@ -81,8 +81,10 @@ enum Command {
     #[command(after_help = "Example:\n  pontoon bisect qwen3-1m --devices cpu,cpu:threads=1")]
     Bisect(bisect::Arguments),
     /// Runs the supervisor against a simulated fleet: weeks of faults in seconds.
-    #[command(after_help = "Examples:\n  pontoon simulate --seed 17\n  pontoon simulate --workers 512 \
-                            --days 54 --rate published")]
+    #[command(
+        after_help = "Examples:\n  pontoon simulate --seed 17\n  pontoon simulate --workers 512 \
+                            --days 54 --rate published"
+    )]
     Simulate(simulate::Arguments),
     /// One device of a supervised run; `train` starts it.
     #[command(hide = true)]

@@ -85,7 +85,8 @@ fn a_run_is_watched_until_it_ends_in_a_pipe_and_in_a_terminal() {
     let piped = pontoon(folder, &["status", "run", "--watch"]).stdout(Stdio::piped()).spawn();
     // `script` gives a command a terminal of its own.
     let program = env!("CARGO_BIN_EXE_pontoon");
-    let command = format!("stty cols 100 rows 30; {program} status run --watch; echo left; stty -a");
+    let command =
+        format!("stty cols 100 rows 30; {program} status run --watch; echo left; stty -a");
     let screen = Command::new("script")
         .args(["-qec", &command, "/dev/null"])
         .current_dir(folder)

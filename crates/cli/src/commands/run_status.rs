@@ -80,8 +80,7 @@ pub fn standing(dir: &Path) -> Result<Standing> {
 fn is_locked(dir: &Path) -> bool {
     let path = dir.join("run.lock");
     // Without the file nobody has it, and asking would make one.
-    path.is_file()
-        && matches!(RealDisk.try_lock(&path, "looking\n"), Ok(Locking::Busy { .. }))
+    path.is_file() && matches!(RealDisk.try_lock(&path, "looking\n"), Ok(Locking::Busy { .. }))
 }
 
 /// Asks the run itself; nothing if it does not live or is busy.

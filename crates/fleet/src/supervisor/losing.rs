@@ -178,7 +178,9 @@ impl Supervisor {
         }
         let event = Event::new(self.step, EventKind::RolledBack);
         let action = Some(match (self.saving, self.saved) {
-            (Some(Saving::Writing { step }), _) => format!("all go on from step {step}, if it is saved"),
+            (Some(Saving::Writing { step }), _) => {
+                format!("all go on from step {step}, if it is saved")
+            }
             (_, back) => format!("all go on from step {}", back.unwrap_or(0)),
         });
         self.ledger.faults += 1;
@@ -270,9 +272,10 @@ impl Supervisor {
         if of.open as usize > pending.len() {
             return false;
         }
-        let (leaves, since) = pending.iter().fold((0, self.now), |(leaves, since), (_, node, at)| {
-            (leaves + node.count, since.min(*at))
-        });
+        let (leaves, since) =
+            pending.iter().fold((0, self.now), |(leaves, since), (_, node, at)| {
+                (leaves + node.count, since.min(*at))
+            });
         let since = since.max(of.answered);
         match of.seconds {
             Some(seconds) => {

@@ -83,7 +83,8 @@ impl SimWorker {
 
     /// The state of one that could carry the run on: one that nobody told to stop counts.
     pub fn can_go_on(&self) -> Option<u64> {
-        self.sound_state().filter(|_| !self.hung && self.weights == self.state.map_or(0, weights_of))
+        self.sound_state()
+            .filter(|_| !self.hung && self.weights == self.state.map_or(0, weights_of))
     }
 
     fn say(&self, worker: usize, report: Report) {
@@ -260,7 +261,8 @@ impl Fleet {
     }
 
     fn load(&mut self, worker: usize, from: Source) -> Report {
-        let mut device = DeviceFacts { numeric_class: "simulated".to_owned(), ..Default::default() };
+        let mut device =
+            DeviceFacts { numeric_class: "simulated".to_owned(), ..Default::default() };
         let (mut step, mut state) = (0, Some(self.model.first()));
         match from {
             Source::Fresh => {}
