@@ -11,6 +11,8 @@ pub mod processes;
 pub mod protocol;
 pub mod run_dir;
 pub mod snapshot;
+#[cfg(feature = "s3")]
+pub mod store;
 pub mod supervisor;
 pub mod worker;
 pub mod world;

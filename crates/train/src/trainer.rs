@@ -4,14 +4,14 @@
 //! [`Observer`]. One device, one process; a fleet is in `supervised.rs`. Read next: `step.rs`,
 //! `run_files.rs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, weights_blake3};
+use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, is_url, place, weights_blake3};
 use pontoon_fleet::supervisor::SKIPS;
 use pontoon_fleet::world::{Clock, Control, Disk};
 use pontoon_models::{HostWeights, Model, ModelConfig, Tokenizer, Weights, preset};
@@ -22,7 +22,9 @@ use crate::config::{NonFiniteName, RunConfig};
 use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
 use crate::requests::Requests;
-use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
+use crate::run_files::{
+    Saving, SnapshotFrame, classes_of, newest, restore_moments, restore_weights, samples,
+};
 use crate::step::{StepResult, TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
 
@@ -87,7 +89,7 @@ pub struct Beginning {
 }
 
 /// One line of `metrics.jsonl`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Metrics {
     /// The step, from 1.
     pub step: u64,
@@ -110,6 +112,13 @@ pub struct Metrics {
     pub goodput: f64,
     /// Workers that computed it.
     pub workers: u32,
+    /// Micro-batches by the numeric class of the device that computed them, under a supervisor.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub classes: BTreeMap<String, u32>,
+    /// The largest relative error between two classes of a tensor's gradient, where one was
+    /// audited by the other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_error: Option<f64>,
     /// Mean loss of the validation data, on steps that validate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid_loss: Option<f64>,
@@ -176,7 +185,7 @@ pub fn train(
     config.data.tokenizer = config.data.tokenizer.as_ref().map(absolute);
     let data = Data::open(&config, &model, &run.base)?;
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
-    let snapshots = config.snapshot.to.as_ref().map_or_else(|| folder.snapshots(), absolute);
+    let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
     let mut events = EventLog::open(run.disk, run.clock, &folder.events())?;
     let snapshot = match run.start {
@@ -190,6 +199,7 @@ pub fn train(
         restore_moments(snapshot, &model, &mut state, backend)?;
     }
     let step = snapshot.as_ref().map_or(0, |snapshot| snapshot.state.step);
+    let written = snapshot.as_ref().map(|of| (of.state.backend.clone(), classes_of(&of.state)));
     drop(snapshot);
     write_settings(run, &config)?;
     let mut metrics = JsonLines::open(run.disk, &folder.metrics())?;
@@ -212,9 +222,13 @@ pub fn train(
         saved: None,
         skips: 0,
         faults: 0,
+        classes: BTreeSet::from([backend.info().numeric_class.clone()]),
         last: Last::default(),
     };
     session.begin(backend)?;
+    if let Some((class, classes)) = written {
+        session.goes_on(&class, classes)?;
+    }
     let result = session.go(backend);
     session.requests.ended(&result);
     result
@@ -256,6 +270,8 @@ pub(crate) fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), Tr
     config.data.valid = config.data.valid.iter().map(absolute).collect();
     config.model.config = config.model.config.map(|path| run.base.join(path));
     config.model.init = config.model.init.map(|path| run.base.join(path));
+    let to = config.snapshot.to.take();
+    config.snapshot.to = to.map(|to| if is_url(&to) { to } else { run.base.join(to) });
     let write = || -> std::io::Result<()> {
         let mut file = run.disk.create_file(&temporary)?;
         file.write_all(config.to_toml().as_bytes())?;
@@ -328,6 +344,8 @@ struct Session<'a> {
     skips: u32,
     /// Wrong results found by checks.
     faults: u64,
+    /// Of the devices that took part.
+    classes: BTreeSet<String>,
     last: Last,
 }
 
@@ -347,6 +365,18 @@ impl Session<'_> {
             data_tokens: self.data.train.tokens() as u64,
             memory_bytes: backend.memory_used(),
         });
+        Ok(())
+    }
+
+    /// Notes the devices of the run's earlier lives, and a change of their class.
+    fn goes_on(&mut self, written_by: &str, classes: Vec<String>) -> Result<(), TrainError> {
+        if let Some(now) = self.classes.first().filter(|class| *class != written_by).cloned() {
+            let cause = Some(format!("the snapshot was written by {written_by}"));
+            let action = Some(format!("{now} applies the steps from here on"));
+            let event = Event::new(self.step, EventKind::TookOver);
+            self.tell(Event { cause, action, ..event })?;
+        }
+        self.classes.extend(classes);
         Ok(())
     }
 
@@ -476,6 +506,8 @@ impl Session<'_> {
             mfu: self.run.peak_flops.map(|peak| flops / taken.as_secs_f64().max(1e-9) / peak),
             goodput: self.last.useful.as_secs_f64() / wall.max(1e-9),
             workers: 1,
+            classes: BTreeMap::new(),
+            class_error: None,
             valid_loss,
         };
         self.metrics.append(&metrics)?;
@@ -530,6 +562,7 @@ impl Session<'_> {
             weights: &weights,
             moments: [&moments[0].1, &moments[1].1],
             numeric_class: &backend.info().numeric_class,
+            classes: &self.classes,
             step: self.step,
         }
         .write()?;

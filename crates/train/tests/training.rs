@@ -60,7 +60,7 @@ impl Observer for Watcher<'_> {
     fn begin(&mut self, _: &Beginning) {}
 
     fn step(&mut self, metrics: &Metrics) {
-        self.metrics.push(*metrics);
+        self.metrics.push(metrics.clone());
         if let Some((step, stop)) = self.stop_after {
             stop.store(metrics.step >= step, Ordering::Relaxed);
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use pontoon_fleet::control::{Answer, ControlSocket, Request};
 use pontoon_fleet::run_dir::read_lines;
-use pontoon_fleet::snapshot::SnapshotReader;
+use pontoon_fleet::snapshot::{SnapshotReader, is_url, place};
 use pontoon_fleet::world::{Control, Disk, Locking, RealDisk};
 use pontoon_train::RunConfig;
 use serde_json::{Value, json};
@@ -83,6 +83,16 @@ fn is_locked(dir: &Path) -> bool {
     path.is_file() && matches!(RealDisk.try_lock(&path, "looking\n"), Ok(Locking::Busy { .. }))
 }
 
+/// Steps whose snapshots were uploaded and not yet removed, newest first.
+fn uploaded(events: &[Value], keep: usize) -> Vec<u64> {
+    let saved = events.iter().filter(|event| event["kind"] == "snapshot");
+    let mut steps: Vec<u64> = saved.filter_map(|event| event["step"].as_u64()).collect();
+    steps.sort_unstable_by(|a, b| b.cmp(a));
+    steps.dedup();
+    steps.truncate(keep);
+    steps
+}
+
 /// Asks the run itself; nothing if it does not live or is busy.
 fn ask(dir: &Path) -> Option<Answer> {
     let (to, answered) = mpsc::channel();
@@ -103,7 +113,13 @@ impl RunStatus {
         let metrics = read_lines(&RealDisk, &dir.join("metrics.jsonl"))?;
         let events = read_lines(&RealDisk, &dir.join("events.jsonl"))?;
         let settings = RunConfig::read(&dir.join("run.toml"), &[]).ok();
-        let snapshots = SnapshotReader::new(&RealDisk, &dir.join("snapshots")).list()?;
+        let to = settings.as_ref().and_then(|settings| settings.snapshot.to.as_deref());
+        let place = place(to, dir, dir);
+        let snapshots = match is_url(&place) {
+            // A view must not wait for a network: what was uploaded is in the events.
+            true => uploaded(&events, settings.as_ref().map_or(1, |of| of.snapshot.keep)),
+            false => SnapshotReader::new(&RealDisk, &place).list()?,
+        };
         let answer = if running { ask(dir) } else { None };
         let fleet = answer.and_then(|answer| answer.facts.get("workers")?.as_array().cloned());
         let mut status = RunStatus {

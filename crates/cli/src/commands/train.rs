@@ -10,12 +10,16 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pontoon_fleet::control::ControlSocket;
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
-use pontoon_fleet::world::{Disk, Launching, RealDisk, SystemClock};
+use pontoon_fleet::snapshot::{is_url, place};
+use pontoon_fleet::supervisor::Tolerance;
+use pontoon_fleet::world::{Disk, Launching, SystemClock};
+use pontoon_qualify::compare::Limits;
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
-use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
+use pontoon_train::{Beginning, Devices, Metrics, Observer, Run, RunConfig, Start, Summary};
 
 use super::{faults, show, worker};
-use crate::devices;
+use crate::steps::sizes;
+use crate::{devices, snapshot_place};
 
 /// The arguments of `pontoon train`.
 #[derive(Args)]
@@ -78,11 +82,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let base = settings.parent().unwrap_or(Path::new("")).to_owned();
     let base =
         std::path::absolute(if base.as_os_str().is_empty() { Path::new(".") } else { &base })?;
-    let supervised = config.fleet.workers.is_some() || config.fleet.devices.len() > 1;
+    let to = place(config.snapshot.to.as_deref(), &base, &dir);
+    // An upload is done in the background, beside a worker.
+    let supervised =
+        config.fleet.workers.is_some() || config.fleet.devices.len() > 1 || is_url(&to);
+    let real = snapshot_place::disk_of(&to, &dir.join("upload"))?;
     let plan = arguments.chaos.as_ref().map(|path| read_plan(path, &config, supervised));
     let plan = plan.transpose()?;
-    let struck = plan.as_ref().map(|plan| ChaosDisk::new(&RealDisk, plan.of_disk()));
-    let disk: &dyn Disk = struck.as_ref().map_or(&RealDisk, |disk| disk);
+    let struck = plan.as_ref().map(|plan| ChaosDisk::new(&*real, plan.of_disk()));
+    let disk: &dyn Disk = struck.as_ref().map_or(&*real, |disk| disk);
     let device = config.fleet.devices[0].clone();
     let dtype = config.train.dtype.dtype();
     let mut run = Run {
@@ -161,15 +169,28 @@ fn fleet_peak(config: &RunConfig) -> Result<f64> {
 /// Runs with a worker process for each device.
 fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Result<Summary> {
     let names = devices::dealt(&run.config.fleet.devices, run.config.workers())?;
-    let snapshots = match &run.config.snapshot.to {
-        Some(to) => run.base.join(to),
-        None => run.dir.join("snapshots"),
-    };
     let dir = std::path::absolute(&run.dir)?;
-    let snapshots = std::path::absolute(snapshots)?;
+    let mut snapshots = place(run.config.snapshot.to.as_deref(), &run.base, &run.dir);
+    if !is_url(&snapshots) {
+        snapshots = std::path::absolute(snapshots)?;
+    }
     let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
     let mut processes = Processes { command: |what: &Launching| start.of(what) };
-    Ok(pontoon_train::supervise(run, &names, &mut processes, display)?)
+    let deal =
+        |names: &[String]| devices::dealt(names, names.len()).map_err(|error| format!("{error:#}"));
+    let devices = Devices { names: &names, tolerance: tolerance(run)?, deal: &deal };
+    Ok(pontoon_train::supervise(run, &devices, &mut processes, display)?)
+}
+
+/// How far devices of two numeric classes may be apart on a run's model, by the limits of
+/// `pontoon compare`.
+fn tolerance(run: &Run<'_>) -> Result<Tolerance> {
+    let model = pontoon_train::model_of(&run.config, &run.base)?;
+    let limits = Limits::of(&sizes(&model, run.config.train.dtype.dtype(), 1), 1.0);
+    let (gradient, drift) = (limits.gradient_error, limits.loss_drift);
+    // A loss is rounded on the way through the layers once, a gradient twice; but where nearly
+    // all is learnt, a few rows decide both.
+    Ok(Tolerance { gradient, loss: gradient, drift })
 }
 
 /// The settings' file and the run folder.
@@ -245,6 +266,9 @@ impl Observer for Display {
         let said = match event.kind {
             EventKind::Snapshot | EventKind::Started | EventKind::Finished => return,
             EventKind::Resumed => format!("resumed at step {}", event.step),
+            EventKind::Moved => {
+                format!("step {}: moved {}", event.step, event.action.as_deref().unwrap_or("?"))
+            }
             kind => {
                 let cause = event.cause.as_deref().unwrap_or_default();
                 format!("step {}: {kind:?}: {cause}", event.step)

@@ -78,7 +78,8 @@ impl Ledger {
         self.lost.iter().map(|(cause, seconds)| (*cause, *seconds)).collect()
     }
 
-    fn typical(&self) -> Option<f64> {
+    /// What a step takes that nothing disturbs.
+    pub fn typical(&self) -> Option<f64> {
         let mut clean: Vec<f64> = self.clean.iter().copied().collect();
         clean.sort_by(f64::total_cmp);
         clean.get(clean.len() / 2).copied()

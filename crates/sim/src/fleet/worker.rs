@@ -225,10 +225,10 @@ impl Fleet {
                 self.workers[worker].take_state(state);
                 Report::Imported { step, digest: self.workers[worker].digest() }
             }
-            Command::Replay { step, leaf } => {
+            Command::Replay { step, leaf, .. } => {
                 let value = self.gradient(worker, step, leaf);
                 let loss = TinyModel::loss(value).into();
-                Report::Replayed { step, leaf, digest: digest(value), loss }
+                Report::Replayed { step, leaf, digest: digest(value), loss, apart: None }
             }
             Command::Check { step } => {
                 Report::Checked { step, digest: self.workers[worker].digest() }
@@ -250,7 +250,7 @@ impl Fleet {
                     state ^= 1 << 30;
                 }
                 match area {
-                    Area::Join => self.memory.join = state,
+                    Area::Join | Area::Step => self.memory.join = state,
                     Area::Snapshot => self.memory.snapshot = state,
                 }
                 Report::Exported { step, area, digest: digest(state) }
