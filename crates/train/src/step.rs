@@ -53,8 +53,8 @@ pub struct TrainingState {
     model_flops: f64,
     /// The word sums of the gradient buffers as they were written, if they are checked.
     sums: Option<Vec<u32>>,
-    /// What was found wrong and computed again, for whoever tells of it.
-    pub(crate) found: Vec<String>,
+    /// What was found wrong and computed again.
+    found: Vec<String>,
 }
 
 /// Whether products and tensors in memory are checked.
@@ -150,6 +150,12 @@ impl TrainingState {
     pub fn check(&mut self, backend: &dyn Backend, checking: Checking) {
         let on = checking == Checking::On && backend.sums_in_place();
         self.sums = on.then(|| vec![0; self.leaves.len()]);
+    }
+
+    /// What checks found wrong in the steps so far, for whoever tells of it; the steps computed it
+    /// again.
+    pub fn take_findings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.found)
     }
 
     /// The time of every operation of one micro-batch, launched one by one, in list order.

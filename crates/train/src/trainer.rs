@@ -478,7 +478,7 @@ impl Session<'_> {
                 result?
             }
         };
-        for cause in std::mem::take(&mut self.state.found) {
+        for cause in self.state.take_findings() {
             let action = Some("computed again".to_owned());
             let event = Event::new(step, EventKind::Corrupt);
             self.tell(Event { cause: Some(cause), action, ..event })?;
