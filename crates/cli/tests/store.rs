@@ -174,7 +174,8 @@ fn a_run_keeps_its_snapshots_in_a_store_and_goes_on_from_there_past_a_damaged_on
     let folder = folder.path();
     let plain = json(folder, &["train", "run.toml", "--dir", "plain", "--json"]);
     let store = Store::start();
-    let begun = store.train(folder, &[&["run.toml", "--dir", "run", "--steps", "10"], &TO[..]].concat());
+    let begun =
+        store.train(folder, &[&["run.toml", "--dir", "run", "--steps", "10"], &TO[..]].concat());
     assert_eq!(begun["steps"], 10);
     assert_eq!(store.steps(), ["00000006", "00000009", "00000010"], "three are kept");
     assert!(store.names().iter().all(|name| name.starts_with("bucket/runs/one/step-")));
