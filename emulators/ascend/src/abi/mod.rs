@@ -55,7 +55,10 @@ use calls;
 
 /// Defines operators: for each its two phases. The body plans it.
 macro_rules! operators {
-    ($($name:ident, $plan_name:ident |$plan:ident| ($($argument:ident: $type:ty),* $(,)?) $body:block)*) => {
+    ($(
+        $name:ident, $plan_name:ident |$plan:ident| ($($argument:ident: $type:ty),* $(,)?)
+        $body:block
+    )*) => {
         $(
             #[doc = concat!("The first phase of CANN's `", stringify!($name), "`.")]
             #[unsafe(no_mangle)]

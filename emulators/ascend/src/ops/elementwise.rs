@@ -8,6 +8,7 @@ use super::strided::{Space, map_floats, map_integers};
 use super::{Bound, Run};
 use crate::dtype::DataType;
 use crate::failure::Done;
+use crate::fault::Kind;
 use crate::plan::{Access, Argument, Plan, Slot};
 use crate::tensor::Scalar;
 
@@ -245,9 +246,13 @@ pub fn add(
 ) -> Done {
     check_broadcast(plan, &[a, b], y)?;
     let whole = is_whole(&[a, b, y]);
+    // A rotation is the difference and the sum of the products of two halves of a head.
+    let of_heads = y.tensor.shape.len() == 3;
     let [a, b, y] = three(plan, a, b, y, in_place);
     let (alpha, integer) = (alpha.float(), alpha.whole());
     plan.run(move |run| {
+        let swapped = of_heads && alpha == -1.0 && run.has(Kind::SwappedRope);
+        let (a, b) = if swapped { (b, a) } else { (a, b) };
         if whole {
             return map_integers::<2, 3>(run, [a, b], y, |[a, b], out| {
                 for ((y, a), b) in out.iter_mut().zip(a).zip(b) {

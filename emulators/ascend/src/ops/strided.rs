@@ -4,6 +4,8 @@
 //! a function works on whole chunks, and the result is rounded into place. An output may be exactly
 //! one of the inputs, because a chunk is read before it is written.
 
+use std::cell::RefCell;
+
 use half::{bf16, f16};
 use pontoon_cpu::simd::{Element, Isa, Kernel, Simd, dispatch};
 
@@ -15,6 +17,9 @@ use crate::plan::Slot;
 
 /// Elements of a chunk: four f32 chunks fill a first-level cache.
 pub const CHUNK: usize = 2048;
+
+/// Most dimensions of a view.
+const RANK_MAX: usize = 8;
 
 /// How results are rounded to 16 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +125,11 @@ fn pieces(rows: usize, inner: usize) -> (usize, impl Fn(usize) -> Piece) {
     (count, piece)
 }
 
+thread_local! {
+    /// A thread's chunks, so that they are not cleared for every piece.
+    static CHUNKS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Applies `f` to chunks of f32 of all inputs.
 pub fn map_floats<const N: usize, const M: usize>(
     run: &mut Run<'_>,
@@ -137,17 +147,20 @@ pub fn map_floats<const N: usize, const M: usize>(
     run.engine.pool.run(count, |index| {
         let piece = piece(index);
         let mut total = piece.rows * piece.len;
-        let mut chunks = [[0_f32; CHUNK]; N];
-        let mut result = [0_f32; CHUNK];
-        for (view, chunk) in chunks.iter_mut().enumerate() {
-            load(isa, inputs[view], &space, view, piece, &mut chunk[..total]);
-        }
-        f(isa, std::array::from_fn(|view| &chunks[view][..total]), &mut result[..total]);
-        if index == last && tail > 0 && piece.rows == 1 {
-            total = total.saturating_sub(tail);
-        }
-        let kept = Piece { len: total / piece.rows.max(1), ..piece };
-        store(isa, out, &space, N, kept, &result[..total], rounding);
+        CHUNKS.with_borrow_mut(|chunks| {
+            chunks.resize(CHUNK * M, 0.0);
+            let (result, chunks) = chunks.split_at_mut(CHUNK);
+            for (view, chunk) in chunks.chunks_mut(CHUNK).enumerate() {
+                load(isa, inputs[view], &space, view, piece, &mut chunk[..total]);
+            }
+            let of = |view: usize| &chunks[view * CHUNK..][..total];
+            f(isa, std::array::from_fn(of), &mut result[..total]);
+            if index == last && tail > 0 && piece.rows == 1 {
+                total = total.saturating_sub(tail);
+            }
+            let kept = Piece { len: total / piece.rows.max(1), ..piece };
+            store(isa, out, &space, N, kept, &result[..total], rounding);
+        });
     });
     Ok(())
 }
@@ -204,11 +217,29 @@ fn for_rows<const M: usize>(
     mut row: impl FnMut(usize, usize, usize),
 ) {
     let step = space.inner_steps()[view];
+    let outer = space.dims.len() - 1;
+    let (mut rest, mut at) = (piece.row, piece.start * step);
+    let mut place = [0; RANK_MAX];
+    for axis in (0..outer).rev() {
+        place[axis] = rest % space.dims[axis];
+        rest /= space.dims[axis];
+        at += place[axis] * space.steps[axis][view];
+    }
     for index in 0..piece.rows {
-        row(index, space.row(piece.row + index)[view] + piece.start * step, step);
+        row(index, at, step);
+        for axis in (0..outer).rev() {
+            place[axis] += 1;
+            at += space.steps[axis][view];
+            if place[axis] < space.dims[axis] {
+                break;
+            }
+            at -= space.dims[axis] * space.steps[axis][view];
+            place[axis] = 0;
+        }
     }
 }
 
+/// Widens the rows of a piece, one after the other.
 fn load<const M: usize>(
     isa: Isa,
     from: &Bound,
@@ -217,11 +248,31 @@ fn load<const M: usize>(
     piece: Piece,
     to: &mut [f32],
 ) {
-    for_rows(space, view, piece, |row, at, step| {
-        load_floats(isa, from, at, step, &mut to[row * piece.len..][..piece.len]);
-    });
+    let dense = space.inner_steps()[view] == 1;
+    match from.dtype() {
+        DataType::Bf16 if dense => load_rows::<bf16, M>(isa, from, (space, view, piece), to),
+        DataType::F16 if dense => load_rows::<f16, M>(isa, from, (space, view, piece), to),
+        _ => for_rows(space, view, piece, |row, at, step| {
+            load_floats(isa, from, at, step, &mut to[row * piece.len..][..piece.len]);
+        }),
+    }
 }
 
+/// Rows whose elements are neighbours, gathered first and widened together.
+fn load_rows<T: Element, const M: usize>(
+    isa: Isa,
+    from: &Bound,
+    (space, view, piece): (&Space<M>, usize, Piece),
+    to: &mut [f32],
+) {
+    let mut raw = [T::zeroed(); CHUNK];
+    for_rows(space, view, piece, |row, at, _| {
+        from.load(at, &mut raw[row * piece.len..][..piece.len]);
+    });
+    dispatch(isa, Widen { from: &raw[..to.len()], to });
+}
+
+/// Rounds the rows of a piece into place.
 fn store<const M: usize>(
     isa: Isa,
     to: &Bound,
@@ -231,8 +282,27 @@ fn store<const M: usize>(
     from: &[f32],
     rounding: Rounding,
 ) {
-    for_rows(space, view, piece, |row, at, step| {
-        store_floats(isa, to, at, step, &from[row * piece.len..][..piece.len], rounding);
+    let dense = space.inner_steps()[view] == 1 && rounding == Rounding::Nearest;
+    match to.dtype() {
+        DataType::Bf16 if dense => store_rows::<bf16, M>(isa, to, (space, view, piece), from),
+        DataType::F16 if dense => store_rows::<f16, M>(isa, to, (space, view, piece), from),
+        _ => for_rows(space, view, piece, |row, at, step| {
+            store_floats(isa, to, at, step, &from[row * piece.len..][..piece.len], rounding);
+        }),
+    }
+}
+
+/// Rows whose elements are neighbours, rounded together and then put into place.
+fn store_rows<T: Element, const M: usize>(
+    isa: Isa,
+    to: &Bound,
+    (space, view, piece): (&Space<M>, usize, Piece),
+    from: &[f32],
+) {
+    let mut raw = [T::zeroed(); CHUNK];
+    dispatch(isa, Narrow { from, to: &mut raw[..from.len()] });
+    for_rows(space, view, piece, |row, at, _| {
+        to.store(at, &raw[row * piece.len..][..piece.len]);
     });
 }
 
