@@ -54,6 +54,16 @@ pub fn survey() -> Vec<Found> {
     names.into_iter().map(look).collect()
 }
 
+/// An emulated chip that every build of this program has.
+pub fn emulated() -> &'static str {
+    "emu-ascend:0"
+}
+
+/// Where a run goes that leaves its chips: two workers on the CPU.
+pub fn destination() -> Vec<String> {
+    vec!["cpu".to_owned(); 2]
+}
+
 /// Opens a device by its name, such as `cpu`, `cpu:threads=1,isa=avx2` or `ascend:0`.
 pub fn open(name: &str) -> Result<Box<dyn Backend>> {
     let with_name = || format!("device `{name}` cannot be used");

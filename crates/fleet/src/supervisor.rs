@@ -350,9 +350,10 @@ impl Supervisor {
         self.step
     }
 
-    /// The workers as people see them.
+    /// The workers as people see them, without those that the run has moved away from.
     pub fn workers(&self) -> Vec<Seen<'_>> {
-        self.workers.iter().enumerate().map(|(worker, of)| of.seen(worker)).collect()
+        let workers = self.workers.iter().enumerate().filter(|(_, of)| !of.left);
+        workers.map(|(worker, of)| of.seen(worker)).collect()
     }
 
     /// Seconds lost so far, by cause.
@@ -422,13 +423,17 @@ impl Supervisor {
         match report {
             Report::Ready { step, digest, device } => {
                 let of = &mut self.workers[worker];
-                of.standing = if of.trial { Standing::Waiting } else { Standing::Ready };
+                let trial = of.trial;
+                of.standing = if trial { Standing::Warming } else { Standing::Ready };
                 let took = Some(self.now.saturating_sub(of.launched));
                 self.longest_load = self.longest_load.max(took);
                 of.loaded = digest.map(|digest| (step, digest));
                 of.numeric_class = device.numeric_class;
                 of.written_by = device.written_by;
                 of.memory_bytes = device.memory_bytes;
+                if trial {
+                    return self.warm_up(worker);
+                }
                 let first = self.workers.iter().all(|of| of.standing != Standing::Member)
                     && self.those(Standing::Ready).len() == 1;
                 for (step, reason) in device.passed_over.into_iter().filter(|_| first) {
@@ -446,6 +451,9 @@ impl Supervisor {
                     self.workers[worker].took(seconds / f64::from(node.count));
                     self.ask_across_classes(worker, node);
                 }
+            }
+            Report::Replayed { .. } if self.workers[worker].standing == Standing::Warming => {
+                self.workers[worker].standing = Standing::Waiting;
             }
             Report::Replayed { step: of, leaf, digest, loss, apart } if of == step => {
                 self.replayed(worker, Replayed { leaf, digest, loss: loss.value(), apart });

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use pontoon_fleet::control::{Answer, ControlSocket, Request};
 use pontoon_fleet::world::Control;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::devices;
 
@@ -49,32 +49,45 @@ fn show(arguments: &Arguments, answer: &Answer) {
         println!("{}", json!(answer));
         return;
     }
-    let certificate = &answer.facts.get("certificate").cloned().unwrap_or_default();
+    let certificate = answer.facts.get("certificate").cloned().unwrap_or_default();
+    lines(&certificate).iter().for_each(|line| println!("{line}"));
+    if answer.ok {
+        println!("{}", answer.text);
+    }
+}
+
+/// A certificate as people read it; nothing if there is none.
+pub fn lines(certificate: &Value) -> Vec<String> {
+    let mut lines = Vec::new();
     for trial in certificate["trials"].as_array().into_iter().flatten() {
         let text = |key: &str| trial[key].as_str().unwrap_or("?").to_owned();
         let number = |key: &str| trial[key].as_f64().unwrap_or(f64::NAN);
         let limit = |key: &str| certificate["limits"][key].as_f64().unwrap_or(f64::NAN);
-        println!("{} ({})", text("device"), text("numeric_class"));
         let line = |what: &str, got: f64, limit: f64| {
-            println!("  {what:28} {got:>11.3e}  limit {limit:>10.3e}");
+            format!("  {what:28} {got:>11.3e}  limit {limit:>10.3e}")
         };
-        line("worst gradient error", number("gradient_error"), limit("gradient"));
-        line("loss error", number("loss_error"), limit("loss"));
-        let same = if trial["identical"] == true { "yes" } else { "no" };
-        let again = if trial["repeats"] == true { "yes" } else { "no" };
-        println!("  same bits as the old device  {same:>11}");
-        println!("  same bits when repeated      {again:>11}");
+        let yes = |key: &str| if trial[key] == true { "yes" } else { "no" };
+        let says = if trial["agree"] == true { "agrees" } else { "DOES NOT AGREE" };
+        lines.extend([
+            format!("{} ({}) {says}", text("device"), text("numeric_class")),
+            line("worst gradient error", number("gradient_error"), limit("gradient")),
+            line("loss error", number("loss_error"), limit("loss")),
+            format!("  same bits as the old device  {:>11}", yes("identical")),
+            format!("  same bits when repeated      {:>11}", yes("repeats")),
+        ]);
     }
-    if answer.ok {
-        let ms = |key: &str| certificate[key].as_u64().map_or("?".to_owned(), |n| n.to_string());
-        println!("{}", answer.text);
-        println!(
-            "loaded in {} ms beside the run, state copied in {} ms, the step took {} ms, \
-             {} ms more than usual",
+    if certificate["agree"] == true {
+        let ms = |key: &str| match certificate[key].as_u64() {
+            Some(ms) => format!("{ms} ms"),
+            None => "an unknown time".to_owned(),
+        };
+        lines.push(format!(
+            "loaded in {} beside the run, state copied in {}; that step took {}, {} more than usual",
             ms("load_ms"),
             ms("transfer_ms"),
             ms("step_ms"),
             ms("pause_ms"),
-        );
+        ));
     }
+    lines
 }

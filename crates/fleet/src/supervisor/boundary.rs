@@ -368,8 +368,8 @@ impl Supervisor {
         }
         if self.saving.is_none() {
             if self.save_failures >= SAVE_TRIES {
-                let text = "the last snapshot could not be written; free some space or set \
-                            snapshot.to, then go on with --resume";
+                let text = "the last snapshot could not be written, see events.jsonl; free some \
+                            space, see to the store or set snapshot.to, then go on with --resume";
                 self.end(Ending::Failed(text.to_owned()));
                 return false;
             }

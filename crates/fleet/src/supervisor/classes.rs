@@ -159,8 +159,8 @@ impl Supervisor {
         for vote in votes {
             classes.entry(&self.workers[vote.0].numeric_class).or_default().push(*vote);
         }
-        let verdicts = classes.values().map(|votes| verdict(votes));
-        verdicts.into_iter().find(|of| *of != Verdict::Agreed).unwrap_or(Verdict::Agreed)
+        let mut verdicts = classes.values().map(|votes| verdict(votes));
+        verdicts.find(|of| *of != Verdict::Agreed).unwrap_or(Verdict::Agreed)
     }
 
     /// Two replicas whose norms of one sum are further apart than the order of adding explains.
@@ -169,7 +169,8 @@ impl Supervisor {
         let first = *replicas.first()?;
         let far = |other: &usize| {
             let (a, b) = (norm(first), norm(*other));
-            (a.is_finite() || b.is_finite()) && !((a - b).abs() <= NORM_APART * b.abs())
+            let apart = (a - b).abs();
+            (a.is_finite() || b.is_finite()) && (apart > NORM_APART * b.abs() || apart.is_nan())
         };
         let other = replicas.iter().copied().find(far)?;
         Some(format!(

@@ -247,7 +247,7 @@ impl Supervisor {
             }
             let silent = self.now.saturating_sub(of.progressed);
             let deadline = match of.standing {
-                Standing::Loading => load_deadline(self.longest_load),
+                Standing::Loading | Standing::Warming => load_deadline(self.longest_load),
                 _ => self.settings.hang_after.deadline(of.longest_pause),
             };
             if silent > deadline {

@@ -158,6 +158,13 @@ impl Supervisor {
         }
     }
 
+    /// Has a new worker compute a micro-batch on empty weights, to be done with what a device does
+    /// when it computes for the first time.
+    pub(super) fn warm_up(&mut self, worker: usize) {
+        let (step, against) = (self.step + 1, Against::Nothing);
+        self.send(worker, Command::Replay { step, leaf: 0, against });
+    }
+
     /// At a step's beginning: once all new workers have loaded, they are tried in this step.
     pub(super) fn begin_trial(&mut self) {
         let (now, step, leaves) = (self.now, self.step, self.settings.leaves);
@@ -303,7 +310,7 @@ impl Supervisor {
         let loss_error = loss_apart(first.loss, owner.losses[0]);
         let alike = self.are_alike(worker, owner.worker);
         // NaN is beyond every limit.
-        let beyond = |error: f64, limit: f64| !alike && !(error <= limit);
+        let beyond = |error: f64, limit: f64| !alike && (error > limit || error.is_nan());
         let mut why = Vec::new();
         if !repeats {
             why.push("does not give the same bits twice".to_owned());

@@ -57,6 +57,8 @@ struct World {
     /// Still to be asked for: the step from which on, and the devices.
     moves: VecDeque<(u64, Vec<String>)>,
     outcomes: Vec<MoveOutcome>,
+    /// Steps done.
+    step: u64,
     outbox: VecDeque<Input>,
 }
 
@@ -119,6 +121,7 @@ impl World {
             classes: Vec::new(),
             moves: VecDeque::new(),
             outcomes: Vec::new(),
+            step: 0,
             outbox: VecDeque::from([Input::Start]),
         }
     }
@@ -159,9 +162,15 @@ impl World {
             Output::Send { worker, command } => {
                 self.queue.push_back((worker, self.incarnations[worker], command));
             }
-            Output::Event(event) => self.events.push(event),
+            Output::Event(event) => {
+                if matches!(event.kind, EventKind::Started | EventKind::Resumed) {
+                    self.step = event.step;
+                }
+                self.events.push(event);
+            }
             Output::Step(done) => {
-                assert_eq!(done.step, self.losses.len() as u64 % STEPS + 1);
+                assert_eq!(done.step, self.step + 1);
+                self.step = done.step;
                 self.losses.push(done.losses.iter().sum());
                 self.classes.push(done.classes);
                 if let Some((_, devices)) = self.moves.pop_front_if(|(step, _)| *step <= done.step)

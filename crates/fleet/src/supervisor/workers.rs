@@ -17,7 +17,10 @@ pub(super) enum Standing {
     Out,
     /// A process that loads.
     Loading,
-    /// Loaded, waiting for the other targets of its move.
+    /// Loaded, computing something for the first time, so that what a device does only once is done
+    /// before the run waits for it.
+    Warming,
+    /// Loaded and warm, waiting for the other targets of its move.
     Waiting,
     /// Loaded, waiting for a step to begin.
     Ready,
@@ -38,7 +41,7 @@ pub struct Seen<'a> {
     device: &'a str,
     /// The class within which equal inputs give equal bits; empty before it has loaded.
     numeric_class: &'a str,
-    /// `out`, `loading`, `waiting`, `ready`, `joining`, `member` or `retired`.
+    /// `out`, `loading`, `warming`, `waiting`, `ready`, `joining`, `member` or `retired`.
     state: Standing,
     /// Processes started so far.
     processes: u32,

@@ -301,6 +301,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             });
             let mut value = chunk(json!([choice]));
             value["system_fingerprint"] = flow.classes().into();
+            value["device"] = flow.devices().into();
             out.data(&value).await?;
         }
         if let Some(ended) = heard.ended {

@@ -254,6 +254,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
         });
         let mut value = wanted.object(app, json!([choice]));
         value["system_fingerprint"] = flow.classes().into();
+        value["device"] = flow.devices().into();
         out.data(&value).await?;
     }
     if wanted.settings.stream_usage {

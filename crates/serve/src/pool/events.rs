@@ -23,8 +23,6 @@ pub enum EventKind {
     Hang,
     /// A device computed something wrong while it served.
     Corrupt,
-    /// Two devices disagreed, but which one was wrong could not be told.
-    Disagreement,
 }
 
 impl EventKind {
@@ -36,7 +34,6 @@ impl EventKind {
             EventKind::Crash => "crash",
             EventKind::Hang => "hang",
             EventKind::Corrupt => "corrupt",
-            EventKind::Disagreement => "disagreement",
         }
     }
 }

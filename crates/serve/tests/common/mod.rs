@@ -4,6 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 #![allow(dead_code, reason = "no test file uses all of it")]
 
+pub mod wire;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -24,6 +26,16 @@ use pontoon_serve::pool::{Pool, PoolParts};
 use pontoon_serve::{App, AppParts, Limits, ServerOptions, serve};
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// A number from the environment, or what a quick test takes.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// Tells what a long test has found: a line that scripts look for.
+pub fn report(value: &Value) {
+    println!("report: {value}");
+}
 
 /// A million random parameters on the tests' tokenizer.
 pub struct Small {

@@ -171,3 +171,50 @@ fn a_move_goes_on_when_the_old_ones_fail_meanwhile() {
         assert!(world.applied.iter().any(|(_, worker)| *worker >= 2));
     }
 }
+
+#[test]
+fn whatever_goes_wrong_in_mixed_and_moving_runs_every_step_is_done_once_and_the_run_ends() {
+    let faults = [
+        Wrong::Crash,
+        Wrong::Hang,
+        Wrong::Gradient,
+        Wrong::Weights,
+        Wrong::Sum,
+        Wrong::Loss,
+        Wrong::State,
+        Wrong::Apply,
+        Wrong::HandOn,
+        Wrong::Fickle,
+    ];
+    let fleets: [&[&str]; 6] =
+        [&["a", "b"], &["a", "a", "b"], &["a", "b", "b"], &["a", "b", "c"], &["a", "a"], &["a"]];
+    let targets: [&[&str]; 4] = [&["b", "b"], &["a", "c"], &["c", "c", "c"], &["a1", "a2"]];
+    for seed in 0..400_u64 {
+        let mut draws = (0..).map(|turn| {
+            let z = (seed * 1000 + turn + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z ^ (z >> 31)
+        });
+        let mut below = |limit: usize| (draws.next().unwrap() % limit as u64) as usize;
+        let fleet = fleets[below(fleets.len())];
+        let count = below(4);
+        let wrongs: Vec<(usize, u64, Wrong)> = (0..count)
+            .map(|_| (below(5), 1 + below(STEPS as usize) as u64, faults[below(faults.len())]))
+            .collect();
+        let audit = if fleet.len() > 1 { 1.0 } else { 0.0 };
+        let mut world = World::on(fleet, audit, &wrongs, NonFinite::Stop);
+        let to = targets[below(targets.len())].iter().map(|&device| device.to_owned()).collect();
+        let at = 1 + below(3) as u64;
+        world.moves.push_back((at, to));
+        let world = world.to_its_end();
+        let story = format!("seed {seed}: {fleet:?} {wrongs:?} {:?}", world.events);
+        assert_eq!(world.ending, Some(Ending::Finished), "{story}");
+        // A run that goes back to a snapshot does some steps again; all end with the last one.
+        assert!(world.losses.len() >= STEPS as usize, "{story}");
+        assert!(world.losses.iter().all(|loss| *loss == 8.0), "{story}");
+        assert!(world.outcomes.len() <= 1, "{story}");
+        let moved = world.outcomes.iter().filter(|outcome| outcome.moved).count();
+        let events = world.kinds().iter().filter(|kind| **kind == "moved").count();
+        assert_eq!(moved, events, "{story}");
+    }
+}
