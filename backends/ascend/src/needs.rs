@@ -8,7 +8,10 @@ use std::sync::OnceLock;
 
 use pontoon_ops::{Op, OpName};
 
-use crate::ffi::table::Operator::{self, *};
+use crate::ffi::table::Operator::{
+    self, FlashAttentionUnpaddingScoreGrad, FlashAttentionUnpaddingScoreGradV2,
+    FlashAttentionVarLenScore, FlashAttentionVarLenScoreV2, GroupedMatmulV4, GroupedMatmulV5,
+};
 
 /// The waivers as they are published.
 const PUBLISHED: &str = include_str!("../waivers.toml");
@@ -17,181 +20,77 @@ const PUBLISHED: &str = include_str!("../waivers.toml");
 const HEADS_MAX: usize = 256;
 const WIDTH_MAX: usize = 768;
 
-/// The operators an operation may call. Of versions that stand for one another, one is enough:
-/// they are listed under [`VERSIONS`].
+/// For each operation the operators it may call. Of versions that stand for one another, one is
+/// enough: they are listed under [`VERSIONS`].
+const CALLS: &str = "\
+Copy: InplaceCopy
+Cast: Cast InplaceCopy
+Fill: InplaceFillScalar
+Add: Add InplaceCopy
+Scale: Muls
+Embed: IndexSelect LtScalar GeScalar LogicalOr SWhere InplaceMaskedFillScalar InplaceCopy
+EmbedBwd: IndexPutImpl InplaceZero Cast LtScalar GeScalar LogicalOr SWhere
+    InplaceMaskedFillScalar InplaceCopy
+RmsNorm: RmsNorm InplaceCopy
+RmsNormBwd: RmsNormGrad Add InplaceCopy
+AddRmsNorm: Add RmsNorm InplaceCopy
+AddRmsNormBwd: RmsNormGrad Add Cast InplaceCopy
+Matmul: Matmul Add InplaceCopy InplaceZero
+MatmulQuant: Cast IndexSelect Mul Matmul InplaceCopy
+GroupedMatmul: GroupedMatmulV4 GroupedMatmulAdd Cast Add InplaceCopy InplaceZero
+Rope: IndexSelect Mul Sub Add LtScalar GeScalar LogicalOr SWhere InplaceMaskedFillScalar
+Attention: FlashAttentionVarLenScore Log Add InplaceCopy InplaceZero
+AttentionBwd: FlashAttentionUnpaddingScoreGrad InplaceFillScalar InplaceCopy InplaceZero
+PagedAttention: IndexSelect FlashAttentionVarLenScore InplaceCopy InplaceZero
+KvWrite: ScatterNdUpdate IndexSelect InplaceCopy
+SwiGlu: Silu Mul
+SwiGluBwd: SwiGluGrad InplaceCopy
+RouterTopK: NeTensor Cast ReduceSum GtScalar InplaceMaskedFillScalar Softmax Sigmoid Add Sort
+    InplaceScatter EqScalar Gather Adds Div Muls SWhere InplaceCopy InplaceZero
+    InplaceFillScalar
+RouterTopKBwd: Softmax Sigmoid Cast Gather ReduceSum Adds Mul Div Sub Muls InplaceScatter
+    SoftmaxBackward SigmoidBackward InplaceZero InplaceCopy
+Permute: LtScalar GeScalar LogicalOr SWhere Cast Sort IndexSelect LtTensor ReduceSum InplaceCopy
+PermuteBwd: IndexSelect Cast ReduceSum InplaceCopy
+Unpermute: IndexSelect Mul ReduceSum InplaceCopy
+UnpermuteBwd: Mul ScatterNdUpdate IndexSelect Cast ReduceSum InplaceCopy
+CrossEntropy TokenLogProb CrossEntropyBwd TokenLogProbBwd: Matmul Muls Amax Sub Exp ReduceSum
+    Log Add Gather Cast Mul Div InplaceScatter InplaceCopy InplaceZero LtScalar GeScalar
+    EqScalar LogicalOr SWhere InplaceMaskedFillScalar
+AdamW: ApplyAdamWV2 Muls Cast
+Muon: Muls Add LinalgVectorNorm Adds Div Matmul Sub Cast
+SumSquares: LinalgVectorNorm Mul InplaceZero
+ReduceTree: Cast Add InplaceCopy
+Sample: InplaceCopy IndexSelect Div Mul GtScalar SWhere Sub ScatterNdUpdate Add IsFinite Cast
+    ReduceSum EqScalar NeTensor InplaceMaskedFillScalar ArgMax Amax Exp Sort Cumsum LeTensor
+    LtTensor InplaceScatter Gather Log
+AllReduce ReduceScatter: Cast Add InplaceCopy
+AllGather:
+";
+
+/// The operators an operation may call.
 pub fn operators(op: OpName) -> &'static [Operator] {
-    match op {
-        OpName::Copy => &[InplaceCopy],
-        OpName::Cast => &[Cast, InplaceCopy],
-        OpName::Fill => &[InplaceFillScalar],
-        OpName::Add => &[Add, InplaceCopy],
-        OpName::Scale => &[Muls],
-        OpName::Embed => &[
-            IndexSelect,
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            InplaceMaskedFillScalar,
-            InplaceCopy,
-        ],
-        OpName::EmbedBwd => &[
-            IndexPutImpl,
-            InplaceZero,
-            Cast,
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            InplaceMaskedFillScalar,
-            InplaceCopy,
-        ],
-        OpName::RmsNorm => &[RmsNorm, InplaceCopy],
-        OpName::RmsNormBwd => &[RmsNormGrad, Add, InplaceCopy],
-        OpName::AddRmsNorm => &[Add, RmsNorm, InplaceCopy],
-        OpName::AddRmsNormBwd => &[RmsNormGrad, Add, Cast, InplaceCopy],
-        OpName::Matmul => &[Matmul, Add, InplaceCopy, InplaceZero],
-        OpName::MatmulQuant => &[Cast, IndexSelect, Mul, Matmul, InplaceCopy],
-        OpName::GroupedMatmul => {
-            &[GroupedMatmulV4, GroupedMatmulAdd, Cast, Add, InplaceCopy, InplaceZero]
-        }
-        OpName::Rope => &[
-            IndexSelect,
-            Mul,
-            Sub,
-            Add,
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            InplaceMaskedFillScalar,
-        ],
-        OpName::Attention => &[FlashAttentionVarLenScore, Log, Add, InplaceCopy, InplaceZero],
-        OpName::AttentionBwd => {
-            &[FlashAttentionUnpaddingScoreGrad, InplaceFillScalar, InplaceCopy, InplaceZero]
-        }
-        OpName::PagedAttention => {
-            &[IndexSelect, FlashAttentionVarLenScore, InplaceCopy, InplaceZero]
-        }
-        OpName::KvWrite => &[ScatterNdUpdate, IndexSelect, InplaceCopy],
-        OpName::SwiGlu => &[Silu, Mul],
-        OpName::SwiGluBwd => &[SwiGluGrad, InplaceCopy],
-        OpName::RouterTopK => &[
-            NeTensor,
-            Cast,
-            ReduceSum,
-            GtScalar,
-            InplaceMaskedFillScalar,
-            Softmax,
-            Sigmoid,
-            Add,
-            Sort,
-            InplaceScatter,
-            EqScalar,
-            Gather,
-            Adds,
-            Div,
-            Muls,
-            SWhere,
-            InplaceCopy,
-            InplaceZero,
-            InplaceFillScalar,
-        ],
-        OpName::RouterTopKBwd => &[
-            Softmax,
-            Sigmoid,
-            Cast,
-            Gather,
-            ReduceSum,
-            Adds,
-            Mul,
-            Div,
-            Sub,
-            Muls,
-            InplaceScatter,
-            SoftmaxBackward,
-            SigmoidBackward,
-            InplaceZero,
-            InplaceCopy,
-        ],
-        OpName::Permute => &[
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            Cast,
-            Sort,
-            IndexSelect,
-            LtTensor,
-            ReduceSum,
-            InplaceCopy,
-        ],
-        OpName::PermuteBwd => &[IndexSelect, Cast, ReduceSum, InplaceCopy],
-        OpName::Unpermute => &[IndexSelect, Mul, ReduceSum, InplaceCopy],
-        OpName::UnpermuteBwd => &[Mul, ScatterNdUpdate, IndexSelect, Cast, ReduceSum, InplaceCopy],
-        OpName::CrossEntropy => LOSS,
-        OpName::TokenLogProb => LOSS,
-        OpName::CrossEntropyBwd => LOSS,
-        OpName::TokenLogProbBwd => LOSS,
-        OpName::AdamW => &[ApplyAdamWV2, Muls, Cast],
-        OpName::Muon => &[Muls, Add, LinalgVectorNorm, Adds, Div, Matmul, Sub, Cast],
-        OpName::SumSquares => &[LinalgVectorNorm, Mul, InplaceZero],
-        OpName::ReduceTree => &[Cast, Add, InplaceCopy],
-        OpName::Sample => &[
-            InplaceCopy,
-            IndexSelect,
-            Div,
-            Mul,
-            GtScalar,
-            SWhere,
-            Sub,
-            ScatterNdUpdate,
-            Add,
-            IsFinite,
-            Cast,
-            ReduceSum,
-            EqScalar,
-            NeTensor,
-            InplaceMaskedFillScalar,
-            ArgMax,
-            Amax,
-            Exp,
-            Sort,
-            Cumsum,
-            LeTensor,
-            LtTensor,
-            InplaceScatter,
-            Gather,
-            Log,
-        ],
-        OpName::AllReduce | OpName::ReduceScatter => &[Cast, Add, InplaceCopy],
-        OpName::AllGather => &[],
-    }
+    static TABLE: OnceLock<BTreeMap<OpName, Vec<Operator>>> = OnceLock::new();
+    TABLE.get_or_init(table).get(&op).map_or(&[], Vec::as_slice)
 }
 
-const LOSS: &[Operator] = &[
-    Matmul,
-    Muls,
-    Amax,
-    Sub,
-    Exp,
-    ReduceSum,
-    Log,
-    Add,
-    Gather,
-    Cast,
-    Mul,
-    Div,
-    InplaceScatter,
-    InplaceCopy,
-    InplaceZero,
-    LtScalar,
-    GeScalar,
-    EqScalar,
-    LogicalOr,
-    SWhere,
-    InplaceMaskedFillScalar,
-];
+fn table() -> BTreeMap<OpName, Vec<Operator>> {
+    let operator = |name: &str| {
+        let mut all = Operator::ALL.iter().copied();
+        let found = all.find(|one| one.symbol().trim_start_matches("aclnn") == name);
+        found.expect("a test reads every line of the table")
+    };
+    let mut table: BTreeMap<OpName, Vec<Operator>> = BTreeMap::new();
+    for entry in CALLS.replace("\n    ", " ").lines() {
+        let (names, calls) = entry.split_once(':').unwrap_or((entry, ""));
+        for name in names.split_whitespace() {
+            let op = OpName::ALL.iter().find(|op| op.name() == name);
+            let op = op.expect("a test reads every line of the table");
+            table.insert(*op, calls.split_whitespace().map(operator).collect());
+        }
+    }
+    table
+}
 
 /// Newer versions that may stand for the operator that is listed.
 pub const VERSIONS: [(Operator, Operator); 3] = [
@@ -299,8 +198,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_table_has_a_line_for_every_operation() {
+        let table = table();
+        OpName::ALL.iter().for_each(|op| assert!(table.contains_key(op), "{op:?}"));
+    }
+
+    #[test]
     fn a_missing_operator_waives_what_calls_it_and_nothing_else() {
-        let waived = waived(&|operator| operator != Silu, 1);
+        let waived = waived(&|operator| operator != Operator::Silu, 1);
         assert_eq!(waived.keys().collect::<Vec<_>>(), [&OpName::SwiGlu]);
     }
 
