@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, read_folder};
 use pontoon_fleet::world::{Clock, RealDisk, SystemClock};
 use pontoon_models::{
-    ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, Tokenizer, Weights,
+    ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, Tokenizer, WeightFormat, Weights,
 };
 use serde_json::{Map, json};
 
@@ -42,6 +42,16 @@ impl ModelSource {
     /// Reads the weights.
     pub fn weights(&self) -> Result<HostWeights> {
         Ok(self.model.load(&Weights::open(&self.folder)?)?)
+    }
+
+    /// Opens the weights, to be read tensor by tensor.
+    pub fn tensors(&self) -> Result<Weights> {
+        Ok(Weights::open(&self.folder)?)
+    }
+
+    /// The same model with its matrices stored in a format.
+    pub fn stored(&self, format: WeightFormat) -> Result<Model> {
+        Ok(Model::stored(self.model.config.clone(), format)?)
     }
 
     /// Reads the tokenizer, which must fit the model.

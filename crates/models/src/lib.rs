@@ -21,8 +21,10 @@ mod layout;
 mod map;
 mod model;
 mod presets;
+mod quantise;
 mod rope;
 mod tokenizer;
+mod upload;
 mod values;
 mod weights;
 
@@ -39,7 +41,9 @@ pub use generate::{
 pub use layout::{Role, TensorSpec};
 pub use model::{BatchShape, DrawReads, Model, PagedHead, PagedShape};
 pub use presets::{PRESETS, preset};
+pub use quantise::WeightFormat;
 pub use rope::{Frequencies, RampEnds, Rope, RopeScaling, Yarn};
 pub use tokenizer::{SpecialTokens, StreamDecoder, Tokenizer};
+pub use upload::{HostTensors, Rows as TensorRows, TensorSource};
 pub use values::{Constant, HostWeights, compute_bytes};
 pub use weights::{INDEX_FILE, SINGLE_FILE, TensorView, Weights};

@@ -13,6 +13,10 @@ use crate::config::{Family, Head, ModelConfig};
 use crate::error::ModelError;
 use crate::families;
 use crate::layout::{Role, TensorSpec};
+use crate::quantise::WeightFormat;
+
+/// The output head's name.
+const HEAD: &str = "lm_head.weight";
 
 /// A configuration with its parameters placed.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +25,8 @@ pub struct Model {
     pub config: ModelConfig,
     /// Every parameter and its place.
     pub table: ParameterTable,
+    /// How its matrices are stored on a device.
+    pub format: WeightFormat,
 }
 
 /// The sizes of one micro-batch of whole documents.
@@ -95,8 +101,24 @@ pub enum DrawReads {
 impl Model {
     /// Places the parameters of a configuration.
     pub fn new(config: ModelConfig) -> Result<Model, ModelError> {
-        let table = ParameterTable::new(parameter_specs(&config));
-        Ok(Model { config, table })
+        Model::stored(config, WeightFormat::Float)
+    }
+
+    /// The same with matrices stored in this format. What is not multiplied by a whole matrix
+    /// stays float: the embedding, norms, biases, routers and routed experts.
+    pub fn stored(config: ModelConfig, format: WeightFormat) -> Result<Model, ModelError> {
+        let mut specs = parameter_specs(&config);
+        if format != WeightFormat::Float {
+            if config.head == Head::Tied {
+                // The embedding is looked up as it is, and multiplied with as integers.
+                let shape = [config.vocab_size, config.width];
+                let head = ParameterSpec::whole(HEAD, &shape, Class::Embedding);
+                let tensors = vec![block::EMBEDDING.to_owned()];
+                specs.push(ParameterSpec { tensors, ..head });
+            }
+            specs.iter_mut().for_each(|spec| spec.storage = format.storage(spec));
+        }
+        Ok(Model { config, table: ParameterTable::new(specs), format })
     }
 
     /// Forward and backward over a micro-batch.
@@ -247,8 +269,8 @@ impl Model {
 
     fn head(&self, builder: &Builder<'_>) -> Result<pontoon_ops::View, ModelError> {
         Ok(builder.parameter(match self.config.head {
-            Head::Tied => block::EMBEDDING,
-            Head::Own => "lm_head.weight",
+            Head::Tied if self.format == WeightFormat::Float => block::EMBEDDING,
+            Head::Tied | Head::Own => HEAD,
         })?)
     }
 }

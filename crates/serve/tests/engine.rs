@@ -11,7 +11,8 @@ use pontoon_models::{Generator, GeneratorOptions, SamplingSettings};
 use pontoon_ops::philox::Stream;
 use pontoon_program::Memory;
 use pontoon_serve::engine::device::DeviceOptions;
-use pontoon_serve::engine::request::{Scored, Task};
+use pontoon_serve::engine::draft::Speculation;
+use pontoon_serve::engine::request::{Constraint, Scored, Task};
 
 /// Prompts of all lengths, some with a common beginning, with settings of all kinds.
 fn mixed(count: u64, vocabulary: usize) -> Vec<(Vec<u32>, SamplingSettings)> {
@@ -110,6 +111,69 @@ fn together(
 fn a_request_gives_the_same_tokens_and_logprobs_in_a_batch_as_alone() {
     let small = Small::new();
     together(&small, &["a"], small.options(), &[]);
+}
+
+#[test]
+fn guessed_tokens_change_no_bit_in_a_batch_or_where_blocks_are_few() {
+    let small = Small::new();
+    let options = DeviceOptions {
+        speculation: Speculation::PromptLookup,
+        draft_tokens: 5,
+        ..small.options()
+    };
+    together(&small, &["a"], options, &[]);
+    together(&small, &["a"], DeviceOptions { blocks: 16, ..options }, &[]);
+}
+
+#[test]
+fn a_text_that_repeats_itself_is_guessed_right() {
+    let small = Small::new();
+    let options = DeviceOptions {
+        speculation: Speculation::PromptLookup,
+        draft_tokens: 4,
+        ..small.options()
+    };
+    let pool = small.pool(&["a"], options, &Faults::none());
+    let prompt: Vec<u32> = [5, 9, 13, 40, 7].repeat(8);
+    // The text goes on as it began, whatever the model makes of it.
+    let forced = |drawn: usize| [5_u32, 9, 13, 40, 7][drawn % 5];
+    let made = move || Ok(Box::new(Forced { drawn: 0, forced }) as Box<dyn Constraint>);
+    let mut request = generate(prompt, SamplingSettings { tokens_max: 40, ..Default::default() });
+    let Task::Generate(task) = &mut request.task else { panic!("it generates") };
+    task.constraint = Some(std::sync::Arc::new(made));
+    let (tokens, _) = collect(submit(&pool, request));
+    let drawn: Vec<u32> = tokens.iter().map(|scored| scored.token).collect();
+    assert_eq!(drawn, (0..40).map(forced).collect::<Vec<_>>());
+    let states = pool.devices();
+    let stats = states[0].stats.as_ref().unwrap();
+    let read = |count: &std::sync::atomic::AtomicU64| {
+        count.load(std::sync::atomic::Ordering::Relaxed)
+    };
+    assert!(read(&stats.accepted_tokens) >= 30, "{} kept", read(&stats.accepted_tokens));
+    assert!(read(&stats.drafted_tokens) >= read(&stats.accepted_tokens));
+    assert!(read(&stats.steps) < 20, "{} steps", read(&stats.steps));
+    pool.stop();
+}
+
+/// Allows one token at each place.
+struct Forced<F> {
+    drawn: usize,
+    forced: F,
+}
+
+impl<F: Fn(usize) -> u32 + Copy + Send + 'static> Constraint for Forced<F> {
+    fn forbid(&mut self, bias: &mut [f32]) -> Result<(), String> {
+        bias.fill(f32::NEG_INFINITY);
+        bias[(self.forced)(self.drawn) as usize] = 0.0;
+        Ok(())
+    }
+    fn accept(&mut self, _token: u32) -> Result<(), String> {
+        self.drawn += 1;
+        Ok(())
+    }
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(Forced { ..*self })
+    }
 }
 
 #[test]

@@ -3,12 +3,15 @@
 //! The head's products run through `gemm`, so a row's logits have the same bits here, in sampling
 //! and in any batch.
 
-use pontoon_ops::{self as ops, Accumulate, IGNORED, View};
+use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, IGNORED, View};
 
-use super::linear::data;
+use super::linear::{data, quant_bytes};
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Parts;
-use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
+use crate::gemm::{
+    Data, DataMut, GemmArgs, Integers, Layout, Matrix, MatrixMut, QuantArgs, Store, gemm, quant_gemm,
+};
+use crate::memory::Operands;
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Logits held at a time: 16 MB, so that a chunk's second pass finds part of it in cache.
@@ -106,8 +109,31 @@ impl<T: Element> Kernel for GradRow<'_, T> {
 struct Head<'a> {
     x: &'a View,
     head: &'a View,
+    /// The scales of a quantised head, and how many columns share one.
+    scales: Option<(&'a View, usize)>,
     targets: &'a View,
     temperature: f32,
+}
+
+/// The head's elements.
+#[derive(Clone, Copy)]
+enum HeadData<'a> {
+    Floats(Data<'a>),
+    Integers { integers: Integers, bytes: &'a [u8], scales: &'a [f32], block: usize },
+}
+
+impl<'a> HeadData<'a> {
+    fn of(operands: &Operands<'a>, head: &Head<'_>) -> Result<HeadData<'a>, DeviceError> {
+        let Some((scales, block)) = head.scales else {
+            return Ok(HeadData::Floats(data(operands, head.head)?));
+        };
+        let integers = match head.head.dtype {
+            DType::I4 => Integers::HalfBytes,
+            _ => Integers::Bytes,
+        };
+        let bytes = quant_bytes(operands, head.head)?;
+        Ok(HeadData::Integers { integers, bytes, scales: operands.read(scales)?, block })
+    }
 }
 
 /// Where gradients go.
@@ -123,23 +149,26 @@ struct Gradients<'a> {
 fn logits_of(
     context: &mut Context<'_>,
     head: &Head<'_>,
-    (x, weight): (Data<'_>, Data<'_>),
+    (x, weight): (Data<'_>, HeadData<'_>),
     (first, rows): (usize, usize),
     logits: &mut [f32],
 ) {
     let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
-    let args = GemmArgs {
-        layout: Layout::Nt,
-        m: rows,
-        n: vocabulary,
-        k: width,
-        a: Matrix { data: x.from(first * row_stride(head.x)), row_stride: row_stride(head.x) },
-        b: Matrix { data: weight, row_stride: width },
-        bias: None,
-        c: MatrixMut { data: DataMut::F32(logits), row_stride: padded_row(vocabulary) },
-        store: Store::Overwrite,
-    };
-    gemm(context.pool, context.isa, context.gemm_scratch, args);
+    let x = Matrix { data: x.from(first * row_stride(head.x)), row_stride: row_stride(head.x) };
+    let c = MatrixMut { data: DataMut::F32(logits), row_stride: padded_row(vocabulary) };
+    let (m, n, k, bias) = (rows, vocabulary, width, None);
+    match weight {
+        HeadData::Floats(data) => {
+            let b = Matrix { data, row_stride: width };
+            let (layout, store) = (Layout::Nt, Store::Overwrite);
+            let args = GemmArgs { layout, m, n, k, a: x, b, bias, c, store };
+            gemm(context.pool, context.isa, context.gemm_scratch, args);
+        }
+        HeadData::Integers { integers, bytes: weight, scales, block } => {
+            let args = QuantArgs { m, n, k, x, integers, weight, scales, block, bias, c };
+            quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
+        }
+    }
 }
 
 /// The row's target, or none if it is ignored or does not exist.
@@ -169,7 +198,7 @@ fn forward(
     mut each: impl FnMut(usize, f32, RowSums),
 ) -> Done {
     let x = data(&context.operands, head.x)?;
-    let weight = data(&context.operands, head.head)?;
+    let weight = HeadData::of(&context.operands, head)?;
     let targets = context.operands.read::<i32>(head.targets)?;
     let (rows, vocabulary) = (head.x.dim(0), head.head.dim(0));
     let sharpness = 1.0 / head.temperature;
@@ -200,7 +229,7 @@ fn forward(
 pub(super) fn cross_entropy(context: &mut Context<'_>, op: &ops::CrossEntropy) -> Done {
     let loss = context.operands.write::<f32>(&op.loss)?;
     let lse = context.operands.write::<f32>(&op.lse)?;
-    let head = Head { x: &op.x, head: &op.head, targets: &op.targets, temperature: 1.0 };
+    let head = Head { x: &op.x, head: &op.head, scales: None, targets: &op.targets, temperature: 1.0 };
     forward(context, &head, |row, log_p, sums| {
         loss[row] = -log_p;
         lse[row] = sums.lse;
@@ -211,7 +240,8 @@ pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) 
     let logprob = context.operands.write::<f32>(&op.logprob)?;
     let entropy = context.operands.write::<f32>(&op.entropy)?;
     let (x, temperature) = (&op.x, op.temperature);
-    let head = Head { x, head: &op.head, targets: &op.targets, temperature };
+    let scales = op.scales.as_ref().map(|scales| (scales, op.block_k));
+    let head = Head { x, head: &op.head, scales, targets: &op.targets, temperature };
     forward(context, &head, |row, log_p, sums| {
         logprob[row] = log_p;
         entropy[row] = sums.entropy;
@@ -221,7 +251,7 @@ pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) 
 pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntropyBwd) -> Done {
     let loss = context.operands.write::<f32>(&op.loss)?;
     let lse = context.operands.write::<f32>(&op.lse)?;
-    let head = Head { x: &op.x, head: &op.head, targets: &op.targets, temperature: 1.0 };
+    let head = Head { x: &op.x, head: &op.head, scales: None, targets: &op.targets, temperature: 1.0 };
     let gradients = Gradients {
         upstream: &op.dloss,
         sign: 1.0,
@@ -237,7 +267,7 @@ pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntrop
 
 pub(super) fn token_log_prob_bwd(context: &mut Context<'_>, op: &ops::TokenLogProbBwd) -> Done {
     let (x, temperature) = (&op.x, op.temperature);
-    let head = Head { x, head: &op.head, targets: &op.targets, temperature };
+    let head = Head { x, head: &op.head, scales: None, targets: &op.targets, temperature };
     let gradients = Gradients {
         upstream: &op.dlogprob,
         sign: -1.0,
@@ -308,7 +338,7 @@ fn backward<T: Storage>(
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
         let logits = &mut logits[..count * stride];
-        logits_of(context, head, (x, weight), (first, count), logits);
+        logits_of(context, head, (x, HeadData::Floats(weight)), (first, count), logits);
         let chunk_rows = Chunk {
             logits,
             vocabulary,

@@ -173,6 +173,8 @@ pub(crate) struct Stream<'a> {
     pub(crate) right_row_bytes: usize,
     /// How many squares follow each other along the rows.
     pub(crate) squares: usize,
+    /// Whether the rows that follow are asked for meanwhile.
+    pub(crate) fetch_ahead: bool,
 }
 
 /// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
@@ -186,7 +188,7 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
     stream: &Stream<'_>,
     sums: &mut [[S::F32; VECTORS]; ROWS],
 ) {
-    let Stream { left, left_stride, right, right_start, right_row_bytes, squares } = *stream;
+    let Stream { left, left_stride, right, right_start, right_row_bytes, squares, .. } = *stream;
     if squares == 0 {
         return;
     }
@@ -205,10 +207,12 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
             for vector in 0..VECTORS {
                 let rows = right.add(vector * S::LANES * right_row_bytes);
                 for quad in 0..S::LANES / 4 {
-                    for line in 0..S::LANES * 16 / LINE_BYTES {
-                        simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                    if stream.fetch_ahead {
+                        for line in 0..S::LANES * 16 / LINE_BYTES {
+                            simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                        }
+                        next = next.wrapping_add(S::LANES * 16);
                     }
-                    next = next.wrapping_add(S::LANES * 16);
                     let columns = simd.load_columns(rows.add(quad * 16), right_row_bytes);
                     for (step, weights) in columns.into_iter().enumerate() {
                         let left = left.add((quad * 4 + step) * 4);

@@ -6,11 +6,12 @@
 
 use std::time::Duration;
 
-use pontoon_models::{DrawReads, HostWeights, Model, PagedHead, PagedShape};
+use pontoon_models::{DrawReads, Model, PagedHead, PagedShape, TensorSource};
 use pontoon_ops::{Backend, DType};
 use pontoon_program::{Executor, Memory, Plan, Program, ProgramError};
 
 use super::blocks::BLOCK;
+use super::draft::Speculation;
 use super::request::Scored;
 use super::rows::{DrawHost, DrawRow, PieceHost};
 use crate::error::ServeError;
@@ -20,6 +21,8 @@ use crate::error::ServeError;
 const PREFILL_ROWS: [usize; 3] = [16, 128, 512];
 /// Rows of the prefill programs that give all logits, whose size is rows times vocabulary.
 const LOGIT_ROWS: [usize; 2] = [16, 128];
+/// Rows of a step up to which guesses are added.
+const DRAFT_ROWS: usize = 32;
 /// Sequences of which a prefill takes a piece each, at most.
 const PIECES_MAX: usize = 16;
 
@@ -38,6 +41,20 @@ pub struct DeviceOptions {
     pub vocabulary: usize,
     /// How long one step may take before the device is taken to hang.
     pub step_deadline: Duration,
+    /// How tokens are guessed.
+    pub speculation: Speculation,
+    /// Tokens guessed of one sequence in a step, at most.
+    pub draft_tokens: usize,
+}
+
+impl DeviceOptions {
+    /// Rows of a step that draws, at most: one of every sequence, and guesses as long as a step is
+    /// bound by reading the weights.
+    pub fn draw_rows(&self) -> usize {
+        let drafts = if self.speculation == Speculation::Off { 0 } else { self.draft_tokens };
+        let wanted = self.sequences.saturating_mul(1 + drafts);
+        self.sequences.max(wanted.min(DRAFT_ROWS))
+    }
 }
 
 /// What a prefill computes of its rows.
@@ -100,17 +117,17 @@ impl Device {
     pub fn new(
         mut backend: Box<dyn Backend>,
         model: &Model,
-        weights: &HostWeights,
+        weights: &dyn TensorSource,
         options: DeviceOptions,
     ) -> Result<Device, ServeError> {
         let mut memory = Memory::new();
-        weights.upload(backend.as_mut(), &mut memory, options.dtype)?;
+        model.upload(weights, backend.as_mut(), &mut memory, options.dtype)?;
         let context = options.context;
         let sequence_blocks = context.div_ceil(BLOCK);
         let loader = Loader { model, options, sequence_blocks };
         let full_rows = sizes(&PREFILL_ROWS, context);
         let logit_rows = sizes(&LOGIT_ROWS, context);
-        let draw_rows = draw_sizes(options.sequences);
+        let draw_rows = draw_sizes(options.draw_rows());
         let vocabulary = options.vocabulary;
         let serve = |reads| PagedHead::Serve { vocabulary, reads };
         let cache_only = loader.pieces(&full_rows, PagedHead::CacheOnly)?;

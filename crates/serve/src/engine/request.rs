@@ -16,6 +16,9 @@ pub trait Constraint: Send {
 
     /// Goes on by one token.
     fn accept(&mut self, token: u32) -> Result<(), String>;
+
+    /// Another one that stands where this does, to try tokens with.
+    fn fork(&self) -> Box<dyn Constraint>;
 }
 
 /// Makes a constraint at its start; after a move it is brought up to date by the tokens so far.

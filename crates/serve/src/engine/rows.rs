@@ -10,9 +10,12 @@ use super::blocks::BLOCK;
 use super::device::Piece;
 use crate::error::ServeError;
 
-/// One sequence's row of a step that draws.
+/// One row of a step that draws: the token after a sequence's tokens so far or, where some are
+/// guessed, after one of those. The rows of one sequence follow one another.
 pub struct DrawRow<'a> {
-    /// Prompt and drawn tokens.
+    /// The sequence's place among those of the step.
+    pub sequence: usize,
+    /// Prompt and drawn tokens, and the guessed ones up to this row.
     pub tokens: &'a [u32],
     /// How many are the prompt's.
     pub prompt_tokens: usize,
@@ -23,7 +26,7 @@ pub struct DrawRow<'a> {
     /// The choice's number among those of one prompt and seed.
     pub choice: u32,
     /// Added to the logits; empty for nothing.
-    pub bias: Vec<f32>,
+    pub bias: &'a [f32],
     /// How many of the likeliest tokens to tell.
     pub top_logprobs: usize,
 }
@@ -157,7 +160,9 @@ impl DrawHost {
         for (index, row) in rows.iter().enumerate() {
             let position = row.tokens.len() - 1;
             inputs.push(row.tokens[position], position, row.blocks);
-            inputs.close(index, row.tokens.len(), row.blocks);
+            if rows.get(index + 1).is_none_or(|next| next.sequence != row.sequence) {
+                inputs.close(row.sequence, row.tokens.len(), row.blocks);
+            }
             let own = &mut settings[index * sampling::COUNT..][..sampling::COUNT];
             own[sampling::TEMPERATURE] = row.sampling.temperature;
             own[sampling::TOP_K] = row.sampling.top_k as f32;
@@ -187,7 +192,7 @@ impl DrawHost {
     pub(super) fn bias(rows: &[DrawRow<'_>], count: usize, vocabulary: usize) -> Vec<f32> {
         let mut bias = vec![0.0; count * vocabulary];
         for (own, row) in bias.chunks_exact_mut(vocabulary).zip(rows) {
-            own.iter_mut().zip(&row.bias).for_each(|(slot, &value)| *slot = value);
+            own.iter_mut().zip(row.bias).for_each(|(slot, &value)| *slot = value);
         }
         bias
     }

@@ -22,6 +22,8 @@ pub struct Stats {
     pub waiting: AtomicU64,
     pub prompt_tokens: AtomicU64,
     pub generated_tokens: AtomicU64,
+    pub drafted_tokens: AtomicU64,
+    pub accepted_tokens: AtomicU64,
     pub prefix_tokens_asked: AtomicU64,
     pub prefix_tokens_found: AtomicU64,
     pub preemptions: AtomicU64,

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pontoon_models::{HostWeights, Model};
+use pontoon_models::{Model, TensorSource};
 use pontoon_ops::Backend;
 
 use crate::engine::device::{Device, DeviceOptions};
@@ -37,8 +37,8 @@ pub struct PoolParts {
     pub open: Arc<Open>,
     /// The model.
     pub model: Arc<Model>,
-    /// Its weights, kept for devices that join later.
-    pub weights: Arc<HostWeights>,
+    /// Where its weights come from, also for devices that join later.
+    pub weights: Arc<dyn TensorSource>,
     /// What each device is loaded for.
     pub options: DeviceOptions,
     /// How long a device that failed is left alone before it is opened again.
@@ -225,7 +225,7 @@ impl Shared {
         let backend = (self.parts.open)(name)
             .map_err(|reason| ServeError::Open { device: name.clone(), reason })?;
         let parts = &self.parts;
-        Device::new(backend, &parts.model, &parts.weights, parts.options)
+        Device::new(backend, &parts.model, parts.weights.as_ref(), parts.options)
     }
 
     /// Gives a request to the best device, or parks it.
