@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, read_folder};
 use pontoon_fleet::world::{Clock, RealDisk, SystemClock};
 use pontoon_models::{
-    ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, Tokenizer, WeightFormat, Weights,
+    ChatRequest, ChatTemplate, ExtraLayer, HostWeights, Model, ModelConfig, Tokenizer, WeightFormat, Weights,
 };
 use serde_json::{Map, json};
 
@@ -51,7 +51,7 @@ impl ModelSource {
 
     /// The same model with its matrices stored in a format.
     pub fn stored(&self, format: WeightFormat) -> Result<Model> {
-        Ok(Model::stored(self.model.config.clone(), format)?)
+        Ok(Model::stored(self.model.config.clone(), format, ExtraLayer::Absent)?)
     }
 
     /// Reads the tokenizer, which must fit the model.

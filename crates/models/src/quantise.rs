@@ -30,7 +30,7 @@ impl WeightFormat {
         // A router decides by small differences, and is small itself.
         let multiplied = match spec.class {
             Class::Matrix => !spec.name.ends_with(".mlp.gate.weight"),
-            Class::Embedding => spec.name != crate::block::EMBEDDING,
+            Class::Embedding => !spec.name.ends_with("embed_tokens.weight"),
             Class::Vector | Class::Frozen => false,
         };
         let &[_, width] = spec.shape.as_slice() else { return Storage::Float };

@@ -63,6 +63,8 @@ pub struct AppParts {
 /// A server's state.
 pub struct App {
     pub(crate) model_name: String,
+    /// The adapters' names, by their numbers.
+    pub(crate) adapters: Vec<String>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Option<ChatTemplate>,
     pub(crate) pool: Pool,
@@ -93,6 +95,7 @@ impl App {
         let deepseek = tokenizer.token_id(ToolFormat::DEEPSEEK_TOKEN).is_some();
         App {
             model_name,
+            adapters: pool.adapter_names(),
             tokenizer,
             template,
             pool,

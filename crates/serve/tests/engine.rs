@@ -7,12 +7,15 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Failure, Faults, Small, collect, generate, submit};
-use pontoon_models::{Generator, GeneratorOptions, SamplingSettings};
+use pontoon_models::{
+    ExtraLayer, Generator, GeneratorOptions, Model, ModelConfig, SamplingSettings, WeightFormat, Weights,
+};
 use pontoon_ops::philox::Stream;
 use pontoon_program::Memory;
 use pontoon_serve::engine::device::DeviceOptions;
 use pontoon_serve::engine::draft::Speculation;
 use pontoon_serve::engine::request::{Constraint, Scored, Task};
+use pontoon_serve::pool::{Pool, PoolParts};
 
 /// Prompts of all lengths, some with a common beginning, with settings of all kinds.
 fn mixed(count: u64, vocabulary: usize) -> Vec<(Vec<u32>, SamplingSettings)> {
@@ -271,4 +274,61 @@ fn a_prompt_is_scored_with_its_likeliest_tokens() {
         assert!(scored.top[0].1 >= scored.top[1].1 && scored.top[0].1 >= scored.logprob);
     }
     pool.stop();
+}
+
+#[test]
+fn guesses_of_the_extra_layer_change_no_bit_at_any_temperature() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/golden/data/deepseek_v3_plain_mtp");
+    let run = |speculation: Speculation, extra: ExtraLayer| {
+        let config = ModelConfig::from_folder(&folder).unwrap();
+        let model = Model::stored(config, WeightFormat::Float, extra).unwrap();
+        let pool = Pool::start(PoolParts {
+            devices: vec!["a".to_owned()],
+            open: std::sync::Arc::new(|_: &str| {
+                let options = pontoon_cpu::CpuOptions::default();
+                let opened = pontoon_cpu::CpuBackend::new(options);
+                opened.map(|one| Box::new(one) as _).map_err(|error| error.to_string())
+            }),
+            options: DeviceOptions {
+                dtype: pontoon_ops::DType::Bf16,
+                context: 64,
+                sequences: 4,
+                blocks: 24,
+                vocabulary: model.config.vocab_size,
+                step_deadline: Duration::from_secs(60),
+                speculation,
+                draft_tokens: 3,
+            },
+            model: std::sync::Arc::new(model),
+            weights: std::sync::Arc::new(Weights::open(&folder).unwrap()),
+            adapters: None,
+            rejoin_after: Duration::from_millis(20),
+        })
+        .unwrap();
+        let submitted: Vec<_> = (0..9_u32)
+            .map(|index| {
+                let prompt = (0..1 + index * 3).map(|at| (at * 7 + index) % 97).collect();
+                let sampling = SamplingSettings {
+                    temperature: [0.0, 0.3, 1.0][index as usize % 3],
+                    top_k: 5,
+                    frequency_penalty: if index == 4 { 0.5 } else { 0.0 },
+                    seed: u64::from(index),
+                    tokens_max: 30,
+                    ..SamplingSettings::default()
+                };
+                submit(&pool, generate(prompt, sampling))
+            })
+            .collect();
+        let told: Vec<_> = submitted.into_iter().map(|one| bits(&collect(one).0)).collect();
+        let states = pool.devices();
+        let stats = states[0].stats.as_ref().unwrap();
+        let drafted = stats.drafted_tokens.load(std::sync::atomic::Ordering::Relaxed);
+        pool.stop();
+        (told, drafted)
+    };
+    let (want, none) = run(Speculation::Off, ExtraLayer::Absent);
+    let (got, drafted) = run(Speculation::Mtp, ExtraLayer::Present);
+    assert_eq!(got, want);
+    assert!(none == 0 && drafted > 100, "{drafted} guessed");
 }

@@ -15,7 +15,7 @@ use crate::simd::micro::{Stream, stream_squares};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Rows that meet a vector of columns in registers.
-const ROWS_TOGETHER: usize = 8;
+const ROWS_TOGETHER: usize = 16;
 /// Ranges of columns per thread: a few, so that a thread that is held up can be helped out.
 const RANGES_PER_THREAD: usize = 4;
 
@@ -137,6 +137,7 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
                     1 => self.rows_at::<S, DOT, 1, 1>(simd, row, column),
                     2 => self.rows_at::<S, DOT, 2, 1>(simd, row, column),
                     3 | 4 => self.rows_at::<S, DOT, 4, 1>(simd, row, column),
+                    5..=8 => self.rows_at::<S, DOT, 8, 1>(simd, row, column),
                     _ => self.rows_at::<S, DOT, ROWS_TOGETHER, 1>(simd, row, column),
                 }
             }

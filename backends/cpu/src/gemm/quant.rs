@@ -19,7 +19,7 @@ use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 /// Ranges of columns per thread: a few, so that a thread that is held up can be helped out.
 const RANGES_PER_THREAD: usize = 4;
 /// Rows of x that meet a vector of columns in registers.
-const ROWS_TOGETHER: usize = 8;
+const ROWS_TOGETHER: usize = 16;
 /// Words of x that are kept near while a range of columns passes: a quarter of the second level.
 const LEFT_WORDS_NEAR: usize = 64 << 10;
 /// Bytes of the largest block: what an edge is copied into.
@@ -258,22 +258,34 @@ impl<W: Stored> Kernel for Sums<'_, W> {
 impl<W: Stored> Sums<'_, W> {
     #[inline(always)]
     fn columns<S: Simd, const DOT: bool>(&mut self, simd: S) {
-        for column in (0..self.part.columns).step_by(S::LANES) {
+        let Part { rows, columns, .. } = self.part;
+        let mut column = 0;
+        while column < columns {
+            if rows <= 2 && columns - column >= 2 * S::LANES {
+                match rows {
+                    1 => self.rows::<S, DOT, 1, 2>(simd, 0, column),
+                    _ => self.rows::<S, DOT, 2, 2>(simd, 0, column),
+                };
+                column += 2 * S::LANES;
+                continue;
+            }
             let mut row = 0;
-            while row < self.part.rows {
-                row += match rows_together(self.part.rows - row) {
-                    1 => self.rows::<S, DOT, 1>(simd, row, column),
-                    2 => self.rows::<S, DOT, 2>(simd, row, column),
-                    4 => self.rows::<S, DOT, 4>(simd, row, column),
-                    _ => self.rows::<S, DOT, ROWS_TOGETHER>(simd, row, column),
+            while row < rows {
+                row += match rows_together(rows - row) {
+                    1 => self.rows::<S, DOT, 1, 1>(simd, row, column),
+                    2 => self.rows::<S, DOT, 2, 1>(simd, row, column),
+                    4 => self.rows::<S, DOT, 4, 1>(simd, row, column),
+                    8 => self.rows::<S, DOT, 8, 1>(simd, row, column),
+                    _ => self.rows::<S, DOT, ROWS_TOGETHER, 1>(simd, row, column),
                 };
             }
+            column += S::LANES;
         }
     }
 
-    /// A chunk of rows and a vector of columns; returns how many rows the chunk holds.
+    /// A chunk of rows and some vectors of columns; returns how many rows the chunk holds.
     #[inline(always)]
-    fn rows<S: Simd, const DOT: bool, const ROWS: usize>(
+    fn rows<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
         &mut self,
         simd: S,
         row: usize,
@@ -281,10 +293,10 @@ impl<W: Stored> Sums<'_, W> {
     ) -> usize {
         let Shared { k, block, row_words, range, .. } = *self.shared;
         let first = self.part.first + column;
-        let lanes = S::LANES.min(self.part.columns - column);
+        let lanes = (VECTORS * S::LANES).min(self.part.columns - column);
         let row_bytes = k / W::PER_BYTE;
         let blocks = k.div_ceil(block);
-        let whole = if lanes == S::LANES { k / block } else { 0 };
+        let whole = if lanes == VECTORS * S::LANES { k / block } else { 0 };
         let stream = QuantStream {
             left: &self.shared.left[(self.part.near + row) * row_words..],
             left_stride: row_words,
@@ -298,13 +310,18 @@ impl<W: Stored> Sums<'_, W> {
             block_bytes: block / W::PER_BYTE,
             fetch_ahead: row == 0,
         };
-        let mut totals = [simd.zero(); ROWS];
-        stream_quantised::<S, W, DOT, ROWS>(simd, &stream, &mut totals);
-        for block in whole..blocks {
-            edge::<S, W, DOT, ROWS>(simd, &stream, Edge { block, lanes }, &mut totals);
-        }
-        for (index, total) in totals.into_iter().enumerate().take(self.part.rows - row) {
-            simd.store(total, &mut self.sums[(row + index) * range + column..][..S::LANES]);
+        let mut totals = [[simd.zero(); ROWS]; VECTORS];
+        stream_quantised::<S, W, DOT, ROWS, VECTORS>(simd, &stream, &mut totals);
+        for (vector, totals) in totals.iter_mut().enumerate() {
+            let lanes = S::LANES.min(lanes - vector * S::LANES);
+            for block in whole..blocks {
+                let at = Edge { block, first: vector * S::LANES, lanes };
+                edge::<S, W, DOT, ROWS>(simd, &stream, at, totals);
+            }
+            let column = column + vector * S::LANES;
+            for (index, total) in totals.iter().enumerate().take(self.part.rows - row) {
+                simd.store(*total, &mut self.sums[(row + index) * range + column..][..S::LANES]);
+            }
         }
         ROWS
     }
@@ -335,6 +352,8 @@ impl<C: Element> Kernel for Write<'_, '_, C> {
 #[derive(Clone, Copy)]
 struct Edge {
     block: usize,
+    /// The first row of the matrix after those of the stream.
+    first: usize,
     /// Rows of the matrix that exist.
     lanes: usize,
 }
@@ -354,9 +373,10 @@ fn edge<S: Simd, W: Stored, const DOT: bool, const ROWS: usize>(
     let start = at.block * block_bytes;
     let bytes = block_bytes.min(right_row_bytes - start);
     for row in 0..at.lanes {
-        let from = stream.right_start + row * right_row_bytes + start;
+        let from = stream.right_start + (at.first + row) * right_row_bytes + start;
         copy[row * block_bytes..][..bytes].copy_from_slice(&stream.right[from..][..bytes]);
-        scales[row] = stream.scales[stream.scales_start + row * stream.scales_stride + at.block];
+        let from = stream.scales_start + (at.first + row) * stream.scales_stride;
+        scales[row] = stream.scales[from + at.block];
     }
     let units = start * W::PER_BYTE / if DOT { 2 } else { 1 };
     let part = QuantStream {
@@ -371,5 +391,7 @@ fn edge<S: Simd, W: Stored, const DOT: bool, const ROWS: usize>(
         fetch_ahead: false,
         ..*stream
     };
-    stream_quantised::<S, W, DOT, ROWS>(simd, &part, totals);
+    let mut sums = [*totals];
+    stream_quantised::<S, W, DOT, ROWS, 1>(simd, &part, &mut sums);
+    *totals = sums[0];
 }

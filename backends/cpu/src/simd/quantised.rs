@@ -112,7 +112,7 @@ unsafe fn chains<S: Simd, const DOT: bool, const ROWS: usize, const UNITS: usize
     }
 }
 
-/// Whole blocks of `LANES` rows of a quantised matrix, with few rows on the left.
+/// Whole blocks of some rows of a quantised matrix, with few rows on the left.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantStream<'a> {
     /// Rows of units, filled with zeros up to a whole block.
@@ -139,12 +139,19 @@ pub(crate) struct QuantStream<'a> {
     pub(crate) fetch_ahead: bool,
 }
 
-/// Adds the blocks' products to the totals of `ROWS` left rows.
+/// Adds the blocks' products to the totals of `ROWS` left rows, for `VECTORS * LANES` rows of the
+/// matrix: one left row alone is a single chain per vector, which must not be waited for.
 #[inline(always)]
-pub(crate) fn stream_quantised<S: Simd, W: Stored, const DOT: bool, const ROWS: usize>(
+pub(crate) fn stream_quantised<
+    S: Simd,
+    W: Stored,
+    const DOT: bool,
+    const ROWS: usize,
+    const VECTORS: usize,
+>(
     simd: S,
     stream: &QuantStream<'_>,
-    totals: &mut [S::F32; ROWS],
+    totals: &mut [[S::F32; ROWS]; VECTORS],
 ) {
     let QuantStream { blocks, block_bytes, right_row_bytes, scales_stride, .. } = *stream;
     if blocks == 0 {
@@ -154,45 +161,57 @@ pub(crate) fn stream_quantised<S: Simd, W: Stored, const DOT: bool, const ROWS: 
     let lane_units = if DOT { 2 * W::PER_BYTE } else { 4 * W::PER_BYTE };
     let units = blocks * block_bytes / 4 * lane_units;
     assert!((ROWS - 1) * stream.left_stride + units <= stream.left.len());
-    let end = stream.right_start + (S::LANES - 1) * right_row_bytes + blocks * block_bytes;
+    let last = VECTORS * S::LANES - 1;
+    let end = stream.right_start + last * right_row_bytes + blocks * block_bytes;
     assert!(end <= stream.right.len(), "rows end at {end} of {}", stream.right.len());
-    let end = stream.scales_start + (S::LANES - 1) * scales_stride + blocks;
+    let end = stream.scales_start + last * scales_stride + blocks;
     assert!(end <= stream.scales.len(), "scales end at {end} of {}", stream.scales.len());
     let mut values = *totals;
     let squares = block_bytes / SQUARE_BYTES;
+    let ahead = (VECTORS * S::LANES * right_row_bytes).max(AHEAD_BYTES_MIN);
     // SAFETY: the assertions bound every address that is read: four scales are read at once only
     // where four blocks are left; prefetches may go anywhere.
     unsafe {
         let mut left = stream.left.as_ptr().cast::<u8>();
         let mut right = stream.right.as_ptr().add(stream.right_start);
-        let mut next = right.wrapping_add((S::LANES * right_row_bytes).max(AHEAD_BYTES_MIN));
+        let mut next = right.wrapping_add(ahead);
         for first in (0..blocks).step_by(4) {
-            let here = stream.scales_start + first;
             let count = (blocks - first).min(4);
-            let scales = if count == 4 {
-                let from = stream.scales.as_ptr().add(here).cast::<u8>();
-                simd.load_columns(from, scales_stride * 4)
-            } else {
-                few_scales(simd, &stream.scales[here..], scales_stride, count)
-            };
-            for scale in scales.into_iter().take(count) {
-                let mut sums = [simd.zero(); ROWS];
+            let mut scales = [[simd.zero(); 4]; VECTORS];
+            for (vector, scales) in scales.iter_mut().enumerate() {
+                let here = stream.scales_start + vector * S::LANES * scales_stride + first;
+                *scales = if count == 4 {
+                    let from = stream.scales.as_ptr().add(here).cast::<u8>();
+                    simd.load_columns(from, scales_stride * 4)
+                } else {
+                    few_scales(simd, &stream.scales[here..], scales_stride, count)
+                };
+            }
+            for block in 0..count {
+                let mut sums = [[simd.zero(); ROWS]; VECTORS];
                 for _ in 0..squares {
                     if stream.fetch_ahead {
-                        for line in 0..S::LANES * SQUARE_BYTES / LINE_BYTES {
+                        for line in 0..VECTORS * S::LANES * SQUARE_BYTES / LINE_BYTES {
                             simd.prefetch(next.wrapping_add(line * LINE_BYTES));
                         }
-                        next = next.wrapping_add(S::LANES * SQUARE_BYTES);
+                        next = next.wrapping_add(VECTORS * S::LANES * SQUARE_BYTES);
                     }
-                    for raw in simd.load_columns(right, right_row_bytes) {
-                        let rows = Left { from: left, stride: stream.left_stride * 4 };
-                        W::multiply::<S, DOT, ROWS>(simd, raw, rows, &mut sums);
-                        left = left.wrapping_add(lane_units * 4);
+                    for (vector, sums) in sums.iter_mut().enumerate() {
+                        let rows = right.add(vector * S::LANES * right_row_bytes);
+                        let columns = simd.load_columns(rows, right_row_bytes);
+                        for (column, raw) in columns.into_iter().enumerate() {
+                            let from = left.wrapping_add(column * lane_units * 4);
+                            let rows = Left { from, stride: stream.left_stride * 4 };
+                            W::multiply::<S, DOT, ROWS>(simd, raw, rows, sums);
+                        }
                     }
+                    left = left.wrapping_add(4 * lane_units * 4);
                     right = right.wrapping_add(SQUARE_BYTES);
                 }
-                for (value, sum) in values.iter_mut().zip(sums) {
-                    *value = simd.fma(sum, scale, *value);
+                for ((values, sums), scales) in values.iter_mut().zip(sums).zip(&scales) {
+                    for (value, sum) in values.iter_mut().zip(sums) {
+                        *value = simd.fma(sum, scales[block], *value);
+                    }
                 }
             }
         }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 use pontoon_fleet::world::SystemClock;
 use pontoon_models::{
-    GeneratorOptions, HostTensors, Model, SamplingSettings, TensorSource, WeightFormat, preset,
+    ExtraLayer, GeneratorOptions, HostTensors, Model, SamplingSettings, TensorSource, WeightFormat, preset,
 };
 use pontoon_ops::philox::Stream;
 use pontoon_ops::{DType, OpName};
@@ -253,7 +253,7 @@ fn model_of(name: &str, format: WeightFormat) -> Result<(Model, Box<dyn TensorSo
     let config = preset(name)?;
     let float = Model::new(config.clone())?;
     let weights = float.initialise(1);
-    Ok((Model::stored(config, format)?, Box::new(HostTensors::new(float, weights))))
+    Ok((Model::stored(config, format, ExtraLayer::Absent)?, Box::new(HostTensors::new(float, weights))))
 }
 
 /// Weights a token must read: all but an embedding that is no head, and of the experts only those

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use pontoon_models::{Family, Model, ModelConfig, SamplingSettings};
+use pontoon_models::{Adapters, ExtraLayer, Family, Model, ModelConfig, SamplingSettings};
 use pontoon_ops::DType;
 use pontoon_serve::engine::blocks::BLOCK;
 use pontoon_serve::engine::device::DeviceOptions;
@@ -69,6 +69,9 @@ pub struct Arguments {
     /// Tokens guessed at a time, at most.
     #[arg(long, requires = "speculate", value_parser = clap::value_parser!(u8).range(1..=31))]
     draft_tokens: Option<u8>,
+    /// An adapter in PEFT's format, asked for by its name as `model`; give several for several.
+    #[arg(long = "lora", value_name = "NAME=FOLDER", value_parser = named_folder)]
+    adapters: Vec<(String, PathBuf)>,
     /// The longest sequence, prompt included; by default the model's, up to 32768.
     #[arg(long)]
     context: Option<usize>,
@@ -100,11 +103,23 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let options = options(arguments, &source.model, tokenizer.vocab_size())?;
     let format = weight_format(arguments.weights.as_deref(), &arguments.dtype)?;
     let weights = Arc::new(source.tensors()?);
+    let extra = match arguments.speculate {
+        Some(Speculate::Mtp) => ExtraLayer::Present,
+        _ => ExtraLayer::Absent,
+    };
+    let mut model = Model::stored(source.model.config.clone(), format, extra)?;
+    let mut adapters = None;
+    if !arguments.adapters.is_empty() {
+        let opened = Adapters::open(&model.config, &arguments.adapters)?;
+        model = model.with_adapters(opened.shapes().clone());
+        adapters = Some(Arc::new(opened));
+    }
     let pool = Pool::start(PoolParts {
         devices: arguments.devices.clone(),
         open: Arc::new(|name| devices::open(name).map_err(|error| format!("{error:#}"))),
-        model: Arc::new(source.stored(format)?),
+        model: Arc::new(model),
         weights,
+        adapters,
         options,
         rejoin_after: seconds(arguments.rejoin_after, "--rejoin-after")?,
     })?;
@@ -179,6 +194,15 @@ fn cache_tokens(config: &ModelConfig, dtype: DType, usable: usize) -> Result<usi
     };
     let per_token = dtype.bytes(per_layer * config.layer_count).max(1);
     Ok(((bytes as f64 * CACHE_SHARE) as usize / per_token).min(usable))
+}
+
+fn named_folder(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => {
+            Ok((name.to_owned(), PathBuf::from(folder)))
+        }
+        _ => Err("it should be NAME=FOLDER".to_owned()),
+    }
 }
 
 fn keys(file: Option<&Path>) -> Result<Vec<String>> {

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::blocks::BlockPool;
 use super::device::{Device, DeviceOptions, Drawn, Piece, PrefillHead, PrefillResult};
 use super::draft::{Speculation, look_up};
+use super::mtp::{self, Passed};
 use super::request::{Epoch, Event, Finish, Ticket, Wanted};
 use super::rows::DrawRow;
 use super::sequence::{Sequence, Stake};
@@ -148,9 +149,11 @@ impl Batch {
                 rest -= taken;
             }
         }
+        bites.sort_by_key(|(at, _)| adapter_order(self.running[*at].adapter()));
         let piece = |&(at, end): &(usize, usize)| {
             let one: &Sequence = &self.running[at];
-            Piece { tokens: &one.tokens, start: one.cached, end, blocks: &one.blocks }
+            let (tokens, start, blocks) = (&one.tokens[..], one.cached, &one.blocks[..]);
+            Piece { tokens, start, end, blocks, adapter: one.adapter() }
         };
         let pieces: Vec<Piece<'_>> = bites.iter().map(piece).collect();
         let result = self.device.prefill(&pieces, head)?;
@@ -221,8 +224,10 @@ impl Batch {
                 rows.extend(own.expect("only sequences that generate are ready"));
             }
             let drawn = self.device.draw(&rows)?;
+            let hidden = self.device.drawn_hidden(&rows)?;
             drop(rows);
-            self.deliver(stakes, drawn, &mut ended);
+            let passed = self.deliver(stakes, drawn, &hidden, &mut ended);
+            self.guess(&passed)?;
         }
         ended.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
         for (at, reason) in ended {
@@ -256,7 +261,13 @@ impl Batch {
                     let fitting = one.grow_for(found.len(), &mut pool);
                     found[..fitting].to_vec()
                 }
-                Speculation::Mtp => Vec::new(),
+                Speculation::Mtp => {
+                    let mut guesses = std::mem::take(&mut one.guesses);
+                    guesses.truncate(spare.min(one.room(context)));
+                    let fitting = one.grow_for(guesses.len(), &mut pool);
+                    guesses.truncate(fitting);
+                    guesses
+                }
             };
             match one.stake(vocabulary, &guesses) {
                 Ok(stake) => {
@@ -267,17 +278,35 @@ impl Batch {
                 Err(reason) => failed.push((at, reason)),
             }
         }
+        drop(pool);
+        stakes.sort_by_key(|(at, _)| adapter_order(self.running[*at].adapter()));
         (stakes, failed)
     }
 
-    /// Tells the drawn tokens; adds to `ended` who leaves, with a reason if it is a failure.
+    /// Guesses at what comes after the tokens just drawn, by the model's extra layer.
+    fn guess(&mut self, passed: &[Passed]) -> Result<(), ServeError> {
+        if passed.is_empty() {
+            return Ok(());
+        }
+        let guesses = mtp::guess(&mut self.device, &self.running, passed)?;
+        for (one, guesses) in passed.iter().zip(guesses) {
+            self.running[one.at].guesses = guesses;
+        }
+        Ok(())
+    }
+
+    /// Tells the drawn tokens; adds to `ended` who leaves, with a reason if it is a failure. Gives
+    /// who stays and is to be guessed at, with the hidden states it has passed.
     fn deliver(
         &mut self,
         stakes: Vec<(usize, Stake)>,
         drawn: Vec<Drawn>,
+        hidden: &[u8],
         ended: &mut Vec<(usize, String)>,
-    ) {
+    ) -> Vec<Passed> {
         let context = self.device.options().context;
+        let width = self.device.hidden_bytes();
+        let (mut row, mut passed) = (0, Vec::new());
         let mut pool = lock(&self.blocks);
         let mut drawn = drawn.into_iter();
         for (at, stake) in stakes {
@@ -291,12 +320,21 @@ impl Batch {
             self.stats.generated_tokens.fetch_add(told as u64, Relaxed);
             self.stats.accepted_tokens.fetch_add(right as u64, Relaxed);
             one.publish(&mut pool);
+            let own = row * width..(row + told) * width;
+            row += stake.biases.len();
             match left {
+                Ok(After::Stays) if !hidden.is_empty() => {
+                    let wanted = one.reach.steady().min(one.room(context));
+                    let wanted = one.grow_for(wanted, &mut pool);
+                    let hidden = hidden[own].to_vec();
+                    passed.push(Passed { at, position: before - 1, hidden, wanted });
+                }
                 Ok(After::Stays) => {}
                 Ok(After::Leaves) => ended.push((at, String::new())),
                 Err(reason) => ended.push((at, reason)),
             }
         }
+        passed
     }
 
     /// Gives every sequence that draws the block its next token needs; who came last gives way.
@@ -380,6 +418,11 @@ impl Sequence {
         }
         Ok(if wanted == Wanted::Yes { After::Stays } else { After::Leaves })
     }
+}
+
+/// Rows of a step are sorted so: by adapter, those without one last.
+fn adapter_order(adapter: Option<usize>) -> usize {
+    adapter.unwrap_or(usize::MAX)
 }
 
 fn lock(blocks: &Mutex<BlockPool>) -> MutexGuard<'_, BlockPool> {

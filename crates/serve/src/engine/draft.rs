@@ -67,6 +67,11 @@ impl Reach {
         self.now
     }
 
+    /// How many to guess, where guessing goes on at every step.
+    pub fn steady(&self) -> usize {
+        self.now
+    }
+
     /// Learns how many of the guessed tokens were right.
     pub fn learn(&mut self, guessed: usize, right: usize) {
         if guessed == 0 {

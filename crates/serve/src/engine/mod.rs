@@ -8,6 +8,7 @@ pub mod batch;
 pub mod blocks;
 pub mod device;
 pub mod draft;
+pub mod mtp;
 pub mod request;
 pub mod rows;
 pub mod sequence;

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::blocks::{BLOCK, BlockPool, Prefix, ROOT};
+use super::blocks::{BLOCK, BlockPool, Prefix, root};
 use super::device::PrefillHead;
 use super::draft::Reach;
 use super::request::{Constraint, Epoch, Generate, Scored, Task, Ticket};
@@ -28,6 +28,8 @@ pub(super) struct Sequence {
     pub hidden: Vec<f64>,
     /// How far its next tokens are guessed.
     pub reach: Reach,
+    /// What was guessed of them already.
+    pub guesses: Vec<u32>,
     published: usize,
     prefix: Prefix,
     constraint: Option<Box<dyn Constraint>>,
@@ -60,6 +62,7 @@ impl Sequence {
             constraint = Some(made);
         }
         let tokens = [&ticket.request.prompt[..], &drawn].concat();
+        let prefix = root(ticket.request.adapter);
         Ok(Sequence {
             ticket,
             epoch,
@@ -70,14 +73,19 @@ impl Sequence {
             scores: Vec::new(),
             hidden: Vec::new(),
             reach: Reach::new(draft_tokens),
+            guesses: Vec::new(),
             published: 0,
-            prefix: ROOT,
+            prefix,
             constraint,
         })
     }
 
     pub fn prompt_tokens(&self) -> usize {
         self.ticket.request.prompt.len()
+    }
+
+    pub fn adapter(&self) -> Option<usize> {
+        self.ticket.request.adapter
     }
 
     pub fn generate(&self) -> Option<&Generate> {
@@ -115,7 +123,7 @@ impl Sequence {
             PrefillHead::CacheOnly => self.prefill_end(),
             _ => 0,
         };
-        let (blocks, prefix) = pool.reuse(&self.tokens[..reusable]);
+        let (blocks, prefix) = pool.reuse(root(self.adapter()), &self.tokens[..reusable]);
         let wanted = self.tokens.len().div_ceil(BLOCK) - blocks.len();
         if pool.available() < wanted {
             blocks.into_iter().for_each(|block| pool.release(block));
@@ -215,6 +223,7 @@ impl Sequence {
         let generate = self.generate()?;
         let row = |(index, bias): (usize, &'a Vec<f32>)| DrawRow {
             sequence,
+            adapter: self.adapter(),
             tokens: &stake.tokens[..self.tokens.len() + index],
             prompt_tokens: self.prompt_tokens(),
             blocks: &self.blocks,

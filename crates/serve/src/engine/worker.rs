@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::batch::Batch;
-use super::blocks::BlockPool;
+use super::blocks::{BlockPool, root};
 use super::device::{Device, DeviceOptions, Piece, PrefillHead, PrefillResult};
 use super::request::{Epoch, Ticket};
 use crate::error::ServeError;
@@ -98,8 +98,9 @@ impl Worker {
     }
 
     /// How many of a prompt's tokens its cache has.
-    pub fn cached_tokens(&self, prompt: &[u32]) -> usize {
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner).cached_tokens(prompt)
+    pub fn cached_tokens(&self, prompt: &[u32], adapter: Option<usize>) -> usize {
+        let blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.cached_tokens(root(adapter), prompt)
     }
 }
 
@@ -145,7 +146,7 @@ fn probe(device: &mut Device, options: &DeviceOptions) -> Result<Vec<f32>, Serve
     let blocks: Vec<u32> = (0..count.div_ceil(super::blocks::BLOCK) as u32).collect();
     let (most, _) = device.prefill_limits(PrefillHead::Score);
     let end = most.min(count - 1);
-    let piece = Piece { tokens: &tokens, start: 0, end, blocks: &blocks };
+    let piece = Piece { tokens: &tokens, start: 0, end, blocks: &blocks, adapter: None };
     match device.prefill(&[piece], PrefillHead::Score)? {
         PrefillResult::Scores(scores) => Ok(scores.iter().map(|one| one.logprob).collect()),
         PrefillResult::Nothing | PrefillResult::Hidden(_) => Ok(Vec::new()),

@@ -35,7 +35,8 @@ pub async fn embeddings(
     for input in &inputs {
         app.check_length(input.len(), "input", 0)?;
     }
-    let request = |prompt| EngineRequest { prompt, task: Task::Embed };
+    let adapter = settings.adapter;
+    let request = |prompt| EngineRequest { prompt, adapter, task: Task::Embed };
     let mut flow = Flow::start(&app, inputs.into_iter().map(request).collect(), &settings);
     let mut data: Vec<(usize, Value)> = Vec::new();
     while let Some((index, step)) = flow.next().await? {

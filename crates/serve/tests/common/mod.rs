@@ -72,6 +72,7 @@ impl Small {
             open: Arc::new(open),
             model: Arc::clone(&self.model),
             weights: Arc::new(HostTensors::new(float, HostWeights::clone(&self.weights))),
+            adapters: None,
             options,
             rejoin_after: Duration::from_millis(20),
         })
@@ -212,6 +213,7 @@ impl Backend for Faulty {
 pub fn generate(prompt: Vec<u32>, sampling: SamplingSettings) -> Request {
     Request {
         prompt,
+        adapter: None,
         task: Task::Generate(Generate {
             sampling,
             choice: 0,
