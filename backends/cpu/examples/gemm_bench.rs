@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use pontoon_cpu::gemm::{
-    Data, DataMut, GemmArgs, Integers, Layout, Matrix, MatrixMut, QuantArgs, Store, gemm, quant_gemm,
+    Data, DataMut, GemmArgs, Integers, Layout, Matrix, MatrixMut, QuantArgs, Store, gemm,
+    quant_gemm,
 };
 use pontoon_cpu::peak::{PeakType, measure_bandwidth, measure_peak};
 use pontoon_cpu::pool::Pool;

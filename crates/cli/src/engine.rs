@@ -3,9 +3,7 @@
 //! Serves nobody over a network. Read next: `commands/generate.rs`, `commands/eval.rs`.
 
 use anyhow::{Result, bail};
-use pontoon_models::{
-    Generator, GeneratorOptions, HostWeights, Model, TensorSource, WeightFormat,
-};
+use pontoon_models::{Generator, GeneratorOptions, HostWeights, Model, TensorSource, WeightFormat};
 use pontoon_ops::{Backend, DType};
 use pontoon_program::Memory;
 

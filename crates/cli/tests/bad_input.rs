@@ -116,10 +116,33 @@ fn damaged_models_are_named() {
     fails(folder, &generate, &["200"]);
     fs::write(&config, &text).unwrap();
     succeed(folder, &generate);
+    broken_templates_are_named(folder);
     let snapshot = folder.join("run/snapshots/step-00000002/model.safetensors");
     let mut bytes = fs::read(&snapshot).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     fs::write(&snapshot, bytes).unwrap();
     fails(folder, &["generate", "run/snapshots/step-00000002", "-p", "x"], &["damaged", "norm"]);
+}
+
+/// A chat template that cannot be used stops what needs it, and only that.
+fn broken_templates_are_named(folder: &Path) {
+    let file = folder.join("model/chat_template.jinja");
+    fs::write(&file, "{% for message in %}").unwrap();
+    let generate = ["generate", "model", "-p", "x", "-n", "2"];
+    let want = ["chat template", "`model`", "line 1", "mend it"];
+    fails(folder, &generate, &want);
+    fails(folder, &["eval", "model", "--task", "arithmetic", "--count", "1"], &want);
+    fails(folder, &["serve", "model", "--port", "0"], &want);
+    succeed(folder, &[&generate[..], &["--raw"]].concat());
+    fs::write(&file, "{{ messages.nothing.at_all }}").unwrap();
+    fails(folder, &generate, &["chat template", "line 1"]);
+    fs::remove_file(&file).unwrap();
+    let settings = folder.join("model/tokenizer_config.json");
+    let whole = fs::read_to_string(&settings).unwrap();
+    let mut changed: serde_json::Value = serde_json::from_str(&whole).unwrap();
+    changed["chat_template"] = 3.into();
+    fs::write(&settings, changed.to_string()).unwrap();
+    fails(folder, &generate, &["tokenizer_config.json", "`chat_template`"]);
+    fs::write(&settings, whole).unwrap();
 }

@@ -184,10 +184,10 @@ impl Adapter {
 /// The map a tensor of PEFT's belongs to, and whether it is A (0) or B (1).
 fn map_of(tensor: &str) -> Option<(&str, usize)> {
     let name = tensor.strip_prefix("base_model.model.")?;
-    let ends = [[".lora_A.weight", ".lora_B.weight"], [
-        ".lora_A.default.weight",
-        ".lora_B.default.weight",
-    ]];
+    let ends = [
+        [".lora_A.weight", ".lora_B.weight"],
+        [".lora_A.default.weight", ".lora_B.default.weight"],
+    ];
     ends.iter().find_map(|pair| {
         let part = pair.iter().position(|end| name.ends_with(end))?;
         Some((name.strip_suffix(pair[part])?, part))

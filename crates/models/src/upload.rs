@@ -196,8 +196,7 @@ impl Quantising<'_> {
             running.into_iter().map(end).collect()
         });
         let row_scales = self.width.div_ceil(self.group);
-        let mut integers_at =
-            self.slice.element_offset + self.dtype.bytes(self.first * self.width);
+        let mut integers_at = self.slice.element_offset + self.dtype.bytes(self.first * self.width);
         let mut scales_at = 4 * (self.slice.scale_offset + self.first * row_scales);
         for (integers, scales) in parts {
             let scales: &[u8] = bytemuck::cast_slice(&scales);

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{
-    Completion, ExtraLayer, Generator, GeneratorOptions, HostTensors, Model, ModelConfig, PromptLogprobs,
-    SamplingSettings, TensorSource, WeightFormat, Weights, preset,
+    Completion, ExtraLayer, Generator, GeneratorOptions, HostTensors, Model, ModelConfig,
+    PromptLogprobs, SamplingSettings, TensorSource, WeightFormat, Weights, preset,
 };
 use pontoon_ops::DType;
 use pontoon_program::Memory;

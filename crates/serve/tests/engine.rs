@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use common::{Failure, Faults, Small, collect, generate, submit};
 use pontoon_models::{
-    ExtraLayer, Generator, GeneratorOptions, Model, ModelConfig, SamplingSettings, WeightFormat, Weights,
+    ExtraLayer, Generator, GeneratorOptions, Model, ModelConfig, SamplingSettings, WeightFormat,
+    Weights,
 };
 use pontoon_ops::philox::Stream;
 use pontoon_program::Memory;
 use pontoon_serve::engine::device::DeviceOptions;
 use pontoon_serve::engine::draft::Speculation;
 use pontoon_serve::engine::request::{Constraint, Scored, Task};
+use pontoon_serve::pool::agreement::Distance;
 use pontoon_serve::pool::{Pool, PoolParts};
 
 /// Prompts of all lengths, some with a common beginning, with settings of all kinds.
@@ -149,9 +151,8 @@ fn a_text_that_repeats_itself_is_guessed_right() {
     assert_eq!(drawn, (0..40).map(forced).collect::<Vec<_>>());
     let states = pool.devices();
     let stats = states[0].stats.as_ref().unwrap();
-    let read = |count: &std::sync::atomic::AtomicU64| {
-        count.load(std::sync::atomic::Ordering::Relaxed)
-    };
+    let read =
+        |count: &std::sync::atomic::AtomicU64| count.load(std::sync::atomic::Ordering::Relaxed);
     assert!(read(&stats.accepted_tokens) >= 30, "{} kept", read(&stats.accepted_tokens));
     assert!(read(&stats.drafted_tokens) >= read(&stats.accepted_tokens));
     assert!(read(&stats.steps) < 20, "{} steps", read(&stats.steps));
@@ -304,6 +305,9 @@ fn guesses_of_the_extra_layer_change_no_bit_at_any_temperature() {
             weights: std::sync::Arc::new(Weights::open(&folder).unwrap()),
             adapters: None,
             rejoin_after: Duration::from_millis(20),
+            limits: std::sync::Arc::new(|_| Distance { worst: 1.0, typical: 1.0, divergence: 1.0 }),
+            audit_share: 0.0,
+            on_event: None,
         })
         .unwrap();
         let submitted: Vec<_> = (0..9_u32)

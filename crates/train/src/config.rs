@@ -126,6 +126,8 @@ pub struct FleetSection {
     pub audit: f64,
     /// Seconds of silence after which a worker is taken for hung, or "auto".
     pub hang_after: HangSetting,
+    /// Whether products and tensors in memory are checked while they are computed with.
+    pub checks: bool,
 }
 
 /// `fleet.hang_after`
@@ -239,6 +241,7 @@ impl Default for FleetSection {
             workers: None,
             audit: 0.0,
             hang_after: HangSetting::Word("auto".to_owned()),
+            checks: true,
         }
     }
 }

@@ -4,7 +4,11 @@
 //! names in snapshots are those of the buffers. Read next: `step.rs`.
 
 use pontoon_models::{HostWeights, Model};
-use pontoon_ops::{AdamW, Backend, BufferId, DType, Muon, Op, SumSquares, View, hyper};
+use pontoon_ops::sums::Ask;
+use pontoon_ops::{
+    AdamW, Backend, BufferId, DType, DeviceError, DeviceErrorKind, Muon, Op, SumSquares, View,
+    hyper,
+};
 use pontoon_program::{Class, Memory, ProgramError};
 
 use crate::config::{OptimizerName, TrainSection};
@@ -92,12 +96,14 @@ impl Optimizer {
         Ok(f64::from(sum[0]).sqrt())
     }
 
-    /// Applies the gradient as step `step` (the first is 1); returns the learning rate.
+    /// Applies the gradient as step `step` (the first is 1); returns the learning rate. A gradient
+    /// that is not the one of the word sum given is a `Corrupt`; then the state is spoilt.
     pub(crate) fn apply(
         &self,
         backend: &mut dyn Backend,
         step: u64,
         gradient_norm: f64,
+        gradient_sum: Option<u32>,
     ) -> Result<f64, TrainError> {
         let train = &self.train;
         let lr = learning_rate(train, step);
@@ -122,14 +128,33 @@ impl Optimizer {
             }
             backend.upload(buffer, 0, bytemuck::cast_slice(&numbers))?;
         }
-        backend.launch_all(&self.ops)?;
-        Ok(lr)
+        let Some(wanted) = gradient_sum else {
+            backend.launch_all(&self.ops)?;
+            return Ok(lr);
+        };
+        let mut sum = 0_u32;
+        for op in &self.ops {
+            let place = op.operands().iter().position(|operand| operand.name == "grad");
+            let place = place.expect("every update reads a gradient");
+            let ask = Ask { read: 1 << place, written: 0 };
+            sum = sum.wrapping_add(backend.launch_summed(op, ask)?.read[place]);
+        }
+        match sum == wanted {
+            true => Ok(lr),
+            false => Err(changed("the gradient", "it was applied").into()),
+        }
     }
 
     /// The buffer of the f32 weights.
     pub(crate) fn masters(&self) -> BufferId {
         self.masters
     }
+}
+
+/// A tensor in memory that is no longer what it was.
+pub(crate) fn changed(what: &str, before: &str) -> DeviceError {
+    let text = format!("{what} changed in memory before {before}");
+    DeviceError::new(DeviceErrorKind::Corrupt, text)
 }
 
 struct Buffers {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_fleet::run_dir::{Event, EventKind};
-use pontoon_fleet::world::{RealDisk, SystemClock};
+use pontoon_fleet::world::{RealDisk, SystemClock, Unattended};
 use pontoon_ops::philox::Stream;
 use pontoon_train::data::ShardWriter;
 use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary, TrainError};
@@ -60,7 +60,7 @@ impl Observer for Watcher<'_> {
     fn begin(&mut self, _: &Beginning) {}
 
     fn step(&mut self, metrics: &Metrics) {
-        self.metrics.push(*metrics);
+        self.metrics.push(metrics.clone());
         if let Some((step, stop)) = self.stop_after {
             stop.store(metrics.step >= step, Ordering::Relaxed);
         }
@@ -68,6 +68,10 @@ impl Observer for Watcher<'_> {
 
     fn event(&mut self, event: &Event) {
         self.events.push(event.kind);
+    }
+
+    fn note(&mut self, line: &str) {
+        panic!("a quiet run says nothing, but: {line}");
     }
 }
 
@@ -92,6 +96,7 @@ fn run(setting: &Setting<'_>) -> (Result<Summary, TrainError>, Vec<Metrics>, Vec
         stop: &stop,
         disk: &RealDisk,
         clock: &SystemClock,
+        control: &Unattended,
     };
     let stop_after = setting.stop_after.map(|step| (step, &stop));
     let mut watcher = Watcher { stop_after, ..Watcher::default() };

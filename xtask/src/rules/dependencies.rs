@@ -24,8 +24,9 @@ const DIRECTIONS: [(&str, &[&str]); 11] = [
     ("crates/serve", &["crates/models", "crates/program", "crates/fleet", "crates/ops"]),
     ("crates/sim", &["crates/fleet", "crates/ops"]),
     ("backends/*", &["crates/ops"]),
-    ("emulators/*", &[]),
-    ("xtask", &[]),
+    ("emulators/*", &["backends/cpu"]),
+    // For the table of symbols that `ascend-abi` compares with headers.
+    ("xtask", &["backends/ascend"]),
 ];
 
 /// The one crate that may depend on all others, and on which none may.

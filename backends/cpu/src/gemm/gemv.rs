@@ -11,7 +11,7 @@ use super::{DataMut, MatrixMut, Product, Store, Unit};
 use crate::ffi::{Grid, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::micro::{Stream, stream_squares};
+use crate::simd::micro::{Stream, fetch, stream_squares};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Rows that meet a vector of columns in registers.
@@ -117,6 +117,14 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         // One wide vector's chains keep up with memory, and fewer rows at once leave more of the
         // cache to what is prefetched; narrow vectors need two.
         let wide = S::LANES >= 16;
+        // What is asked for ahead never lies in another task's range: its thread has a cache of
+        // its own, and memory would be read twice.
+        let (right, raw) = (&self.right, DOT || size_of::<T>() == 4);
+        let begin = right.count.min(S::LANES) * right.stride;
+        if raw && right.first * right.stride + begin <= right.data.len() {
+            let bytes = &right.data[right.first * right.stride..][..begin];
+            fetch(simd, bytemuck::cast_slice(bytes));
+        }
         match self.tile.rows() {
             1 if wide => self.columns::<S, DOT, 1, 1>(simd),
             1 => self.columns::<S, DOT, 1, 2>(simd),
@@ -195,7 +203,7 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
                 right_start: (right.first + column) * right.stride * size_of::<T>(),
                 right_row_bytes: right.stride * size_of::<T>(),
                 squares,
-                fetch_ahead: row == 0,
+                fetch_ahead: row == 0 && column + 2 * VECTORS * S::LANES <= right.count,
             };
             stream_squares::<S, DOT, ROWS, VECTORS>(simd, &stream, &mut sums);
             unit = squares * S::LANES;

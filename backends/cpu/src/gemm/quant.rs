@@ -11,6 +11,7 @@ use super::{Data, DataMut, Matrix, MatrixMut, Store, Unit, is_dot, units};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
+use crate::simd::micro::fetch;
 use crate::simd::quantised::{
     Bytes, HalfBytes, LANES_MAX, QuantStream, SQUARE_BYTES, Stored, stream_quantised,
 };
@@ -117,8 +118,7 @@ fn typed<T: Unit, W: Stored>(
     let bias_words = if args.bias.is_some() { n } else { 0 };
     let range = n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(lanes);
     let sums_words = n.div_ceil(range) * range * rows_near(row_words).min(rows_padded);
-    let [left, bias, sums] =
-        scratch.words([rows_padded * row_words, bias_words, sums_words]);
+    let [left, bias, sums] = scratch.words([rows_padded * row_words, bias_words, sums_words]);
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
     super::fill_bias(args.bias, bias);
     let from = Source {
@@ -258,7 +258,13 @@ impl<W: Stored> Kernel for Sums<'_, W> {
 impl<W: Stored> Sums<'_, W> {
     #[inline(always)]
     fn columns<S: Simd, const DOT: bool>(&mut self, simd: S) {
-        let Part { rows, columns, .. } = self.part;
+        let Part { rows, columns, first, .. } = self.part;
+        let row_bytes = self.shared.k / W::PER_BYTE;
+        let vectors = if rows <= 2 { 2 } else { 1 };
+        // What is asked for ahead never lies in another task's range: its thread has a cache of
+        // its own, and memory would be read twice.
+        let begin = columns.min(vectors * S::LANES) * row_bytes;
+        fetch(simd, &self.shared.weight[first * row_bytes..][..begin]);
         let mut column = 0;
         while column < columns {
             if rows <= 2 && columns - column >= 2 * S::LANES {
@@ -308,7 +314,7 @@ impl<W: Stored> Sums<'_, W> {
             scales_stride: blocks,
             blocks: whole,
             block_bytes: block / W::PER_BYTE,
-            fetch_ahead: row == 0,
+            fetch_ahead: row == 0 && column + 2 * VECTORS * S::LANES <= self.part.columns,
         };
         let mut totals = [[simd.zero(); ROWS]; VECTORS];
         stream_quantised::<S, W, DOT, ROWS, VECTORS>(simd, &stream, &mut totals);

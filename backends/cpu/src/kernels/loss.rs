@@ -3,13 +3,18 @@
 //! The head's products run through `gemm`, so a row's logits have the same bits here, in sampling
 //! and in any batch.
 
-use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, IGNORED, View};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, IGNORED, OpName, View};
 
 use super::linear::{data, quant_bytes};
+use super::sums::WordSum;
+use super::watched::changed;
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Parts;
 use crate::gemm::{
-    Data, DataMut, GemmArgs, Integers, Layout, Matrix, MatrixMut, QuantArgs, Store, gemm, quant_gemm,
+    Data, DataMut, GemmArgs, Integers, Layout, Matrix, MatrixMut, ProductSums, QuantArgs, Store,
+    quant_gemm,
 };
 use crate::memory::Operands;
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
@@ -107,6 +112,7 @@ impl<T: Element> Kernel for GradRow<'_, T> {
 
 /// What all four operations read.
 struct Head<'a> {
+    op: OpName,
     x: &'a View,
     head: &'a View,
     /// The scales of a quantised head, and how many columns share one.
@@ -144,6 +150,8 @@ struct Gradients<'a> {
     dx: &'a View,
     dhead: &'a View,
     accumulate: Accumulate,
+    /// The places of both among the operation's operands.
+    places: [usize; 2],
 }
 
 fn logits_of(
@@ -152,7 +160,7 @@ fn logits_of(
     (x, weight): (Data<'_>, HeadData<'_>),
     (first, rows): (usize, usize),
     logits: &mut [f32],
-) {
+) -> Result<u32, DeviceError> {
     let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
     let x = Matrix { data: x.from(first * row_stride(head.x)), row_stride: row_stride(head.x) };
     let c = MatrixMut { data: DataMut::F32(logits), row_stride: padded_row(vocabulary) };
@@ -162,11 +170,13 @@ fn logits_of(
             let b = Matrix { data, row_stride: width };
             let (layout, store) = (Layout::Nt, Store::Overwrite);
             let args = GemmArgs { layout, m, n, k, a: x, b, bias, c, store };
-            gemm(context.pool, context.isa, context.gemm_scratch, args);
+            Ok(context.product((head.op, "the logits"), args)?.stored)
         }
         HeadData::Integers { integers, bytes: weight, scales, block } => {
             let args = QuantArgs { m, n, k, x, integers, weight, scales, block, bias, c };
             quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
+            // Only gradients compare the sum, and quantised heads have none.
+            Ok(0)
         }
     }
 }
@@ -209,7 +219,7 @@ fn forward(
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
         let logits = &mut logits[..count * stride];
-        logits_of(context, head, (x, weight), (first, count), logits);
+        logits_of(context, head, (x, weight), (first, count), logits)?;
         let parts = Parts::new(&mut results[..3 * count], 3);
         let isa = context.isa;
         context.pool.run(count, |row| {
@@ -229,7 +239,14 @@ fn forward(
 pub(super) fn cross_entropy(context: &mut Context<'_>, op: &ops::CrossEntropy) -> Done {
     let loss = context.operands.write::<f32>(&op.loss)?;
     let lse = context.operands.write::<f32>(&op.lse)?;
-    let head = Head { x: &op.x, head: &op.head, scales: None, targets: &op.targets, temperature: 1.0 };
+    let head = Head {
+        op: OpName::CrossEntropy,
+        x: &op.x,
+        head: &op.head,
+        scales: None,
+        targets: &op.targets,
+        temperature: 1.0,
+    };
     forward(context, &head, |row, log_p, sums| {
         loss[row] = -log_p;
         lse[row] = sums.lse;
@@ -240,8 +257,9 @@ pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) 
     let logprob = context.operands.write::<f32>(&op.logprob)?;
     let entropy = context.operands.write::<f32>(&op.entropy)?;
     let (x, temperature) = (&op.x, op.temperature);
-    let scales = op.scales.as_ref().map(|scales| (scales, op.block_k));
-    let head = Head { x, head: &op.head, scales, targets: &op.targets, temperature };
+    let (op_name, scales) = (OpName::TokenLogProb, op.scales.as_ref());
+    let scales = scales.map(|scales| (scales, op.block_k));
+    let head = Head { op: op_name, x, head: &op.head, scales, targets: &op.targets, temperature };
     forward(context, &head, |row, log_p, sums| {
         logprob[row] = log_p;
         entropy[row] = sums.entropy;
@@ -251,13 +269,21 @@ pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) 
 pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntropyBwd) -> Done {
     let loss = context.operands.write::<f32>(&op.loss)?;
     let lse = context.operands.write::<f32>(&op.lse)?;
-    let head = Head { x: &op.x, head: &op.head, scales: None, targets: &op.targets, temperature: 1.0 };
+    let head = Head {
+        op: OpName::CrossEntropyBwd,
+        x: &op.x,
+        head: &op.head,
+        scales: None,
+        targets: &op.targets,
+        temperature: 1.0,
+    };
     let gradients = Gradients {
         upstream: &op.dloss,
         sign: 1.0,
         dx: &op.dx,
         dhead: &op.dhead,
         accumulate: op.accumulate,
+        places: [6, 7],
     };
     with_float!(op.x.dtype, T => backward::<T>(context, &head, &gradients, |row, log_p, sum| {
         loss[row] = -log_p;
@@ -267,13 +293,21 @@ pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntrop
 
 pub(super) fn token_log_prob_bwd(context: &mut Context<'_>, op: &ops::TokenLogProbBwd) -> Done {
     let (x, temperature) = (&op.x, op.temperature);
-    let head = Head { x, head: &op.head, scales: None, targets: &op.targets, temperature };
+    let head = Head {
+        op: OpName::TokenLogProbBwd,
+        x,
+        head: &op.head,
+        scales: None,
+        targets: &op.targets,
+        temperature,
+    };
     let gradients = Gradients {
         upstream: &op.dlogprob,
         sign: -1.0,
         dx: &op.dx,
         dhead: &op.dhead,
         accumulate: op.accumulate,
+        places: [4, 5],
     };
     with_float!(op.x.dtype, T => backward::<T>(context, &head, &gradients, |_, _, _| {}))
 }
@@ -331,6 +365,7 @@ fn backward<T: Storage>(
     let mut work = std::mem::take(context.work);
     let stride = padded_row(vocabulary);
     let gradient_words = (chunk * stride * size_of::<T>()).div_ceil(size_of::<u32>());
+    let mut tally = Tally { op: head.op, dx: 0, dhead_before: 0, dhead: 0 };
     let [logits, results, dlogits] = work.words([chunk * stride, 2 * chunk, gradient_words]);
     let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
     let results: &mut [f32] = bytemuck::cast_slice_mut(results);
@@ -338,7 +373,8 @@ fn backward<T: Storage>(
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
         let logits = &mut logits[..count * stride];
-        logits_of(context, head, (x, HeadData::Floats(weight)), (first, count), logits);
+        let weight = HeadData::Floats(weight);
+        let stored = logits_of(context, head, (x, weight), (first, count), logits)?;
         let chunk_rows = Chunk {
             logits,
             vocabulary,
@@ -349,7 +385,10 @@ fn backward<T: Storage>(
         };
         let dlogits = &mut dlogits[..count * stride];
         let results = &mut results[..2 * count];
-        chunk_rows.differentiate(context, dlogits, results);
+        let passing = chunk_rows.differentiate(context, dlogits, results);
+        if context.checks.on && passing.logits != stored {
+            return Err(changed(head.op, "a logit"));
+        }
         for (row, result) in results.chunks(2).enumerate() {
             each(first + row, result[0], result[1]);
         }
@@ -358,10 +397,55 @@ fn backward<T: Storage>(
         let to = &mut dx[first * row_stride(gradients.dx)..];
         let outputs = (T::data_mut(to), row_stride(gradients.dx), &mut *dhead, store);
         let rows_of_x = x.from(first * row_stride(head.x));
-        products(context, head, (T::data(dlogits), rows_of_x, weight), count, outputs);
+        let found = products(context, head, (T::data(dlogits), rows_of_x, weight), count, outputs)?;
+        if context.checks.on && words(context, dlogits, vocabulary) != passing.dlogits {
+            return Err(changed(head.op, "a logit's gradient"));
+        }
+        tally.add(first == 0, found)?;
     }
     *context.work = work;
+    tally.note(context, gradients);
     Ok(())
+}
+
+/// The word sum of rows [`padded_row`] apart.
+fn words<T: Element>(context: &Context<'_>, rows: &[T], vocabulary: usize) -> u32 {
+    let sum = AtomicU32::new(0);
+    let (isa, stride) = (context.isa, padded_row(vocabulary));
+    context.pool.run(rows.len() / stride, |row| {
+        let row = &rows[row * stride..][..vocabulary];
+        sum.fetch_add(dispatch(isa, WordSum(bytemuck::cast_slice(row))), Ordering::Relaxed);
+    });
+    sum.into_inner()
+}
+
+/// The word sums of the operation's operands over its chunks.
+#[derive(Clone, Copy)]
+struct Tally {
+    op: OpName,
+    dx: u32,
+    dhead_before: u32,
+    dhead: u32,
+}
+
+impl Tally {
+    fn add(&mut self, is_first: bool, [input, parameter]: [ProductSums; 2]) -> Done {
+        self.dx = self.dx.wrapping_add(input.stored);
+        if is_first {
+            self.dhead_before = parameter.before;
+        } else if parameter.before != self.dhead {
+            return Err(changed(self.op, "`dhead`"));
+        }
+        self.dhead = parameter.stored;
+        Ok(())
+    }
+
+    fn note(&self, context: &mut Context<'_>, gradients: &Gradients<'_>) {
+        let [dx, dhead] = gradients.places;
+        context.checks.read(dhead, self.dhead_before);
+        context.checks.written(dx, self.dx);
+        context.checks.written(dhead, self.dhead);
+    }
 }
 
 /// `dx = dlogits head` and `dhead (+)= dlogits^T x` for one chunk.
@@ -371,7 +455,7 @@ fn products(
     (dlogits, x, weight): (Data<'_>, Data<'_>, Data<'_>),
     rows: usize,
     (dx, dx_stride, dhead, store): (DataMut<'_>, usize, &mut [f32], Store),
-) {
+) -> Result<[ProductSums; 2], DeviceError> {
     let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
     let dlogits = Matrix { data: dlogits, row_stride: padded_row(vocabulary) };
     let input = GemmArgs {
@@ -385,7 +469,7 @@ fn products(
         c: MatrixMut { data: dx, row_stride: dx_stride },
         store: Store::Overwrite,
     };
-    gemm(context.pool, context.isa, context.gemm_scratch, input);
+    let of_input = context.product((head.op, "dx"), input)?;
     let parameter = GemmArgs {
         layout: Layout::Tn,
         m: vocabulary,
@@ -397,7 +481,7 @@ fn products(
         c: MatrixMut { data: DataMut::F32(dhead), row_stride: width },
         store,
     };
-    gemm(context.pool, context.isa, context.gemm_scratch, parameter);
+    Ok([of_input, context.product((head.op, "dhead"), parameter)?])
 }
 
 /// A chunk of rows whose logits stand in memory.
@@ -418,11 +502,18 @@ impl Chunk<'_> {
         context: &Context<'_>,
         dlogits: &mut [T],
         results: &mut [f32],
-    ) {
+    ) -> Passing {
+        let sums = [AtomicU32::new(0), AtomicU32::new(0)];
+        let (on, isa) = (context.checks.on, context.isa);
+        let sum = |place: usize, bytes: &[u8]| {
+            if on {
+                let words = dispatch(isa, WordSum(bytes));
+                sums[place].fetch_add(words, Ordering::Relaxed);
+            }
+        };
         let (vocabulary, stride) = (self.vocabulary, padded_row(self.vocabulary));
         let gradients = Parts::new(dlogits, stride);
         let results = Parts::new(results, 2);
-        let isa = context.isa;
         context.pool.run(self.targets.len(), |row| {
             let logits = &self.logits[row * stride..][..vocabulary];
             let sharpness = self.sharpness;
@@ -438,6 +529,17 @@ impl Chunk<'_> {
                 None if self.targets[row] == IGNORED => dlogits.fill(T::from_f32(0.0)),
                 None => dlogits.fill(T::from_f32(f32::NAN)),
             }
+            sum(0, bytemuck::cast_slice(logits));
+            sum(1, bytemuck::cast_slice(dlogits));
         });
+        let [logits, dlogits] = sums.map(AtomicU32::into_inner);
+        Passing { logits, dlogits }
     }
+}
+
+/// The word sums of what passes through a chunk.
+#[derive(Clone, Copy)]
+struct Passing {
+    logits: u32,
+    dlogits: u32,
 }

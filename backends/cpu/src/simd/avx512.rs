@@ -39,9 +39,7 @@ pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 ///
 /// # Safety
 /// [`is_present`] and [`is_bf16_present`] must have returned true.
-#[target_feature(
-    enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c"
-)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
 pub(super) unsafe fn enter_bf16<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512::<true>(()))
 }

@@ -152,12 +152,31 @@ pub(crate) fn load_square<S: Simd>(
     square
 }
 
+/// Most lanes of any set.
+const LANES_MAX: usize = 16;
+
+/// Reads `LANES` raw units from unit `unit` on; zero past the end of `bytes`.
+#[inline(always)]
+pub(crate) fn load_units<S: Simd>(simd: S, bytes: &[u8], unit: usize) -> S::F32 {
+    let rest = &bytes[(4 * unit).min(bytes.len())..];
+    if rest.len() >= 4 * S::LANES {
+        // SAFETY: the length was checked just above.
+        return unsafe { simd.load_raw(rest.as_ptr()) };
+    }
+    let mut units = [0.0_f32; LANES_MAX];
+    let whole = rest.len() / 4 * 4;
+    bytemuck::cast_slice_mut::<f32, u8>(&mut units)[..whole].copy_from_slice(&rest[..whole]);
+    simd.load(&units[..S::LANES])
+}
+
 /// Bytes of a cache line, for prefetching.
 const LINE_BYTES: usize = 64;
 
-/// Bytes that prefetches run ahead at least: what memory delivers to a thread in about two
-/// microseconds, many times its latency.
-const AHEAD_BYTES_MIN: usize = 32 << 10;
+/// Asks for memory that will be streamed, where no earlier rows have asked for it.
+#[inline(always)]
+pub(crate) fn fetch<S: Simd>(simd: S, bytes: &[u8]) {
+    bytes.chunks(LINE_BYTES).for_each(|line| simd.prefetch(line.as_ptr()));
+}
 
 /// Whole squares of a right operand that is streamed in place, with few rows on the left.
 pub(crate) struct Stream<'a> {
@@ -173,7 +192,7 @@ pub(crate) struct Stream<'a> {
     pub(crate) right_row_bytes: usize,
     /// How many squares follow each other along the rows.
     pub(crate) squares: usize,
-    /// Whether the rows that follow are asked for meanwhile.
+    /// Whether as many rows that follow are asked for meanwhile.
     pub(crate) fetch_ahead: bool,
 }
 
@@ -197,7 +216,7 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
     assert!(end <= right.len(), "squares end at {end} of {}", right.len());
     assert!((ROWS - 1) * left_stride + squares * S::LANES <= left.len());
     let mut values = *sums;
-    let ahead = (VECTORS * S::LANES * right_row_bytes).max(AHEAD_BYTES_MIN);
+    let ahead = VECTORS * S::LANES * right_row_bytes;
     // SAFETY: the assertions bound every address that is read; prefetches may go anywhere.
     unsafe {
         let mut left = left.as_ptr().cast::<u8>();

@@ -52,7 +52,7 @@ pub(crate) mod quantised;
 mod tests;
 
 pub use element::Element;
-pub use isa::{Geometry, Isa, IsaError, dispatch};
+pub use isa::{Geometry, ISA_VARIABLE, Isa, IsaError, dispatch};
 
 use half::{bf16, f16};
 

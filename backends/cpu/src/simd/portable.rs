@@ -158,7 +158,9 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn widen_bytes(self, raw: V) -> [V; 4] {
-        std::array::from_fn(|byte| raw.map(|lane| f32::from(lane.to_bits().to_le_bytes()[byte] as i8)))
+        std::array::from_fn(|byte| {
+            raw.map(|lane| f32::from(lane.to_bits().to_le_bytes()[byte] as i8))
+        })
     }
     #[inline(always)]
     fn widen_half_bytes(self, raw: V) -> [V; 8] {

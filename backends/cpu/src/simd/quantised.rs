@@ -14,9 +14,6 @@ pub(crate) const SQUARE_BYTES: usize = 16;
 /// Bytes of a cache line, for prefetching.
 const LINE_BYTES: usize = 64;
 
-/// Bytes that prefetches run ahead at least, as in `micro.rs`.
-const AHEAD_BYTES_MIN: usize = 32 << 10;
-
 /// How integers are stored.
 pub(crate) trait Stored: Copy + Send + Sync {
     /// Integers in one byte.
@@ -135,7 +132,7 @@ pub(crate) struct QuantStream<'a> {
     pub(crate) blocks: usize,
     /// Bytes of a block, a multiple of `SQUARE_BYTES`.
     pub(crate) block_bytes: usize,
-    /// Whether the rows that follow are asked for meanwhile.
+    /// Whether as many rows that follow are asked for meanwhile.
     pub(crate) fetch_ahead: bool,
 }
 
@@ -168,7 +165,7 @@ pub(crate) fn stream_quantised<
     assert!(end <= stream.scales.len(), "scales end at {end} of {}", stream.scales.len());
     let mut values = *totals;
     let squares = block_bytes / SQUARE_BYTES;
-    let ahead = (VECTORS * S::LANES * right_row_bytes).max(AHEAD_BYTES_MIN);
+    let ahead = VECTORS * S::LANES * right_row_bytes;
     // SAFETY: the assertions bound every address that is read: four scales are read at once only
     // where four blocks are left; prefetches may go anywhere.
     unsafe {

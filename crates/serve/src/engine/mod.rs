@@ -9,6 +9,7 @@ pub mod blocks;
 pub mod device;
 pub mod draft;
 pub mod mtp;
+pub mod probe;
 pub mod request;
 pub mod rows;
 pub mod sequence;

@@ -250,12 +250,7 @@ impl DrawHost {
     }
 }
 
-fn set_sampling(
-    all: &mut [f32],
-    index: usize,
-    sampling: &SamplingSettings,
-    prompt_tokens: usize,
-) {
+fn set_sampling(all: &mut [f32], index: usize, sampling: &SamplingSettings, prompt_tokens: usize) {
     let own = &mut all[index * sampling::COUNT..][..sampling::COUNT];
     own[sampling::TEMPERATURE] = sampling.temperature;
     own[sampling::TOP_K] = sampling.top_k as f32;
@@ -267,7 +262,7 @@ fn set_sampling(
     own[sampling::PROMPT_TOKENS] = prompt_tokens as f32;
 }
 
-/// The same key and counter as `pontoon generate` uses for a prompt's place.
+/// The same key and counter as `pontoon generate` uses for a repeated prompt.
 fn set_key(all: &mut [u32], index: usize, (seed, drawn, choice): (u64, usize, u32)) {
     let key = [seed as u32, (seed >> 32) as u32, drawn as u32, choice];
     all[index * 4..][..4].copy_from_slice(&key);

@@ -1,0 +1,368 @@
+//! Which vendor operators each operation of the waist calls, and what follows from it: what a
+//! device with an older library cannot do, and the table in `docs/ascend.md`.
+//!
+//! Reasons stand in `waivers.toml`. Read next: `ops.rs`.
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use pontoon_ops::{Op, OpName};
+
+use crate::ffi::table::Operator::{self, *};
+
+/// The waivers as they are published.
+const PUBLISHED: &str = include_str!("../waivers.toml");
+
+/// Heads and widths that the vendor's attention takes.
+const HEADS_MAX: usize = 256;
+const WIDTH_MAX: usize = 768;
+
+/// The operators an operation may call. Of versions that stand for one another, one is enough:
+/// they are listed under [`VERSIONS`].
+pub fn operators(op: OpName) -> &'static [Operator] {
+    match op {
+        OpName::Copy => &[InplaceCopy],
+        OpName::Cast => &[Cast, InplaceCopy],
+        OpName::Fill => &[InplaceFillScalar],
+        OpName::Add => &[Add, InplaceCopy],
+        OpName::Scale => &[Muls],
+        OpName::Embed => &[
+            IndexSelect,
+            LtScalar,
+            GeScalar,
+            LogicalOr,
+            SWhere,
+            InplaceMaskedFillScalar,
+            InplaceCopy,
+        ],
+        OpName::EmbedBwd => &[
+            IndexPutImpl,
+            InplaceZero,
+            Cast,
+            LtScalar,
+            GeScalar,
+            LogicalOr,
+            SWhere,
+            InplaceMaskedFillScalar,
+            InplaceCopy,
+        ],
+        OpName::RmsNorm => &[RmsNorm, InplaceCopy],
+        OpName::RmsNormBwd => &[RmsNormGrad, Add, InplaceCopy],
+        OpName::AddRmsNorm => &[Add, RmsNorm, InplaceCopy],
+        OpName::AddRmsNormBwd => &[RmsNormGrad, Add, Cast, InplaceCopy],
+        OpName::Matmul => &[Matmul, Add, InplaceCopy, InplaceZero],
+        OpName::MatmulQuant => &[Cast, IndexSelect, Mul, Matmul, InplaceCopy],
+        OpName::GroupedMatmul => {
+            &[GroupedMatmulV4, GroupedMatmulAdd, Cast, Add, InplaceCopy, InplaceZero]
+        }
+        OpName::Rope => &[
+            IndexSelect,
+            Mul,
+            Sub,
+            Add,
+            LtScalar,
+            GeScalar,
+            LogicalOr,
+            SWhere,
+            InplaceMaskedFillScalar,
+        ],
+        OpName::Attention => &[FlashAttentionVarLenScore, Log, Add, InplaceCopy, InplaceZero],
+        OpName::AttentionBwd => {
+            &[FlashAttentionUnpaddingScoreGrad, InplaceFillScalar, InplaceCopy, InplaceZero]
+        }
+        OpName::PagedAttention => {
+            &[IndexSelect, FlashAttentionVarLenScore, InplaceCopy, InplaceZero]
+        }
+        OpName::KvWrite => &[ScatterNdUpdate, IndexSelect, InplaceCopy],
+        OpName::SwiGlu => &[Silu, Mul],
+        OpName::SwiGluBwd => &[SwiGluGrad, InplaceCopy],
+        OpName::RouterTopK => &[
+            NeTensor,
+            Cast,
+            ReduceSum,
+            GtScalar,
+            InplaceMaskedFillScalar,
+            Softmax,
+            Sigmoid,
+            Add,
+            Sort,
+            InplaceScatter,
+            EqScalar,
+            Gather,
+            Adds,
+            Div,
+            Muls,
+            SWhere,
+            InplaceCopy,
+            InplaceZero,
+            InplaceFillScalar,
+        ],
+        OpName::RouterTopKBwd => &[
+            Softmax,
+            Sigmoid,
+            Cast,
+            Gather,
+            ReduceSum,
+            Adds,
+            Mul,
+            Div,
+            Sub,
+            Muls,
+            InplaceScatter,
+            SoftmaxBackward,
+            SigmoidBackward,
+            InplaceZero,
+            InplaceCopy,
+        ],
+        OpName::Permute => &[
+            LtScalar,
+            GeScalar,
+            LogicalOr,
+            SWhere,
+            Cast,
+            Sort,
+            IndexSelect,
+            LtTensor,
+            ReduceSum,
+            InplaceCopy,
+        ],
+        OpName::PermuteBwd => &[IndexSelect, Cast, ReduceSum, InplaceCopy],
+        OpName::Unpermute => &[IndexSelect, Mul, ReduceSum, InplaceCopy],
+        OpName::UnpermuteBwd => &[Mul, ScatterNdUpdate, IndexSelect, Cast, ReduceSum, InplaceCopy],
+        OpName::CrossEntropy => LOSS,
+        OpName::TokenLogProb => LOSS,
+        OpName::CrossEntropyBwd => LOSS,
+        OpName::TokenLogProbBwd => LOSS,
+        OpName::AdamW => &[ApplyAdamWV2, Muls, Cast],
+        OpName::Muon => &[Muls, Add, LinalgVectorNorm, Adds, Div, Matmul, Sub, Cast],
+        OpName::SumSquares => &[LinalgVectorNorm, Mul, InplaceZero],
+        OpName::ReduceTree => &[Cast, Add, InplaceCopy],
+        OpName::Sample => &[
+            InplaceCopy,
+            IndexSelect,
+            Div,
+            Mul,
+            GtScalar,
+            SWhere,
+            Sub,
+            ScatterNdUpdate,
+            Add,
+            IsFinite,
+            Cast,
+            ReduceSum,
+            EqScalar,
+            NeTensor,
+            InplaceMaskedFillScalar,
+            ArgMax,
+            Amax,
+            Exp,
+            Sort,
+            Cumsum,
+            LeTensor,
+            LtTensor,
+            InplaceScatter,
+            Gather,
+            Log,
+        ],
+        OpName::AllReduce | OpName::ReduceScatter => &[Cast, Add, InplaceCopy],
+        OpName::AllGather => &[],
+    }
+}
+
+const LOSS: &[Operator] = &[
+    Matmul,
+    Muls,
+    Amax,
+    Sub,
+    Exp,
+    ReduceSum,
+    Log,
+    Add,
+    Gather,
+    Cast,
+    Mul,
+    Div,
+    InplaceScatter,
+    InplaceCopy,
+    InplaceZero,
+    LtScalar,
+    GeScalar,
+    EqScalar,
+    LogicalOr,
+    SWhere,
+    InplaceMaskedFillScalar,
+];
+
+/// Newer versions that may stand for the operator that is listed.
+pub const VERSIONS: [(Operator, Operator); 3] = [
+    (GroupedMatmulV4, GroupedMatmulV5),
+    (FlashAttentionVarLenScore, FlashAttentionVarLenScoreV2),
+    (FlashAttentionUnpaddingScoreGrad, FlashAttentionUnpaddingScoreGradV2),
+];
+
+/// When something cannot be done, as `waivers.toml` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// The library refuses deterministic mode.
+    NoDeterministicMode,
+    /// The library lacks an operator.
+    MissingOperator,
+    /// More query heads than the vendor's attention takes.
+    ManyHeads,
+    /// Wider heads than the vendor's attention takes.
+    WideHeads,
+    /// The device is no member of a group.
+    Alone,
+    /// The output head is quantised.
+    QuantisedHead,
+}
+
+/// One entry of `waivers.toml`.
+#[derive(Debug)]
+pub struct Waiver {
+    /// Operations by name.
+    pub ops: Vec<String>,
+    /// Why.
+    pub reason: String,
+}
+
+/// The published waiver for a condition.
+pub fn waiver(when: When) -> &'static Waiver {
+    static WAIVERS: OnceLock<BTreeMap<String, Waiver>> = OnceLock::new();
+    let name = match when {
+        When::NoDeterministicMode => "no-deterministic-mode",
+        When::MissingOperator => "missing-operator",
+        When::ManyHeads => "many-heads",
+        When::WideHeads => "wide-heads",
+        When::Alone => "alone",
+        When::QuantisedHead => "quantised-head",
+    };
+    let all = WAIVERS.get_or_init(|| published().expect("the file is part of the crate"));
+    all.get(name).expect("a test looks every condition up")
+}
+
+fn published() -> Result<BTreeMap<String, Waiver>, String> {
+    let table: toml::Table = PUBLISHED.parse().map_err(|error| format!("waivers.toml: {error}"))?;
+    let entries = table.get("waiver").and_then(toml::Value::as_array).cloned().unwrap_or_default();
+    let text = |value: Option<&toml::Value>| {
+        let text = value.and_then(toml::Value::as_str).map(str::to_owned);
+        text.ok_or_else(|| "waivers.toml: an entry lacks a text".to_owned())
+    };
+    let one = |entry: &toml::Value| {
+        let ops = entry.get("ops").and_then(toml::Value::as_array).cloned().unwrap_or_default();
+        let ops = ops.iter().map(|op| text(Some(op))).collect::<Result<_, _>>()?;
+        Ok((text(entry.get("when"))?, Waiver { ops, reason: text(entry.get("reason"))? }))
+    };
+    entries.iter().map(one).collect()
+}
+
+/// The operations a device cannot do: `has` tells which operators its library has.
+pub fn waived(has: &dyn Fn(Operator) -> bool, determinism: i64) -> BTreeMap<OpName, &'static str> {
+    let there = |operator: Operator| {
+        let newer = VERSIONS.iter().find(|(listed, _)| *listed == operator);
+        has(operator) || newer.is_some_and(|(_, newer)| has(*newer))
+    };
+    let varying = waiver(When::NoDeterministicMode);
+    let mut all = BTreeMap::new();
+    for &op in OpName::ALL {
+        if determinism == 0 && varying.ops.iter().any(|name| name == op.name()) {
+            all.insert(op, varying.reason.as_str());
+        }
+        if operators(op).iter().any(|&operator| !there(operator)) {
+            all.insert(op, waiver(When::MissingOperator).reason.as_str());
+        }
+    }
+    all
+}
+
+/// Whether an operation exchanges with other devices.
+pub fn is_exchange(op: &Op) -> bool {
+    matches!(op, Op::AllReduce(_) | Op::AllGather(_) | Op::ReduceScatter(_))
+}
+
+/// Why an operation of these extents cannot run, if it cannot.
+pub fn limits(op: &Op) -> Option<&'static str> {
+    let (q, v) = match op {
+        Op::Attention(op) => (op.q, op.v),
+        Op::AttentionBwd(op) => (op.q, op.v),
+        Op::PagedAttention(op) => (op.q, op.v_cache),
+        Op::TokenLogProb(op) if op.scales.is_some() => {
+            return Some(waiver(When::QuantisedHead).reason.as_str());
+        }
+        _ => return None,
+    };
+    let width = q.dim(2).max(v.dim(v.shape.rank() - 1));
+    let when = match () {
+        () if q.dim(1) > HEADS_MAX => When::ManyHeads,
+        () if width > WIDTH_MAX => When::WideHeads,
+        () => return None,
+    };
+    Some(waiver(when).reason.as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_operator_waives_what_calls_it_and_nothing_else() {
+        let waived = waived(&|operator| operator != Silu, 1);
+        assert_eq!(waived.keys().collect::<Vec<_>>(), [&OpName::SwiGlu]);
+    }
+
+    #[test]
+    fn a_newer_version_stands_for_the_listed_one() {
+        assert!(waived(&|operator| operator != GroupedMatmulV4, 1).is_empty());
+        let neither = waived(&|o| ![GroupedMatmulV4, GroupedMatmulV5].contains(&o), 1);
+        assert_eq!(neither.keys().collect::<Vec<_>>(), [&OpName::GroupedMatmul]);
+    }
+
+    #[test]
+    fn without_deterministic_mode_no_gradient_with_varying_bits_is_offered() {
+        let refused: Vec<&str> = waived(&|_| true, 0).keys().map(|op| op.name()).collect();
+        assert_eq!(refused, ["EmbedBwd", "RmsNormBwd", "AddRmsNormBwd", "AttentionBwd"]);
+    }
+
+    #[test]
+    fn every_operator_of_the_table_is_called_by_some_operation() {
+        let listed = |operator: &Operator| {
+            let older = VERSIONS.iter().find(|(_, newer)| newer == operator).map(|pair| pair.0);
+            let wanted = older.unwrap_or(*operator);
+            OpName::ALL.iter().any(|&op| operators(op).contains(&wanted))
+        };
+        let idle: Vec<&Operator> = Operator::ALL.iter().filter(|o| !listed(o)).collect();
+        assert!(idle.is_empty(), "{idle:?}");
+    }
+
+    #[test]
+    fn every_condition_has_its_published_waiver_and_names_operations_of_the_waist() {
+        let known = |name: &String| OpName::ALL.iter().any(|op| op.name() == *name);
+        let all = [
+            When::NoDeterministicMode,
+            When::ManyHeads,
+            When::WideHeads,
+            When::Alone,
+            When::QuantisedHead,
+        ];
+        for when in all {
+            assert!(waiver(when).ops.iter().all(known), "{when:?}");
+            assert!(!waiver(when).reason.is_empty());
+        }
+        assert!(waiver(When::MissingOperator).reason.contains("lacks"));
+    }
+
+    #[test]
+    fn heads_beyond_the_vendors_limits_are_refused() {
+        use pontoon_ops::{Attention, BufferId, DType, View};
+        let view = |dims: [usize; 3]| View::contiguous(BufferId(0), DType::F16, dims);
+        let op = |heads: usize, width: usize| {
+            let documents = View::contiguous(BufferId(1), DType::I32, [2]);
+            let lse = View::contiguous(BufferId(2), DType::F32, [4, heads]);
+            let (q, k) = (view([4, heads, width]), view([4, 1, width]));
+            Op::from(Attention { q, k, v: k, documents, scale: 1.0, out: q, lse })
+        };
+        assert_eq!(limits(&op(256, 768)), None);
+        assert!(limits(&op(257, 64)).is_some_and(|reason| reason.contains("256")));
+        assert!(limits(&op(4, 800)).is_some_and(|reason| reason.contains("768")));
+    }
+}
