@@ -1,8 +1,8 @@
 //! Prints the speed of matrix products against the machine's measured peaks.
 //!
 //! Run with `cargo run --release -p pontoon-cpu --example gemm_bench [-- MODE [THREADS]]`, MODE one
-//! of `all`, `gemm`, `gemv`, `quant`, `pool`. Times are the best of many runs, because others may share the
-//! cores. Results are not checked here: `gemm/tests.rs` does that.
+//! of `all`, `gemm`, `gemv`, `quant`, `pool`. Times are the best of many runs, because others may
+//! share the cores. Results are not checked here: `gemm/tests.rs` does that.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};

@@ -37,10 +37,16 @@ enum Command {
     #[command(after_help = "Example:\n  pontoon devices --json")]
     Devices(commands::devices::Arguments),
     /// Prepares training data.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  pontoon data prepare corpus/ --tokenizer tokenizer.json --out shards"
+    )]
     Data(data::Command),
     /// Makes tokenizers.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Example:\n  pontoon tokenizer train corpus/ --vocab 8192 --out tokenizer.json"
+    )]
     Tokenizer(tokenizer::Command),
     /// Writes a run.toml to edit.
     #[command(after_help = "Example:\n  pontoon new qwen3-30m my-run")]
@@ -94,11 +100,12 @@ enum Command {
     #[command(hide = true)]
     Worker(commands::worker::Arguments),
     /// Measures training and decoding against the machine's limits.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  pontoon bench decode qwen3-0.6b --dtype bf16")]
     Bench(bench::Command),
 }
 
 fn main() -> ExitCode {
+    end_quietly_when_nobody_reads();
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -106,6 +113,19 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// A reader that has seen enough, as `head` has, is no failure: the standard library's printing
+/// would panic.
+fn end_quietly_when_nobody_reads() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") {
+            std::process::exit(0);
+        }
+        usual(panic);
+    }));
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -130,5 +150,27 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::Simulate(arguments) => simulate::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Bench(command) => bench::run(command),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Arguments;
+
+    fn check(command: &clap::Command, path: &str) {
+        let path = format!("{path} {}", command.get_name());
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        assert!(help.contains("Example"), "`{path} --help` shows no example");
+        for part in command.get_subcommands().filter(|part| !part.is_hide_set()) {
+            check(part, &path);
+        }
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        let all = Arguments::command();
+        all.get_subcommands().filter(|part| !part.is_hide_set()).for_each(|part| check(part, ""));
     }
 }

@@ -47,6 +47,18 @@ fn commands_name_what_is_missing_or_unknown() {
 }
 
 #[test]
+fn a_reader_that_went_away_is_no_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("run.toml"), common::SETTINGS).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = common::pontoon(folder.path(), &["train", "run.toml", "--print-config"]);
+    let output = command.stdout(writer).stderr(std::process::Stdio::piped()).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(output.status.success());
+}
+
+#[test]
 fn runs_refuse_wrong_settings_and_data() {
     let folder = prepared();
     let folder = folder.path();
@@ -87,6 +99,9 @@ fn broken_records_are_left_out_and_named_up_to_a_limit() {
     fails(folder, &prepare("b", &["--broken-max", "1"]), &["some.jsonl:2", "some.jsonl:3"]);
     fails(folder, &prepare("c", &["--field", "body"]), &["some.jsonl:1", "`body`"]);
     fails(folder, &prepare("a", &[]), &["is there already"]);
+    fs::write(folder.join("some.jsonl"), "{\"text\": \"\"}\n{\"text\": \" \\n\"}\n").unwrap();
+    fails(folder, &prepare("empty", &[]), &["hold no text"]);
+    assert!(!folder.join("empty").exists());
 }
 
 #[test]

@@ -90,6 +90,9 @@ pub struct TrainSection {
     pub beta2: f64,
     /// Added to the root of AdamW's second moment.
     pub eps: f64,
+    /// How far the bias by which a router chooses experts moves in a step against their load, where
+    /// the model has such a bias. 0 leaves it.
+    pub balance: f64,
     /// Momentum of Muon.
     pub momentum: f64,
     /// What is computed again in the backward pass instead of kept.
@@ -219,6 +222,7 @@ impl Default for TrainSection {
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
+            balance: 1e-3,
             momentum: 0.95,
             recompute: RecomputeName::Cheap,
             non_finite: NonFiniteName::Stop,
@@ -314,6 +318,7 @@ impl RunConfig {
             ((0.0..1.0).contains(&train.beta2), "train.beta2 should be in [0, 1)"),
             ((0.0..1.0).contains(&train.momentum), "train.momentum should be in [0, 1)"),
             (train.eps > 0.0, "train.eps should be positive"),
+            ((0.0..=1.0).contains(&train.balance), "train.balance should be between 0 and 1"),
             ((0.0..=1.0).contains(&self.fleet.audit), "fleet.audit should be between 0 and 1"),
             (
                 match &self.fleet.hang_after {

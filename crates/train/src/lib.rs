@@ -4,6 +4,7 @@
 //! `step.rs` (what one step does) and `trainer.rs` (the loop).
 
 pub mod arithmetic;
+mod balance;
 pub mod config;
 pub mod data;
 mod error;

@@ -33,10 +33,11 @@ const PIECE: usize = BLOCK;
 
 /// Where the parts of a run's exchange lie.
 pub fn layout(model: &Model, config: &RunConfig) -> Layout {
+    let gradient = 4 * model.table.gradient_elements() as u64;
     let trainable = 4 * model.table.trainable_elements() as u64;
     let frozen = 4 * model.table.frozen_elements() as u64;
     let leaves = config.train.micro_batches as u32;
-    Layout { gradient: trainable, leaves, state: 3 * trainable + frozen }
+    Layout { gradient, leaves, state: 3 * trainable + frozen }
 }
 
 /// What a worker is given.

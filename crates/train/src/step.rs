@@ -18,7 +18,7 @@ use crate::config::{RunConfig, TrainSection};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
-use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, changed, download};
+use crate::optimizer::{Applied, FIRST, GRADIENT, Optimizer, SECOND, changed, download};
 
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
@@ -53,8 +53,8 @@ pub struct TrainingState {
     model_flops: f64,
     /// The word sums of the gradient buffers as they were written, if they are checked.
     sums: Option<Vec<u32>>,
-    /// What was found wrong and computed again, for whoever tells of it.
-    pub(crate) found: Vec<String>,
+    /// What was found wrong and computed again.
+    found: Vec<String>,
 }
 
 /// Whether products and tensors in memory are checked.
@@ -75,6 +75,9 @@ pub struct StepResult {
     pub gradient_norm: f64,
     /// The learning rate it was applied with.
     pub lr: f64,
+    /// By what share of the mean load the busiest expert was above it, where the model's routers
+    /// have a bias that is moved against it.
+    pub imbalance: Option<f64>,
 }
 
 /// Floating-point operations of a step's matrix products, as [`TrainingState::model_flops`].
@@ -125,7 +128,7 @@ impl TrainingState {
         assert!(scoring.plan().arena_bytes <= leaves[0].plan().arena_bytes);
         let elements = model.table.trainable_elements();
         let mut state = TrainingState {
-            adds: adds(&memory, leaves.len(), elements),
+            adds: adds(&memory, leaves.len(), model.table.gradient_elements()),
             memory,
             leaves,
             scoring,
@@ -147,6 +150,12 @@ impl TrainingState {
     pub fn check(&mut self, backend: &dyn Backend, checking: Checking) {
         let on = checking == Checking::On && backend.sums_in_place();
         self.sums = on.then(|| vec![0; self.leaves.len()]);
+    }
+
+    /// What checks found wrong in the steps so far, for whoever tells of it; the steps computed it
+    /// again.
+    pub fn take_findings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.found)
     }
 
     /// The time of every operation of one micro-batch, launched one by one, in list order.
@@ -201,8 +210,9 @@ impl TrainingState {
         let loss = finite("the loss", loss)?;
         let norm = self.optimizer.gradient_norm(backend)?;
         let gradient_norm = finite("the gradient's norm", norm)?;
-        let lr = self.apply(backend, step, gradient_norm)?;
-        Ok(StepResult { loss, gradient_norm, lr })
+        let sum = self.gradient_sum();
+        let Applied { lr, imbalance } = self.optimizer.apply(backend, step, gradient_norm, sum)?;
+        Ok(StepResult { loss, gradient_norm, lr, imbalance })
     }
 
     /// The mean loss of batches, without training on them.
@@ -350,12 +360,13 @@ impl TrainingState {
 
     /// Applies the sum; returns the learning rate.
     pub(crate) fn apply(
-        &self,
+        &mut self,
         backend: &mut dyn Backend,
         step: u64,
         norm: f64,
     ) -> Result<f64, TrainError> {
-        self.optimizer.apply(backend, step, norm, self.gradient_sum())
+        let sum = self.gradient_sum();
+        Ok(self.optimizer.apply(backend, step, norm, sum)?.lr)
     }
 
     /// The buffers of the state that outlives a step, in the order in which it is copied, and

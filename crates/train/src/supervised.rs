@@ -451,6 +451,7 @@ impl Driver<'_> {
             workers: step.workers,
             classes: step.classes.clone(),
             class_error: step.apart,
+            imbalance: None,
             valid_loss: step.valid_loss,
         };
         let mut classes = self.saver.classes.lock().unwrap_or_else(PoisonError::into_inner);

@@ -119,6 +119,9 @@ pub struct Metrics {
     /// audited by the other.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub class_error: Option<f64>,
+    /// By what share of the mean load the busiest expert is above it, where the model balances.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub imbalance: Option<f64>,
     /// Mean loss of the validation data, on steps that validate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid_loss: Option<f64>,
@@ -468,14 +471,14 @@ impl Session<'_> {
                     Some("its data is passed over; the weights stay as they are".to_owned());
                 let event = Event::new(step, EventKind::Skipped);
                 self.tell(Event { cause, action, ..event })?;
-                StepResult { loss: f64::NAN, gradient_norm: f64::NAN, lr: 0.0 }
+                StepResult { loss: f64::NAN, gradient_norm: f64::NAN, lr: 0.0, imbalance: None }
             }
             result => {
                 self.skips = 0;
                 result?
             }
         };
-        for cause in std::mem::take(&mut self.state.found) {
+        for cause in self.state.take_findings() {
             let action = Some("computed again".to_owned());
             let event = Event::new(step, EventKind::Corrupt);
             self.tell(Event { cause: Some(cause), action, ..event })?;
@@ -508,6 +511,7 @@ impl Session<'_> {
             workers: 1,
             classes: BTreeMap::new(),
             class_error: None,
+            imbalance: result.imbalance,
             valid_loss,
         };
         self.metrics.append(&metrics)?;
@@ -524,6 +528,7 @@ impl Session<'_> {
             ("speed/tokens_per_s", metrics.tokens_per_s),
         ];
         scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
+        scalars.extend(metrics.imbalance.map(|share| ("train/imbalance", share)));
         scalars.extend(metrics.mfu.map(|mfu| ("speed/mfu", mfu)));
         let unix = self.run.clock.unix_time().as_secs_f64();
         self.board.scalars(unix, metrics.step, &scalars)

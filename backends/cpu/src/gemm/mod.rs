@@ -8,8 +8,8 @@
 //!
 //! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows,
 //! `quant.rs` for quantised weights, `grouped.rs` for experts, `verify.rs` for checks, and
-//! `simd/micro.rs` for the inner loop. Shapes are checked by the
-//! caller: a wrong one here is a bug and panics.
+//! `simd/micro.rs` for the inner loop. Shapes are checked by the caller: a wrong one here is a bug
+//! and panics.
 
 mod gemv;
 mod grouped;

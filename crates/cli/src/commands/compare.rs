@@ -219,7 +219,7 @@ impl<'a> Work<'a> {
         let sequence = tokens.min(model.config.max_positions);
         let settings = format!(
             "[data]\nsequence = {sequence}\n[train]\nmicro_batch = {count}\nmicro_batches = 1\n\
-             dtype = \"{}\"\nlr = 1e-3\nwarmup = 0\nschedule = \"constant\"\n",
+             dtype = \"{}\"\nlr = 1e-3\nwarmup = 0\nschedule = \"constant\"\nbalance = 0\n",
             self.steps.dtype
         );
         let config = RunConfig::parse(&settings, &[], "the comparison's settings")?;

@@ -286,7 +286,8 @@ impl Blocks {
 async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
     let (mut flow, mut voices) = wanted.start(app);
     let message = json!({
-        "id": wanted.id, "type": "message", "role": "assistant", "model": app.model_of(wanted.settings.adapter),
+        "id": wanted.id, "type": "message", "role": "assistant",
+        "model": app.model_of(wanted.settings.adapter),
         "content": [], "stop_reason": null, "stop_sequence": null,
         "usage": usage_json(flow.usage()),
     });
