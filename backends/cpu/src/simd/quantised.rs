@@ -150,7 +150,7 @@ pub(crate) fn stream_quantised<
     stream: &QuantStream<'_>,
     totals: &mut [[S::F32; ROWS]; VECTORS],
 ) {
-    let QuantStream { blocks, block_bytes, right_row_bytes, scales_stride, .. } = *stream;
+    let QuantStream { blocks, block_bytes, right_row_bytes, .. } = *stream;
     if blocks == 0 {
         return;
     }
@@ -161,7 +161,7 @@ pub(crate) fn stream_quantised<
     let last = VECTORS * S::LANES - 1;
     let end = stream.right_start + last * right_row_bytes + blocks * block_bytes;
     assert!(end <= stream.right.len(), "rows end at {end} of {}", stream.right.len());
-    let end = stream.scales_start + last * scales_stride + blocks;
+    let end = stream.scales_start + last * stream.scales_stride + blocks;
     assert!(end <= stream.scales.len(), "scales end at {end} of {}", stream.scales.len());
     let mut values = *totals;
     let squares = block_bytes / SQUARE_BYTES;
@@ -174,16 +174,7 @@ pub(crate) fn stream_quantised<
         let mut next = right.wrapping_add(ahead);
         for first in (0..blocks).step_by(4) {
             let count = (blocks - first).min(4);
-            let mut scales = [[simd.zero(); 4]; VECTORS];
-            for (vector, scales) in scales.iter_mut().enumerate() {
-                let here = stream.scales_start + vector * S::LANES * scales_stride + first;
-                *scales = if count == 4 {
-                    let from = stream.scales.as_ptr().add(here).cast::<u8>();
-                    simd.load_columns(from, scales_stride * 4)
-                } else {
-                    few_scales(simd, &stream.scales[here..], scales_stride, count)
-                };
-            }
+            let scales = scales_of::<S, VECTORS>(simd, stream, first, count);
             for block in 0..count {
                 let mut sums = [[simd.zero(); ROWS]; VECTORS];
                 for _ in 0..squares {
@@ -214,6 +205,31 @@ pub(crate) fn stream_quantised<
         }
     }
     *totals = values;
+}
+
+/// The scales of up to four blocks from `first` on, in lanes; those beyond `count` are zero.
+///
+/// # Safety
+/// The stream must have scales for them.
+#[inline(always)]
+unsafe fn scales_of<S: Simd, const VECTORS: usize>(
+    simd: S,
+    stream: &QuantStream<'_>,
+    first: usize,
+    count: usize,
+) -> [[S::F32; 4]; VECTORS] {
+    let stride = stream.scales_stride;
+    let mut scales = [[simd.zero(); 4]; VECTORS];
+    for (vector, scales) in scales.iter_mut().enumerate() {
+        let here = stream.scales_start + vector * S::LANES * stride + first;
+        *scales = if count == 4 {
+            // SAFETY: the caller promises four scales in each row.
+            unsafe { simd.load_columns(stream.scales.as_ptr().add(here).cast(), stride * 4) }
+        } else {
+            few_scales(simd, &stream.scales[here..], stride, count)
+        };
+    }
+    scales
 }
 
 /// The scales of fewer than four blocks; the rest is zero.
