@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use common::{Failure, Faults, Small, collect, generate, submit};
 use pontoon_models::{
-    ExtraLayer, Generator, GeneratorOptions, Model, ModelConfig, SamplingSettings, WeightFormat,
-    Weights,
+    Adapters, ExtraLayer, Generator, GeneratorOptions, Model, ModelConfig, SamplingSettings,
+    WeightFormat, Weights,
 };
 use pontoon_ops::philox::Stream;
 use pontoon_program::Memory;
@@ -335,4 +335,62 @@ fn guesses_of_the_extra_layer_change_no_bit_at_any_temperature() {
     let (got, drafted) = run(Speculation::Mtp, ExtraLayer::Present);
     assert_eq!(got, want);
     assert!(none == 0 && drafted > 100, "{drafted} guessed");
+}
+
+#[test]
+fn requests_of_several_adapters_share_a_batch_and_no_prefix() {
+    let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/data");
+    let config = ModelConfig::from_folder(&data.join("qwen3")).unwrap();
+    let folders = ["plain", "rooted"].map(|name| (name.to_owned(), data.join("lora").join(name)));
+    let adapters = std::sync::Arc::new(Adapters::open(&config, &folders).unwrap());
+    let model = Model::new(config).unwrap().with_adapters(adapters.shapes().clone());
+    let start = || {
+        Pool::start(PoolParts {
+            devices: vec!["a".to_owned()],
+            open: std::sync::Arc::new(|_: &str| {
+                let options = pontoon_cpu::CpuOptions::default();
+                let opened = pontoon_cpu::CpuBackend::new(options);
+                opened.map(|one| Box::new(one) as _).map_err(|error| error.to_string())
+            }),
+            options: DeviceOptions {
+                dtype: pontoon_ops::DType::Bf16,
+                context: 64,
+                sequences: 6,
+                blocks: 30,
+                vocabulary: model.config.vocab_size,
+                step_deadline: Duration::from_secs(60),
+                speculation: Speculation::PromptLookup,
+                draft_tokens: 2,
+            },
+            model: std::sync::Arc::new(model.clone()),
+            weights: std::sync::Arc::new(Weights::open(&data.join("qwen3")).unwrap()),
+            adapters: Some(std::sync::Arc::clone(&adapters)),
+            rejoin_after: Duration::from_millis(20),
+            limits: std::sync::Arc::new(|_| Distance { worst: 1.0, typical: 1.0, divergence: 1.0 }),
+            audit_share: 0.0,
+            on_event: None,
+        })
+        .unwrap()
+    };
+    let request = |index: usize| {
+        // One beginning of more than a block, so that a prefix would be found.
+        let prompt = (0..20_u32).map(|at| (at * 5 + 1) % 97).collect();
+        let sampling = SamplingSettings { seed: 4, tokens_max: 20, ..Default::default() };
+        let mut request = generate(prompt, sampling);
+        request.adapter = [None, Some(1), Some(0)][index % 3];
+        request
+    };
+    let pool = start();
+    assert_eq!(pool.adapter_names(), ["plain", "rooted"]);
+    let submitted: Vec<_> = (0..6).map(|index| submit(&pool, request(index))).collect();
+    let together: Vec<_> = submitted.into_iter().map(|one| bits(&collect(one).0)).collect();
+    pool.stop();
+    for index in 0..3 {
+        let pool = start();
+        let alone = bits(&collect(submit(&pool, request(index))).0);
+        pool.stop();
+        assert_eq!(alone, together[index], "request {index}");
+        assert_eq!(alone, together[index + 3], "request {}", index + 3);
+        assert_ne!(alone, together[(index + 1) % 3], "adapters differ");
+    }
 }
