@@ -25,7 +25,7 @@ const STAGING_BYTES: usize = 8 << 20;
 /// Bytes of the pieces that constants are placed in: most are far smaller than a page.
 const CONSTANT_BLOCK_BYTES: usize = 4 << 20;
 /// Bytes of constants after which all are given back.
-const CONSTANT_BYTES_MAX: usize = 256 << 20;
+const CONSTANT_BYTES_MAX: usize = 64 << 20;
 
 /// One buffer.
 struct Buffer {

@@ -260,13 +260,22 @@ impl JobSlot {
     }
 }
 
-/// Bytes to which allocations are aligned: a page that the system can map at once.
+/// Bytes to which small allocations are aligned: a page.
 const ALLOCATION_ALIGNMENT: usize = 4096;
+/// Bytes of a large page. One entry of the processor's address cache then covers 512 times as much,
+/// and neighbours in the buffer are neighbours in the second-level cache, where pages strewn over
+/// memory compete for places by chance.
+const LARGE_PAGE_BYTES: usize = 2 << 20;
+/// Bytes from which on a buffer is asked to lie in large pages: the last one is half empty on
+/// average, which is little next to this.
+const LARGE_BYTES_MIN: usize = 4 * LARGE_PAGE_BYTES;
 
 /// Zeroed memory of one device buffer.
 pub(crate) struct Allocation {
     base: std::ptr::NonNull<u8>,
     len: usize,
+    /// What owns the memory of a large buffer; a small one is the allocator's.
+    mapping: Option<memmap2::MmapMut>,
 }
 
 // SAFETY: the memory belongs to this value alone, like a boxed slice.
@@ -277,11 +286,25 @@ unsafe impl Sync for Allocation {}
 impl Allocation {
     /// `len` zeroed bytes, or none if the system has no room.
     pub(crate) fn zeroed(len: usize) -> Option<Self> {
+        if len >= LARGE_BYTES_MIN {
+            return Self::mapped(len);
+        }
         let size = len.max(1);
         let layout = std::alloc::Layout::from_size_align(size, ALLOCATION_ALIGNMENT).ok()?;
         // SAFETY: the layout has a size above zero.
         let base = std::ptr::NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
-        Some(Allocation { base, len })
+        Some(Allocation { base, len, mapping: None })
+    }
+
+    /// The same in large pages, where the system has them.
+    fn mapped(len: usize) -> Option<Self> {
+        let size = len.checked_next_multiple_of(LARGE_PAGE_BYTES)?;
+        let mut mapping = memmap2::MmapOptions::new().len(size).map_anon().ok()?;
+        #[cfg(target_os = "linux")]
+        // A system without large pages refuses, and gives small ones.
+        let _ = mapping.advise(memmap2::Advice::HugePage);
+        let base = std::ptr::NonNull::new(mapping.as_mut_ptr())?;
+        Some(Allocation { base, len, mapping: Some(mapping) })
     }
 
     /// Its size.
@@ -327,6 +350,9 @@ impl Allocation {
 
 impl Drop for Allocation {
     fn drop(&mut self) {
+        if self.mapping.is_some() {
+            return;
+        }
         let layout = std::alloc::Layout::from_size_align(self.len.max(1), ALLOCATION_ALIGNMENT)
             .expect("the layout was valid when it was allocated");
         // SAFETY: allocated in `zeroed` with this layout, freed once.

@@ -3,12 +3,7 @@
 //! Fresh pages cost a fault each, which is dear next to the work done on them. The memory keeps
 //! what the last user left there: nobody may rely on its contents.
 
-use bytemuck::{Pod, Zeroable};
-
-/// One cache line, so that a vector of them is aligned.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+use crate::ffi::Allocation;
 
 /// Elements of a u32 slice that fill a cache line.
 const LINE_WORDS: usize = 16;
@@ -16,7 +11,7 @@ const LINE_WORDS: usize = 16;
 /// Working memory of one backend.
 #[derive(Default)]
 pub struct Scratch {
-    lines: Vec<Line>,
+    memory: Option<Allocation>,
 }
 
 impl Scratch {
@@ -27,22 +22,33 @@ impl Scratch {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.lines.len() * size_of::<Line>()
+        self.memory.as_ref().map_or(0, Allocation::len)
     }
 
     /// Separate slices of the wanted lengths, each starting on a cache line, contents arbitrary.
     pub fn words<const COUNT: usize>(&mut self, lens: [usize; COUNT]) -> [&mut [u32]; COUNT] {
-        let lines = |len: usize| len.div_ceil(LINE_WORDS);
-        let total = lens.iter().map(|&len| lines(len)).sum();
-        if self.lines.len() < total {
-            self.lines.resize(total, Line([0; 64]));
-        }
-        let mut rest = self.lines.as_mut_slice();
+        let whole_lines = |len: usize| len.next_multiple_of(LINE_WORDS);
+        let total: usize = lens.iter().map(|&len| whole_lines(len)).sum();
+        let mut rest: &mut [u32] = bytemuck::cast_slice_mut(self.grown(total * size_of::<u32>()));
         lens.map(|len| {
-            let (head, tail) = std::mem::take(&mut rest).split_at_mut(lines(len));
+            let (head, tail) = std::mem::take(&mut rest).split_at_mut(whole_lines(len));
             rest = tail;
-            &mut bytemuck::cast_slice_mut(head)[..len]
+            &mut head[..len]
         })
+    }
+
+    /// At least so many bytes, from the start of a page.
+    fn grown(&mut self, bytes: usize) -> &mut [u8] {
+        if self.bytes() < bytes {
+            // What is too small goes first, so that both are never held together.
+            self.memory = None;
+        }
+        let memory = self.memory.get_or_insert_with(|| match Allocation::zeroed(bytes) {
+            Some(memory) => memory,
+            None => panic!("the system has no {bytes} bytes for working memory"),
+        });
+        let whole = memory.len() / size_of::<u32>() * size_of::<u32>();
+        &mut memory.bytes_mut()[..whole]
     }
 
     /// As [`Scratch::words`], as f32 values.

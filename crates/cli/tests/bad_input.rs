@@ -47,6 +47,18 @@ fn commands_name_what_is_missing_or_unknown() {
 }
 
 #[test]
+fn a_reader_that_went_away_is_no_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("run.toml"), common::SETTINGS).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = common::pontoon(folder.path(), &["train", "run.toml", "--print-config"]);
+    let output = command.stdout(writer).stderr(std::process::Stdio::piped()).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(output.status.success());
+}
+
+#[test]
 fn runs_refuse_wrong_settings_and_data() {
     let folder = prepared();
     let folder = folder.path();
@@ -87,6 +99,9 @@ fn broken_records_are_left_out_and_named_up_to_a_limit() {
     fails(folder, &prepare("b", &["--broken-max", "1"]), &["some.jsonl:2", "some.jsonl:3"]);
     fails(folder, &prepare("c", &["--field", "body"]), &["some.jsonl:1", "`body`"]);
     fails(folder, &prepare("a", &[]), &["is there already"]);
+    fs::write(folder.join("some.jsonl"), "{\"text\": \"\"}\n{\"text\": \" \\n\"}\n").unwrap();
+    fails(folder, &prepare("empty", &[]), &["hold no text"]);
+    assert!(!folder.join("empty").exists());
 }
 
 #[test]
@@ -116,10 +131,33 @@ fn damaged_models_are_named() {
     fails(folder, &generate, &["200"]);
     fs::write(&config, &text).unwrap();
     succeed(folder, &generate);
+    broken_templates_are_named(folder);
     let snapshot = folder.join("run/snapshots/step-00000002/model.safetensors");
     let mut bytes = fs::read(&snapshot).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     fs::write(&snapshot, bytes).unwrap();
     fails(folder, &["generate", "run/snapshots/step-00000002", "-p", "x"], &["damaged", "norm"]);
+}
+
+/// A chat template that cannot be used stops what needs it, and only that.
+fn broken_templates_are_named(folder: &Path) {
+    let file = folder.join("model/chat_template.jinja");
+    fs::write(&file, "{% for message in %}").unwrap();
+    let generate = ["generate", "model", "-p", "x", "-n", "2"];
+    let want = ["chat template", "`model`", "line 1", "mend it"];
+    fails(folder, &generate, &want);
+    fails(folder, &["eval", "model", "--task", "arithmetic", "--count", "1"], &want);
+    fails(folder, &["serve", "model", "--port", "0"], &want);
+    succeed(folder, &[&generate[..], &["--raw"]].concat());
+    fs::write(&file, "{{ messages.nothing.at_all }}").unwrap();
+    fails(folder, &generate, &["chat template", "line 1"]);
+    fs::remove_file(&file).unwrap();
+    let settings = folder.join("model/tokenizer_config.json");
+    let whole = fs::read_to_string(&settings).unwrap();
+    let mut changed: serde_json::Value = serde_json::from_str(&whole).unwrap();
+    changed["chat_template"] = 3.into();
+    fs::write(&settings, changed.to_string()).unwrap();
+    fails(folder, &generate, &["tokenizer_config.json", "`chat_template`"]);
+    fs::write(&settings, whole).unwrap();
 }

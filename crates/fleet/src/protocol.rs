@@ -3,10 +3,12 @@
 //! Gradients and state do not travel here but through [`crate::exchange`]. Every command but
 //! `Stop` is answered, `Compute` once for each node. Read next: `supervisor.rs`, `worker.rs`.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// An aligned subtree of the gradient tree: the leaves `first..first + count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -61,6 +63,8 @@ pub enum Source {
 pub enum Area {
     /// Read by workers that join.
     Join,
+    /// Read, after a step, by replicas of classes that did not apply it.
+    Step,
     /// Read by whoever writes the snapshot.
     Snapshot,
 }
@@ -73,6 +77,27 @@ pub enum Publish {
     Shared,
     /// It stays on the device: the worker is alone.
     Local,
+}
+
+/// What a leaf that is computed again is held against by the worker itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Against {
+    /// Nothing: its digest says enough among workers of one class.
+    Nothing,
+    /// The leaf's own gradient as it was published.
+    Published,
+}
+
+/// How far a gradient is from the published one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Apart {
+    /// The digest of what was published, as it was read.
+    pub published: u64,
+    /// The largest relative error of a tensor: the norm of the difference over the norm.
+    pub error: Bits,
+    /// The tensor that has it.
+    pub tensor: String,
 }
 
 /// From the supervisor to a worker; done in order.
@@ -100,12 +125,14 @@ pub enum Command {
         /// Where the result goes.
         publish: Publish,
     },
-    /// Compute one leaf again, for its digest only.
+    /// Compute one leaf again, to compare and not to use.
     Replay {
         /// The step.
         step: u64,
         /// The leaf.
         leaf: u32,
+        /// With what the worker compares it.
+        against: Against,
     },
     /// Say what state it holds, as its word is in doubt.
     Check {
@@ -116,8 +143,8 @@ pub enum Command {
     Combine {
         /// The step.
         step: u64,
-        /// The subtrees, in order.
-        nodes: Vec<Node>,
+        /// The subtrees, in order; all workers get the same.
+        nodes: Arc<[Node]>,
     },
     /// Apply the sum.
     Apply {
@@ -150,6 +177,8 @@ pub enum Trouble {
     Hang,
     /// Memory returned an error that could not be corrected.
     MemoryFault,
+    /// A check found a wrong result or a changed tensor.
+    Corrupt,
     /// An allocation did not fit.
     OutOfMemory,
     /// A link failed.
@@ -210,6 +239,8 @@ pub enum Report {
         digest: u64,
         /// Its sum of losses.
         loss: Bits,
+        /// How far it is from the published one, if that was asked.
+        apart: Option<Apart>,
     },
     /// The state it holds.
     Checked {
@@ -225,7 +256,7 @@ pub enum Report {
         /// Of the state before the step is applied.
         before: StateDigest,
         /// Of every subtree as it was read.
-        nodes: Vec<u64>,
+        nodes: Arc<[u64]>,
         /// Of the sum.
         gradient: u64,
         /// The sum's norm.
@@ -288,6 +319,10 @@ pub struct DeviceFacts {
     pub memory_bytes: u64,
     /// Snapshots that were damaged and passed over, with the reason.
     pub passed_over: Vec<(u64, String)>,
+    /// The class that wrote the snapshot it loaded.
+    pub written_by: Option<String>,
+    /// The classes that took part in the run before that snapshot.
+    pub classes: Vec<String>,
 }
 
 #[cfg(test)]
@@ -307,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_command_is_one_line_of_json() {
-        let nodes = vec![Node { first: 4, count: 4 }];
+        let nodes = [Node { first: 4, count: 4 }].into();
         let command = Command::Combine { step: 9, nodes };
         let line = serde_json::to_string(&command).unwrap();
         assert!(line.starts_with(r#"{"do":"combine","step":9"#) && !line.contains('\n'), "{line}");

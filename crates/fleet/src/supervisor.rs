@@ -3,31 +3,36 @@
 //!
 //! A step: leaves of the gradient tree are handed out by speed, computed, audited, combined by
 //! every replica, compared, applied, compared again. What goes wrong is in `losing.rs`, what a
-//! step holds in `round.rs`, where time went in `ledger.rs`, who decides how much in `policy.rs`.
+//! step holds in `round.rs`, devices of several kinds in `classes.rs`, other devices under a live
+//! run in `moving.rs`, where time went in `ledger.rs`, who decides how much in `policy.rs`.
 
 mod boundary;
+mod classes;
 mod judging;
 mod ledger;
 mod losing;
+mod moving;
 mod round;
 mod workers;
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::policy::HangAfter;
 use crate::protocol::{Area, Command, Report, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
+pub use classes::Tolerance;
 use ledger::Ledger;
 use losing::{CHANGED, Loss};
-use round::Round;
+use moving::Moving;
+pub use moving::{Certificate, MoveOutcome, Trial};
+use round::{Replayed, Round};
+pub use workers::Seen;
 use workers::{Standing, Worker};
-
-/// A worker that loads its model may be silent for this long.
-const LOAD_DEADLINE: Duration = Duration::from_secs(300);
 
 /// What a supervised run is.
 #[derive(Clone, Debug)]
@@ -50,6 +55,8 @@ pub struct Settings {
     pub non_finite: NonFinite,
     /// When silence is a hang.
     pub hang_after: HangAfter,
+    /// How far workers of different numeric classes may be apart.
+    pub tolerance: Tolerance,
     /// Where the state comes from.
     pub source: Source,
 }
@@ -116,6 +123,11 @@ pub enum Input {
     Tick,
     /// Someone wants the run to stop.
     Stop,
+    /// Someone wants the run to go on, on other devices; answered by [`Output::Moved`].
+    Move {
+        /// One for each worker.
+        devices: Vec<String>,
+    },
 }
 
 /// What is to be done.
@@ -127,6 +139,8 @@ pub enum Output {
         worker: usize,
         /// Of its processes.
         incarnation: u32,
+        /// Its device.
+        device: String,
         /// The step at which it may take part.
         step: u64,
     },
@@ -152,9 +166,11 @@ pub enum Output {
         step: u64,
         /// Of its bytes.
         digest: u64,
-        /// The numeric class of the device it comes from.
+        /// The numeric class that applied its last step.
         numeric_class: String,
     },
+    /// A move is over.
+    Moved(Box<MoveOutcome>),
     /// The run is over; every worker has been told to stop.
     End(Ending),
 }
@@ -178,6 +194,10 @@ pub struct StepDone {
     pub goodput: f64,
     /// Workers that took part.
     pub workers: u32,
+    /// Micro-batches computed by each numeric class.
+    pub classes: BTreeMap<String, u32>,
+    /// The furthest that audited gradients of two classes were apart.
+    pub apart: Option<f64>,
     /// The validation's loss, if it was due.
     pub valid_loss: Option<f64>,
 }
@@ -209,6 +229,8 @@ enum Phase {
     Computing,
     Combining,
     Applying,
+    /// The state goes to the classes that did not apply the step.
+    Handing,
     Scoring,
     Finishing,
     Over,
@@ -232,7 +254,12 @@ pub struct Supervisor {
     step: u64,
     /// The digest all replicas agreed on after `step`.
     agreed: StateDigest,
+    /// The numeric class that applies the steps.
+    writing: Option<String>,
+    moving: Option<Moving>,
     round: Round,
+    /// The replica that was awaited when it was last asked for.
+    awaited: usize,
     losses: Vec<Loss>,
     ledger: Ledger,
     /// Who copies its state for workers that join.
@@ -241,6 +268,12 @@ pub struct Supervisor {
     snapshot_due: bool,
     saved: Option<u64>,
     save_failures: u32,
+    /// After a failure the next snapshot waits until then.
+    save_not_before: Duration,
+    /// Whether workers are started once the snapshot that is being written is there.
+    awaits_snapshot: bool,
+    /// The longest that a worker took to load.
+    longest_load: Option<Duration>,
     /// Steps skipped in a row.
     skips: u32,
     /// Restarts from a snapshot since a step was last done.
@@ -262,6 +295,9 @@ impl Supervisor {
             phase: Phase::Idle,
             step: 0,
             agreed: [0; 2],
+            writing: None,
+            moving: None,
+            awaited: 0,
             losses: Vec::new(),
             ledger: Ledger::default(),
             join_donor: None,
@@ -269,6 +305,9 @@ impl Supervisor {
             snapshot_due: false,
             saved: None,
             save_failures: 0,
+            save_not_before: Duration::ZERO,
+            awaits_snapshot: false,
+            longest_load: None,
             skips: 0,
             restarts: 0,
             ending: None,
@@ -300,9 +339,21 @@ impl Supervisor {
             Input::SaveFailed { step, cause } => self.save_failed(step, cause),
             Input::Tick => self.look_for_silence(),
             Input::Stop => self.stop_asked = true,
+            Input::Move { devices } => self.ask_for_move(devices),
         }
         while self.phase != Phase::Over && self.advance() {}
         std::mem::take(&mut self.outputs)
+    }
+
+    /// Steps done so far.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The workers as people see them, without those that the run has moved away from.
+    pub fn workers(&self) -> Vec<Seen<'_>> {
+        let workers = self.workers.iter().enumerate().filter(|(_, of)| !of.left);
+        workers.map(|(worker, of)| of.seen(worker)).collect()
     }
 
     /// Seconds lost so far, by cause.
@@ -350,7 +401,10 @@ impl Supervisor {
                 return;
             }
             Report::Hello { version, .. } => {
-                if version != crate::protocol::VERSION {
+                if version != crate::protocol::VERSION && of.trial {
+                    let text = format!("worker {worker} speaks version {version} of the protocol");
+                    self.refuse_move(text);
+                } else if version != crate::protocol::VERSION {
                     let text = format!("worker {worker} speaks version {version} of the protocol");
                     self.end(Ending::Failed(text));
                 }
@@ -360,7 +414,7 @@ impl Supervisor {
             _ => {}
         }
         of.open = of.open.saturating_sub(1);
-        of.progressed = now;
+        (of.progressed, of.answered) = (now, now);
         self.answered(worker, report);
     }
 
@@ -369,10 +423,17 @@ impl Supervisor {
         match report {
             Report::Ready { step, digest, device } => {
                 let of = &mut self.workers[worker];
-                of.standing = Standing::Ready;
+                let trial = of.trial;
+                of.standing = if trial { Standing::Warming } else { Standing::Ready };
+                let took = Some(self.now.saturating_sub(of.launched));
+                self.longest_load = self.longest_load.max(took);
                 of.loaded = digest.map(|digest| (step, digest));
                 of.numeric_class = device.numeric_class;
+                of.written_by = device.written_by;
                 of.memory_bytes = device.memory_bytes;
+                if trial {
+                    return self.warm_up(worker);
+                }
                 let first = self.workers.iter().all(|of| of.standing != Standing::Member)
                     && self.those(Standing::Ready).len() == 1;
                 for (step, reason) in device.passed_over.into_iter().filter(|_| first) {
@@ -381,16 +442,21 @@ impl Supervisor {
                     self.tell(Event { cause: Some(reason), action, ..event });
                 }
             }
+            Report::Imported { step: of, digest } if of == step => self.took_over(worker, digest),
             Report::Imported { digest, .. } => self.imported(worker, digest),
             Report::Computed { step: of, node, digest, leaves, losses, seconds } if of == step => {
                 let losses = losses.iter().map(|loss| loss.value()).collect();
                 let subtree = round::Subtree { node, worker, digest, losses };
                 if self.round.computed(subtree, &leaves) {
                     self.workers[worker].took(seconds / f64::from(node.count));
+                    self.ask_across_classes(worker, node);
                 }
             }
-            Report::Replayed { step: of, leaf, digest, loss } if of == step => {
-                self.round.replayed(worker, leaf, digest, loss);
+            Report::Replayed { .. } if self.workers[worker].standing == Standing::Warming => {
+                self.workers[worker].standing = Standing::Waiting;
+            }
+            Report::Replayed { step: of, leaf, digest, loss, apart } if of == step => {
+                self.replayed(worker, Replayed { leaf, digest, loss: loss.value(), apart });
             }
             Report::Checked { step: of, digest } if of == step && digest != self.agreed => {
                 self.lose(worker, Loss::new(EventKind::Corrupt, CHANGED.to_owned()).discarding());
@@ -420,6 +486,7 @@ impl Supervisor {
             Phase::Computing => self.try_combine(),
             Phase::Combining => self.try_apply(),
             Phase::Applying => self.try_close(),
+            Phase::Handing => self.try_handed(),
             Phase::Scoring => self.try_scored(),
             Phase::Finishing => self.try_end(),
         }
@@ -428,7 +495,7 @@ impl Supervisor {
     fn send(&mut self, worker: usize, command: Command) {
         let of = &mut self.workers[worker];
         if of.open == 0 {
-            of.progressed = self.now;
+            (of.progressed, of.answered) = (self.now, self.now);
         }
         of.open += match &command {
             Command::Compute { nodes, .. } => nodes.len() as u32,
@@ -452,8 +519,9 @@ impl Supervisor {
         of.incarnation += 1;
         of.standing = Standing::Loading;
         (of.open, of.operations, of.injected, of.loaded) = (0, 0, None, None);
-        let (incarnation, step) = (of.incarnation, self.step + 1);
-        self.outputs.push(Output::Launch { worker, incarnation, step });
+        of.launched = self.now;
+        let (incarnation, step, device) = (of.incarnation, self.step + 1, of.device.clone());
+        self.outputs.push(Output::Launch { worker, incarnation, device, step });
         self.send(worker, Command::Load { from });
     }
 
@@ -469,6 +537,25 @@ impl Supervisor {
         (0..self.workers.len()).filter(|&index| takes_part(&self.workers[index])).collect()
     }
 
+    /// Whether some replica has not said yet what all wait for. Looks first at the one that was
+    /// missing the last time, as this is asked after every report of every worker.
+    fn awaits_a_replica(&mut self, has_said: impl Fn(&Round, usize) -> bool) -> bool {
+        let count = self.workers.len();
+        let missing = |of: &usize| {
+            let takes_part =
+                matches!(self.workers[*of].standing, Standing::Member | Standing::Joining);
+            takes_part && !has_said(&self.round, *of)
+        };
+        let from = self.awaited;
+        match (from..count).chain(0..from).find(missing) {
+            Some(worker) => {
+                self.awaited = worker;
+                true
+            }
+            None => false,
+        }
+    }
+
     /// The member that does odd jobs: the fastest.
     fn fastest(&self) -> Option<usize> {
         let members = self.those(Standing::Member);
@@ -479,13 +566,18 @@ impl Supervisor {
     fn export(&mut self, donor: usize, area: Area) {
         match area {
             Area::Join => self.join_donor = Some(donor),
+            Area::Step => self.round.handing = Some(donor),
             Area::Snapshot => self.saving = Some(Saving::Copying { step: self.step, donor }),
         }
-        self.send(donor, Command::Export { step: self.step, area });
+        let step = self.step + u64::from(area == Area::Step);
+        self.send(donor, Command::Export { step, area });
     }
 
     fn end(&mut self, ending: Ending) {
         self.settle();
+        // Whoever ends a run in peace has accounted for it already.
+        self.ledger.lose("given_up", self.since_round());
+        self.round.begun = self.now;
         for worker in 0..self.workers.len() {
             let standing = self.workers[worker].standing;
             if !matches!(standing, Standing::Out | Standing::Retired) {

@@ -48,12 +48,13 @@ impl ChatTemplate {
     ///
     /// `name` picks one of several; without it, the one named "default" or the only one.
     pub fn from_folder(folder: &Path, name: Option<&str>) -> Result<ChatTemplate, ModelError> {
-        let settings = tokenizer_settings(&folder.join("tokenizer_config.json"))?;
+        let path = folder.join("tokenizer_config.json");
+        let settings = tokenizer_settings(&path)?;
         let file = folder.join("chat_template.jinja");
         let source = if file.is_file() && name.is_none_or(|name| name == DEFAULT_NAME) {
             std::fs::read_to_string(&file).map_err(ModelError::io("read", &file))?
         } else {
-            named_template(settings.get("chat_template"), name)?
+            named_template(&path, settings.get("chat_template"), name)?
         };
         ChatTemplate::from_source(&source, special_tokens(&settings))
     }
@@ -123,25 +124,32 @@ fn tokenizer_settings(path: &Path) -> Result<Map<String, Json>, ModelError> {
 }
 
 /// One template of `chat_template`: a text, or a list of objects with `name` and `template`.
-fn named_template(found: Option<&Json>, name: Option<&str>) -> Result<String, ModelError> {
+fn named_template(
+    path: &Path,
+    found: Option<&Json>,
+    name: Option<&str>,
+) -> Result<String, ModelError> {
     let wanted = name.unwrap_or(DEFAULT_NAME);
-    let templates: Vec<(&str, &str)> = match found {
-        Some(Json::String(text)) => vec![(DEFAULT_NAME, text)],
-        Some(Json::Array(list)) => list
-            .iter()
-            .filter_map(|entry| Some((entry["name"].as_str()?, entry["template"].as_str()?)))
-            .collect(),
-        _ => vec![],
+    let pair = |entry: &'_ Json| -> Option<(String, String)> {
+        Some((entry["name"].as_str()?.to_owned(), entry["template"].as_str()?.to_owned()))
     };
-    let by_name = templates.iter().find(|(name, _)| *name == wanted);
-    let only = templates.first().filter(|_| name.is_none() && templates.len() == 1);
-    match by_name.or(only) {
-        Some((_, source)) => Ok((*source).to_owned()),
-        None => {
-            let names: Vec<&str> = templates.iter().map(|(name, _)| *name).collect();
-            let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            Err(ModelError::NoTemplate { name: wanted.to_owned(), known })
-        }
+    let templates: Option<Vec<(String, String)>> = match found {
+        None | Some(Json::Null) => Some(vec![]),
+        Some(Json::String(text)) => Some(vec![(DEFAULT_NAME.to_owned(), text.clone())]),
+        Some(Json::Array(list)) => list.iter().map(pair).collect(),
+        Some(_) => None,
+    };
+    let templates = templates.ok_or_else(|| ModelError::Format {
+        path: path.to_owned(),
+        format: "a tokenizer's settings",
+        reason: "`chat_template` should be a text, or a list of names with templates".to_owned(),
+    })?;
+    let only = name.is_none() && templates.len() == 1;
+    let known = templates.iter().map(|(name, _)| name.clone()).collect();
+    let chosen = templates.into_iter().find(|(name, _)| only || name == wanted);
+    match chosen {
+        Some((_, source)) => Ok(source),
+        None => Err(ModelError::NoTemplate { name: wanted.to_owned(), known }),
     }
 }
 

@@ -167,12 +167,12 @@ pub enum ModelError {
         reason: String,
     },
     /// The folder has no chat template, or none of the name asked for.
-    #[error("no chat template `{name}`; there are: {known}")]
+    #[error("no chat template `{name}`; there are: {}", listed(known))]
     NoTemplate {
         /// The name asked for.
         name: String,
-        /// The names present, comma-separated, or "none".
-        known: String,
+        /// The names present.
+        known: Vec<String>,
     },
     /// More tokens than the model or the cache was made for.
     #[error(
@@ -223,6 +223,11 @@ fn shortened(value: &serde_json::Value) -> String {
         return text;
     }
     text.chars().take(CHARACTERS_MAX).chain("...".chars()).collect()
+}
+
+/// Names with commas between them, or "none".
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
 /// The candidate most like `name` by edit distance, for "the nearest is" in messages.

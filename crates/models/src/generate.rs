@@ -8,6 +8,8 @@
 
 mod step;
 
+use std::collections::HashMap;
+
 use pontoon_ops::{Backend, DType};
 use pontoon_program::Memory;
 
@@ -52,7 +54,8 @@ pub struct SamplingSettings {
     pub presence_penalty: f32,
     /// Taken once per earlier generation of the token; 0 for none.
     pub frequency_penalty: f32,
-    /// With a prompt's place in the list and a token's in its completion, decides every draw.
+    /// Decides every draw, with a token's place in its completion and, where a prompt stands in the
+    /// list several times, with how often it stood there before. Other prompts have no part in it.
     pub seed: u64,
     /// Tokens generated per prompt at most.
     pub tokens_max: usize,
@@ -165,6 +168,8 @@ pub struct Generator {
 #[derive(Debug)]
 struct Running {
     prompt: usize,
+    /// Which draw of this prompt it is.
+    draw: u32,
     prompt_tokens: usize,
     /// Its part of the cache.
     place: usize,
@@ -221,6 +226,7 @@ impl Generator {
         for (index, prompt) in prompts.iter().enumerate() {
             self.check_prompt(index, prompt)?;
         }
+        let draws = draws(prompts);
         let mut done: Vec<Option<Completion>> = vec![None; prompts.len()];
         let mut running: Vec<Running> = Vec::new();
         let mut places: Vec<usize> = (0..self.sequences).rev().collect();
@@ -228,7 +234,8 @@ impl Generator {
         loop {
             while let Some(&place) = places.last() {
                 let Some((prompt, tokens)) = waiting.next() else { break };
-                let started = self.start(backend, prompt, Chunk { tokens, place }, settings)?;
+                let asked = (prompt, draws[prompt]);
+                let started = self.start(backend, asked, Chunk { tokens, place }, settings)?;
                 if started.tokens.len() >= started.tokens_max {
                     done[prompt] = Some(started.finished(Finish::Length));
                     continue;
@@ -299,7 +306,7 @@ impl Generator {
     fn start(
         &mut self,
         backend: &mut dyn Backend,
-        prompt: usize,
+        (prompt, draw): (usize, u32),
         chunk: Chunk<'_>,
         settings: &SamplingSettings,
     ) -> Result<Running, ModelError> {
@@ -314,6 +321,7 @@ impl Generator {
         all.extend_from_slice(tokens);
         Ok(Running {
             prompt,
+            draw,
             prompt_tokens: tokens.len(),
             place,
             tokens: all,
@@ -336,7 +344,7 @@ impl Generator {
             let row = Row {
                 row,
                 place: sequence.place,
-                prompt: sequence.prompt,
+                draw: sequence.draw,
                 prompt_tokens: sequence.prompt_tokens,
                 tokens: &sequence.tokens,
             };
@@ -360,6 +368,19 @@ impl Generator {
         }
         Ok(())
     }
+}
+
+/// For each prompt, how many equal ones stand before it: the same prompt asked for several times is
+/// to be answered in several ways, but as it would be in any other company.
+fn draws(prompts: &[Vec<u32>]) -> Vec<u32> {
+    let mut seen: HashMap<&[u32], u32> = HashMap::new();
+    let mut draws = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        let count = seen.entry(prompt).or_default();
+        draws.push(*count);
+        *count += 1;
+    }
+    draws
 }
 
 impl Running {

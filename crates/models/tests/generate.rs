@@ -133,6 +133,28 @@ fn tokens_do_not_depend_on_company_or_threads_but_on_the_seed() {
 }
 
 #[test]
+fn a_drawn_completion_is_the_same_at_any_place_in_the_list_and_repeats_differ() {
+    let mut device = Device::open("qwen3", DType::F32, 2);
+    let prompts = prompts(device.model.config.vocab_size);
+    let settings = SamplingSettings { tokens_max: 12, seed: 5, ..SamplingSettings::default() };
+    let options = GeneratorOptions::new(DType::F32, 40, 3);
+    let alone: Vec<_> = prompts
+        .iter()
+        .map(|prompt| device.generate(options, std::slice::from_ref(prompt), &settings).remove(0))
+        .collect();
+    let mut backwards = prompts.clone();
+    backwards.reverse();
+    let mut listed = device.generate(options, &backwards, &settings);
+    listed.reverse();
+    assert_eq!(listed, alone);
+    let twice = [prompts[1].clone(), prompts[0].clone(), prompts[1].clone()];
+    let drawn = device.generate(options, &twice, &settings);
+    assert_eq!(drawn[0], alone[1]);
+    assert_eq!(drawn[1], alone[0]);
+    assert_ne!(drawn[2].tokens, drawn[0].tokens, "a repeated prompt is drawn anew");
+}
+
+#[test]
 fn greedy_tokens_are_the_likeliest_and_penalties_forbid_repetition() {
     let mut device = Device::open("qwen3", DType::F32, 2);
     let vocabulary = device.model.config.vocab_size;

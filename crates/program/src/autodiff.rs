@@ -104,6 +104,18 @@ impl Backward {
         (view, if first { Accumulate::Overwrite } else { Accumulate::Add })
     }
 
+    /// The counts of a frozen parameter, which lie behind all gradients, and whether this use is
+    /// the first to write them.
+    fn frozen_counts(&mut self, frozen: &View) -> (View, Accumulate) {
+        assert_eq!(frozen.buffer, FROZEN);
+        let trainable = self.program.buffer(WEIGHTS).view.elements();
+        let element = trainable + frozen.byte_offset / DType::F32.bytes(1);
+        let view = View::contiguous(GRADIENTS, DType::F32, frozen.shape)
+            .rebased(GRADIENTS, DType::F32.bytes(element));
+        let first = self.written.insert(element);
+        (view, if first { Accumulate::Overwrite } else { Accumulate::Add })
+    }
+
     /// The gradient that has reached a forward result, or none if nothing did.
     fn gradient_of(&self, result: &View) -> Option<View> {
         let gradient = self.grads.get(&result.buffer)?;

@@ -113,7 +113,7 @@ impl<'a> Builder<'a> {
         let trainable = [table.trainable_elements()];
         let kind = BufferKind::Persistent;
         program.add_buffer("weights", kind, dtype, &trainable);
-        program.add_buffer("gradients", kind, DType::F32, &trainable);
+        program.add_buffer("gradients", kind, DType::F32, &[table.gradient_elements()]);
         program.add_buffer("frozen", kind, DType::F32, &[table.frozen_elements()]);
         Builder { program, table, dtype, segment: 0 }
     }

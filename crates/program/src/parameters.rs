@@ -154,6 +154,12 @@ impl ParameterTable {
         self.frozen_elements
     }
 
+    /// Elements of the gradients buffer: a gradient for each trainable element, and after those a
+    /// count for each frozen one, by which it may be moved otherwise than by gradient.
+    pub fn gradient_elements(&self) -> usize {
+        self.trainable_elements + self.frozen_elements
+    }
+
     /// Elements of all parameters, without padding.
     pub fn parameter_count(&self) -> usize {
         self.parameters.iter().map(Parameter::elements).sum()
@@ -191,9 +197,14 @@ impl ParameterTable {
         })
     }
 
-    /// The gradient's view in the gradients buffer.
+    /// The gradient's view in the gradients buffer; a frozen parameter's counts.
     pub fn gradient(&self, name: &str) -> Result<View, ProgramError> {
-        Ok(place(self.get(name)?, GRADIENTS, DType::F32))
+        let parameter = self.get(name)?;
+        let view = place(parameter, GRADIENTS, DType::F32);
+        Ok(match parameter.spec.class {
+            Class::Frozen => view.rebased(GRADIENTS, DType::F32.bytes(self.trainable_elements)),
+            _ => view,
+        })
     }
 
     /// Every tensor as it stands on disk, in name order.
@@ -244,6 +255,8 @@ mod tests {
         assert_eq!(table.class_range(Class::Vector), 96..128);
         assert_eq!(table.trainable_elements(), 128);
         assert_eq!(table.frozen_elements(), 32);
+        assert_eq!(table.gradient_elements(), 160);
+        assert_eq!(table.gradient("router.bias").unwrap().byte_offset, 4 * 128);
         assert_eq!(table.parameter_count(), 5 + 30 + 3 + 35);
     }
 

@@ -90,6 +90,9 @@ pub struct TrainSection {
     pub beta2: f64,
     /// Added to the root of AdamW's second moment.
     pub eps: f64,
+    /// How far the bias by which a router chooses experts moves in a step against their load, where
+    /// the model has such a bias. 0 leaves it.
+    pub balance: f64,
     /// Momentum of Muon.
     pub momentum: f64,
     /// What is computed again in the backward pass instead of kept.
@@ -126,6 +129,8 @@ pub struct FleetSection {
     pub audit: f64,
     /// Seconds of silence after which a worker is taken for hung, or "auto".
     pub hang_after: HangSetting,
+    /// Whether products and tensors in memory are checked while they are computed with.
+    pub checks: bool,
 }
 
 /// `fleet.hang_after`
@@ -217,6 +222,7 @@ impl Default for TrainSection {
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
+            balance: 1e-3,
             momentum: 0.95,
             recompute: RecomputeName::Cheap,
             non_finite: NonFiniteName::Stop,
@@ -239,6 +245,7 @@ impl Default for FleetSection {
             workers: None,
             audit: 0.0,
             hang_after: HangSetting::Word("auto".to_owned()),
+            checks: true,
         }
     }
 }
@@ -311,6 +318,7 @@ impl RunConfig {
             ((0.0..1.0).contains(&train.beta2), "train.beta2 should be in [0, 1)"),
             ((0.0..1.0).contains(&train.momentum), "train.momentum should be in [0, 1)"),
             (train.eps > 0.0, "train.eps should be positive"),
+            ((0.0..=1.0).contains(&train.balance), "train.balance should be between 0 and 1"),
             ((0.0..=1.0).contains(&self.fleet.audit), "fleet.audit should be between 0 and 1"),
             (
                 match &self.fleet.hang_after {

@@ -4,6 +4,7 @@
 //! `step.rs` (what one step does) and `trainer.rs` (the loop).
 
 pub mod arithmetic;
+mod balance;
 pub mod config;
 pub mod data;
 mod error;
@@ -11,6 +12,7 @@ pub mod eval;
 mod gradient_tree;
 mod optimizer;
 mod replica;
+mod requests;
 mod run_files;
 mod schedule;
 mod step;
@@ -21,6 +23,6 @@ mod trainer;
 pub use config::RunConfig;
 pub use error::TrainError;
 pub use replica::{TrainingReplica, WorkerRun, layout};
-pub use step::{StepResult, TrainingState, tensor_refs};
-pub use supervised::supervise;
+pub use step::{Checking, StepResult, TrainingState, tensor_refs};
+pub use supervised::{Devices, supervise};
 pub use trainer::{Beginning, Metrics, Observer, Run, Start, Summary, model_of, train};

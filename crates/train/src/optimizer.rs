@@ -4,9 +4,14 @@
 //! names in snapshots are those of the buffers. Read next: `step.rs`.
 
 use pontoon_models::{HostWeights, Model};
-use pontoon_ops::{AdamW, Backend, BufferId, DType, Muon, Op, SumSquares, View, hyper};
+use pontoon_ops::sums::{Ask, of_row};
+use pontoon_ops::{
+    AdamW, Backend, BufferId, DType, DeviceError, DeviceErrorKind, Muon, Op, SumSquares, View,
+    hyper,
+};
 use pontoon_program::{Class, Memory, ProgramError};
 
+use crate::balance::Balance;
 use crate::config::{OptimizerName, TrainSection};
 use crate::error::TrainError;
 use crate::schedule::learning_rate;
@@ -35,6 +40,18 @@ pub(crate) struct Optimizer {
     sum_squares: Op,
     sum: BufferId,
     masters: BufferId,
+    balance: Option<Balance>,
+    /// The buffer of gradients, and where in it the counts lie: their first byte and how many.
+    counts: (BufferId, usize, usize),
+}
+
+/// What an update was done with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Applied {
+    /// The learning rate.
+    pub lr: f64,
+    /// How uneven the experts' loads were, where the model balances them.
+    pub imbalance: Option<f64>,
 }
 
 impl Optimizer {
@@ -63,7 +80,7 @@ impl Optimizer {
         let state = Buffers {
             masters,
             compute: (dtype != DType::F32).then_some((compute, dtype)),
-            gradient: named(GRADIENT, bytes)?,
+            gradient: named(GRADIENT, 4 * model.table.gradient_elements())?,
             first: named(FIRST, bytes)?,
             second: named(SECOND, bytes)?,
         };
@@ -81,7 +98,10 @@ impl Optimizer {
         for op in ops.iter().chain([&sum_squares]) {
             op.check().expect("ranges of one table fit each other");
         }
-        Ok(Optimizer { train: train.clone(), ops, numbers, sum_squares, sum, masters })
+        let balance = Balance::load(memory, model, train.balance);
+        let counts = (state.gradient, bytes, 4 * model.table.frozen_elements());
+        let train = train.clone();
+        Ok(Optimizer { train, ops, numbers, sum_squares, sum, masters, balance, counts })
     }
 
     /// The norm of the whole gradient.
@@ -92,13 +112,15 @@ impl Optimizer {
         Ok(f64::from(sum[0]).sqrt())
     }
 
-    /// Applies the gradient as step `step` (the first is 1); returns the learning rate.
+    /// Applies the gradient, and the counts behind it, as step `step` (the first is 1). A gradient
+    /// that is not the one of the word sum given is a `Corrupt`; then the state is spoilt.
     pub(crate) fn apply(
-        &self,
+        &mut self,
         backend: &mut dyn Backend,
         step: u64,
         gradient_norm: f64,
-    ) -> Result<f64, TrainError> {
+        gradient_sum: Option<u32>,
+    ) -> Result<Applied, TrainError> {
         let train = &self.train;
         let lr = learning_rate(train, step);
         let clip = train.clip;
@@ -122,14 +144,42 @@ impl Optimizer {
             }
             backend.upload(buffer, 0, bytemuck::cast_slice(&numbers))?;
         }
-        backend.launch_all(&self.ops)?;
-        Ok(lr)
+        match gradient_sum {
+            Some(wanted) => self.update_checked(backend, wanted)?,
+            None => backend.launch_all(&self.ops)?,
+        }
+        let balanced = self.balance.as_mut().map(|balance| balance.apply(backend));
+        Ok(Applied { lr, imbalance: balanced.transpose()? })
+    }
+
+    /// Updates the weights, summing the gradient's words on the way.
+    fn update_checked(&self, backend: &mut dyn Backend, wanted: u32) -> Result<(), TrainError> {
+        let (gradient, at, bytes) = self.counts;
+        let mut counts = vec![0; bytes];
+        backend.download(gradient, at, &mut counts)?;
+        let mut sum = of_row(&counts);
+        for op in &self.ops {
+            let place = op.operands().iter().position(|operand| operand.name == "grad");
+            let place = place.expect("every update reads a gradient");
+            let ask = Ask { read: 1 << place, written: 0 };
+            sum = sum.wrapping_add(backend.launch_summed(op, ask)?.read[place]);
+        }
+        match sum == wanted {
+            true => Ok(()),
+            false => Err(changed("the gradient", "it was applied").into()),
+        }
     }
 
     /// The buffer of the f32 weights.
     pub(crate) fn masters(&self) -> BufferId {
         self.masters
     }
+}
+
+/// A tensor in memory that is no longer what it was.
+pub(crate) fn changed(what: &str, before: &str) -> DeviceError {
+    let text = format!("{what} changed in memory before {before}");
+    DeviceError::new(DeviceErrorKind::Corrupt, text)
 }
 
 struct Buffers {

@@ -8,19 +8,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pontoon_fleet::exchange::{Exchange, Layout};
-use pontoon_fleet::protocol::{Area, DeviceFacts, Node, Publish, Source, StateDigest, Trouble};
+use pontoon_fleet::protocol::{
+    Against, Apart, Area, DeviceFacts, Node, Publish, Source, StateDigest, Trouble,
+};
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
-use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replica};
+use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replayed, Replica};
 use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
-use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support};
-use pontoon_program::ProgramError;
+use pontoon_ops::sums::{Ask, Sums, of_row};
+use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View};
+use pontoon_program::{Class, TensorSlice};
 
 use crate::config::RunConfig;
 use crate::data::Batch;
 use crate::error::TrainError;
-use crate::run_files::{restore_moments, restore_weights, samples};
+use crate::optimizer::changed;
+use crate::run_files::{classes_of, restore_moments, restore_weights, samples};
 use crate::step::TrainingState;
 use crate::trainer::{Data, model_of};
 
@@ -29,10 +33,11 @@ const PIECE: usize = BLOCK;
 
 /// Where the parts of a run's exchange lie.
 pub fn layout(model: &Model, config: &RunConfig) -> Layout {
+    let gradient = 4 * model.table.gradient_elements() as u64;
     let trainable = 4 * model.table.trainable_elements() as u64;
     let frozen = 4 * model.table.frozen_elements() as u64;
     let leaves = config.train.micro_batches as u32;
-    Layout { gradient: trainable, leaves, state: 3 * trainable + frozen }
+    Layout { gradient, leaves, state: 3 * trainable + frozen }
 }
 
 /// What a worker is given.
@@ -57,6 +62,8 @@ pub struct TrainingReplica<'a> {
     backend: Watched<'a>,
     model: Model,
     layout: Layout,
+    /// The tensors that have a gradient.
+    slices: Vec<TensorSlice>,
     data: Data,
     state: Option<TrainingState>,
     /// The micro-batches of a step, and the step.
@@ -64,6 +71,9 @@ pub struct TrainingReplica<'a> {
     piece: Vec<u8>,
     norm: f64,
     passed_over: Vec<(u64, String)>,
+    /// The class that wrote the snapshot it loaded, and all that took part before.
+    written_by: Option<String>,
+    classes: Vec<String>,
 }
 
 impl<'a> TrainingReplica<'a> {
@@ -79,6 +89,7 @@ impl<'a> TrainingReplica<'a> {
         Ok(TrainingReplica {
             backend: Watched { inner: backend, progress, clock, last: clock.now() },
             layout: layout(&model, &run.config),
+            slices: trained(&model),
             batches: (0, vec![Batch::default(); run.config.train.micro_batches]),
             run,
             model,
@@ -87,6 +98,8 @@ impl<'a> TrainingReplica<'a> {
             piece: vec![0; PIECE],
             norm: 0.0,
             passed_over: Vec::new(),
+            written_by: None,
+            classes: Vec::new(),
         })
     }
 
@@ -135,6 +148,10 @@ impl<'a> TrainingReplica<'a> {
             restore_moments(snapshot, &self.model, &mut state, &mut self.backend)?;
         }
         self.state = Some(state);
+        if let Some(snapshot) = &snapshot {
+            self.written_by = Some(snapshot.state.backend.clone());
+            self.classes = classes_of(&snapshot.state);
+        }
         let step = snapshot.map_or(0, |snapshot| snapshot.state.step);
         match from {
             Source::Nothing => Ok((step, None)),
@@ -194,16 +211,50 @@ impl<'a> TrainingReplica<'a> {
             Publish::Local => 0,
             Publish::Shared => {
                 let slot = self.layout.slot(node.first);
-                let mut digest = Blocks::default();
+                let (mut digest, mut words) = (Blocks::default(), 0_u32);
                 pieces(&mut self.backend, sum, &mut self.piece, |at, piece| {
                     digest.push(piece);
+                    words = words.wrapping_add(of_row(piece));
                     self.run.exchange.write(slot + at as u64, piece).map_err(TrainError::Exchange)
                 })?;
+                if state.gradient_sum().is_some_and(|sum| sum != words) {
+                    return Err(changed("the gradient", "it was published").into());
+                }
                 digest.finish()
             }
         };
         let seconds = self.run.clock.now().duration_since(begun).as_secs_f64();
         Ok(Computed { digest, leaves: of_leaves, losses, seconds })
+    }
+
+    /// How far the gradient that was just computed is from the one in a leaf's place in the
+    /// exchange, by the tensor that is furthest.
+    fn compare_with_published(&mut self, leaf: u32) -> Result<Apart, TrainError> {
+        let slot = self.layout.slot(leaf);
+        let mine = loaded(&mut self.state).gradient_buffer(0);
+        let mut digest = Blocks::default();
+        let mut theirs = vec![0_u8; self.layout.gradient as usize];
+        self.run.exchange.read(slot, &mut theirs).map_err(TrainError::Exchange)?;
+        theirs.chunks(BLOCK).for_each(|block| digest.push(block));
+        let mut worst = (0.0, String::new());
+        for slice in &self.slices {
+            let mut distance = Distance::default();
+            let at = 4 * slice.element_offset;
+            let part = (mine, at, 4 * slice.elements());
+            ranges(&mut self.backend, part, &mut self.piece, |from, piece| {
+                distance.add(piece, &theirs[from..from + piece.len()]);
+                Ok(())
+            })?;
+            let error = distance.relative();
+            if error > worst.0 || error.is_nan() || worst.1.is_empty() {
+                worst = (error, slice.name.clone());
+                if error.is_nan() {
+                    break;
+                }
+            }
+        }
+        let (error, tensor) = (worst.0.into(), worst.1);
+        Ok(Apart { published: digest.finish(), error, tensor })
     }
 
     fn sum_up(&mut self, nodes: &[Node]) -> Result<Combined, TrainError> {
@@ -214,11 +265,14 @@ impl<'a> TrainingReplica<'a> {
         let mut read = Vec::with_capacity(nodes.len());
         let (exchange, piece) = (&self.run.exchange, &mut self.piece);
         let mut fill = |backend: &mut dyn Backend, index: usize, buffer: BufferId| {
-            let mut digest = Blocks::default();
+            let (mut digest, mut words) = (Blocks::default(), 0_u32);
             let slot = self.layout.slot(nodes[index].first);
-            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| digest.push(piece))?;
+            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| {
+                digest.push(piece);
+                words = words.wrapping_add(of_row(piece));
+            })?;
             read.push(digest.finish());
-            Ok(())
+            Ok(words)
         };
         state.sum(&mut self.backend, &counts, &mut fill)?;
         let sum = (state.gradient_buffer(0), bytes);
@@ -264,6 +318,8 @@ impl Replica for TrainingReplica<'_> {
             numeric_class: self.backend.info().numeric_class.clone(),
             memory_bytes: self.backend.memory_used() as u64,
             passed_over: self.passed_over.clone(),
+            written_by: self.written_by.clone(),
+            classes: self.classes.clone(),
         }
     }
 
@@ -281,10 +337,14 @@ impl Replica for TrainingReplica<'_> {
         self.compute_subtree(step, node, digests, publish).map_err(fault)
     }
 
-    fn replay(&mut self, step: u64, leaf: u32) -> Result<(u64, f64), Fault> {
+    fn replay(&mut self, step: u64, leaf: u32, against: Against) -> Result<Replayed, Fault> {
         let node = Node { first: leaf, count: 1 };
         let computed = self.compute_subtree(step, node, &[leaf], Publish::Local).map_err(fault)?;
-        Ok((computed.leaves[0].1, computed.losses[0]))
+        let apart = match against {
+            Against::Nothing => None,
+            Against::Published => Some(self.compare_with_published(leaf).map_err(fault)?),
+        };
+        Ok(Replayed { digest: computed.leaves[0].1, loss: computed.losses[0], apart })
     }
 
     fn check(&mut self) -> Result<StateDigest, Fault> {
@@ -310,20 +370,23 @@ impl Replica for TrainingReplica<'_> {
     }
 }
 
+fn trained(model: &Model) -> Vec<TensorSlice> {
+    let slices = model.table.tensors().into_iter();
+    slices.filter(|slice| slice.class != Class::Frozen).collect()
+}
+
 fn loaded(state: &mut Option<TrainingState>) -> &mut TrainingState {
     state.as_mut().expect("the supervisor sends Load before anything else")
 }
 
 fn fault(error: TrainError) -> Fault {
     let text = error.to_string();
-    let device = match error {
-        TrainError::Device(error) | TrainError::Program(ProgramError::Device(error)) => error,
-        _ => return Fault { trouble: Trouble::Run, text },
-    };
+    let Some(device) = error.device() else { return Fault { trouble: Trouble::Run, text } };
     let trouble = match device.kind {
         DeviceErrorKind::Lost => Trouble::Lost,
         DeviceErrorKind::Hang => Trouble::Hang,
         DeviceErrorKind::MemoryFault => Trouble::MemoryFault,
+        DeviceErrorKind::Corrupt => Trouble::Corrupt,
         DeviceErrorKind::OutOfMemory => Trouble::OutOfMemory,
         DeviceErrorKind::LinkDown => Trouble::LinkDown,
         DeviceErrorKind::Unsupported | DeviceErrorKind::BadArgument => Trouble::Run,
@@ -336,14 +399,52 @@ fn pieces(
     backend: &mut dyn Backend,
     (buffer, bytes): (BufferId, usize),
     piece: &mut [u8],
+    show: impl FnMut(usize, &[u8]) -> Result<(), TrainError>,
+) -> Result<(), TrainError> {
+    ranges(backend, (buffer, 0, bytes), piece, show)
+}
+
+/// The same for the bytes from a place on.
+fn ranges(
+    backend: &mut dyn Backend,
+    (buffer, from, bytes): (BufferId, usize, usize),
+    piece: &mut [u8],
     mut show: impl FnMut(usize, &[u8]) -> Result<(), TrainError>,
 ) -> Result<(), TrainError> {
-    for at in (0..bytes).step_by(PIECE) {
-        let piece = &mut piece[..PIECE.min(bytes - at)];
+    for at in (from..from + bytes).step_by(PIECE) {
+        let piece = &mut piece[..PIECE.min(from + bytes - at)];
         backend.download(buffer, at, piece)?;
         show(at, piece)?;
     }
     Ok(())
+}
+
+/// How far one run of numbers is from another.
+#[derive(Default)]
+struct Distance {
+    apart: f64,
+    mine: f64,
+    theirs: f64,
+}
+
+impl Distance {
+    fn add(&mut self, mine: &[u8], theirs: &[u8]) {
+        let number =
+            |four: &[u8]| f64::from(f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
+        for (mine, theirs) in mine.chunks_exact(4).zip(theirs.chunks_exact(4)) {
+            let (mine, theirs) = (number(mine), number(theirs));
+            self.apart += (mine - theirs).powi(2);
+            self.mine += mine * mine;
+            self.theirs += theirs * theirs;
+        }
+    }
+
+    /// The norm of the difference over the norm of the larger, so that it does not matter whose
+    /// word is asked; nothing where both are zero, as for an expert that no row went to.
+    fn relative(&self) -> f64 {
+        let norm = self.mine.max(self.theirs);
+        if norm == 0.0 { 0.0 } else { (self.apart / norm).sqrt() }
+    }
 }
 
 /// Fills a buffer from the exchange; `show` sees every piece.
@@ -428,6 +529,22 @@ impl Backend for Watched<'_> {
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
         self.begin();
         let result = self.inner.launch(op);
+        self.tell(result)
+    }
+
+    fn sums_in_place(&self) -> bool {
+        self.inner.sums_in_place()
+    }
+
+    fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
+        self.begin();
+        let result = self.inner.sums(views);
+        self.tell(result)
+    }
+
+    fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
+        self.begin();
+        let result = self.inner.launch_summed(op, ask);
         self.tell(result)
     }
 

@@ -10,22 +10,26 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
+use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::SnapshotWriter;
+use pontoon_fleet::snapshot::{SnapshotWriter, place};
 use pontoon_fleet::supervisor::{
-    Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Validation,
+    Ending, Input, MoveOutcome, NonFinite, Output, Settings, StepDone, Supervisor, Tolerance,
+    Validation,
 };
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::{HostWeights, Model};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
+use serde_json::{Value, json};
 
 use crate::config::{HangSetting, NonFiniteName, RunConfig};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::replica::layout;
+use crate::requests::Requests;
 use crate::run_files::{Saving, SnapshotFrame, samples};
 use crate::step::{fits, model_flops};
 use crate::tensorboard::TensorBoard;
@@ -37,10 +41,20 @@ use crate::trainer::{
 /// How often silence is looked for.
 const TICK: Duration = Duration::from_millis(10);
 
-/// Trains on workers, one for each of `devices`.
+/// What a supervisor is told of devices, none of which it opens.
+pub struct Devices<'a> {
+    /// That of each worker.
+    pub names: &'a [String],
+    /// How far those of different numeric classes may be apart on this model.
+    pub tolerance: Tolerance,
+    /// The devices of workers on other ones: the names as people type them, each for one worker.
+    pub deal: &'a dyn Fn(&[String]) -> Result<Vec<String>, String>,
+}
+
+/// Trains on workers, one for each device.
 pub fn supervise(
     run: &Run<'_>,
-    devices: &[String],
+    devices: &Devices<'_>,
     launcher: &mut dyn Launcher,
     observer: &mut dyn Observer,
 ) -> Result<Summary, TrainError> {
@@ -50,8 +64,7 @@ pub fn supervise(
     config.data.tokenizer = config.data.tokenizer.as_ref().map(|path| run.base.join(path));
     let data = Data::open(&config, &model, &run.base)?;
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
-    let to = config.snapshot.to.as_ref();
-    let snapshots = to.map_or_else(|| folder.snapshots(), |path| run.base.join(path));
+    let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
     if run.start == Start::Fresh {
         refuse_old_run(run, &snapshots)?;
@@ -67,9 +80,11 @@ pub fn supervise(
         exchange: &exchange,
         writer: &writer,
         disk: run.disk,
+        classes: Mutex::new(BTreeSet::new()),
         newest: Mutex::new(None),
     };
     let (inputs, arrived) = mpsc::channel();
+    let requests = Requests::open(run, observer);
     let mut driver = Driver {
         run,
         config: &config,
@@ -77,9 +92,12 @@ pub fn supervise(
         saver: &saver,
         launcher,
         observer,
+        requests,
         inputs,
-        links: devices.iter().map(|_| None).collect(),
+        links: Vec::new(),
         devices,
+        moving: None,
+        stop_told: false,
         metrics: JsonLines::open(run.disk, &folder.metrics())?,
         events: EventLog::open(run.disk, run.clock, &folder.events())?,
         board: board(run)?,
@@ -90,12 +108,25 @@ pub fn supervise(
         memory_bytes: 0,
     };
     let mut supervisor = Supervisor::new(settings(run, &config, devices));
-    let ending: Result<Ending, TrainError> = std::thread::scope(|scope| {
+    let ending = drive(&mut driver, &mut supervisor, &arrived);
+    // Workers end before the folder's lock is given up, whatever went wrong.
+    driver.links.clear();
+    let result = ending.and_then(|ending| driver.summary(ending, &supervisor));
+    driver.requests.ended(&result);
+    result
+}
+
+/// Hands every input to the supervisor and does what it asks for, until the run ends.
+fn drive(
+    driver: &mut Driver<'_>,
+    supervisor: &mut Supervisor,
+    arrived: &mpsc::Receiver<Input>,
+) -> Result<Ending, TrainError> {
+    let (run, saver) = (driver.run, driver.saver);
+    std::thread::scope(|scope| {
         let mut input = Input::Start;
         loop {
-            if let Input::Report { report: Report::Injected { fault, .. }, .. } = &input {
-                driver.injected.insert(*fault);
-            }
+            driver.overhear(&input);
             let now = run.clock.now().duration_since(driver.begun);
             let outputs = supervisor.handle(now, input);
             driver.memory_bytes = supervisor.memory_bytes();
@@ -103,28 +134,28 @@ pub fn supervise(
                 match output {
                     Output::End(ending) => return Ok(ending),
                     Output::Save { step, digest, numeric_class } => {
-                        let (saver, inputs) = (&saver, driver.inputs.clone());
+                        let inputs = driver.inputs.clone();
                         scope.spawn(move || saver.save(step, digest, &numeric_class, &inputs));
                     }
                     output => driver.obey(output)?,
                 }
             }
-            let silence = if run.stop.load(Ordering::Relaxed) { Input::Stop } else { Input::Tick };
-            input = arrived.recv_timeout(TICK).unwrap_or(silence);
+            input = match driver.asked(supervisor) {
+                Some(input) => input,
+                None => arrived.recv_timeout(TICK).unwrap_or(Input::Tick),
+            };
         }
-    });
-    // Workers end before the folder's lock is given up, whatever went wrong.
-    driver.links.clear();
-    driver.summary(ending?, &supervisor)
+    })
 }
 
 fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {
     TensorBoard::create(run.disk, &run.dir, run.clock.unix_time().as_secs_f64())
 }
 
-fn settings(run: &Run<'_>, config: &RunConfig, devices: &[String]) -> Settings {
+fn settings(run: &Run<'_>, config: &RunConfig, devices: &Devices<'_>) -> Settings {
     Settings {
-        devices: devices.to_vec(),
+        devices: devices.names.to_vec(),
+        tolerance: devices.tolerance,
         leaves: config.train.micro_batches as u32,
         steps: config.train.steps,
         seed: config.train.seed,
@@ -155,6 +186,8 @@ struct Saver<'a> {
     exchange: &'a Exchange,
     writer: &'a SnapshotWriter<'a>,
     disk: &'a dyn Disk,
+    /// The classes of devices that took part.
+    classes: Mutex<BTreeSet<String>>,
     /// The newest snapshot's step and the hash of its weights.
     newest: Mutex<Option<(u64, String)>>,
 }
@@ -191,6 +224,7 @@ impl Saver<'_> {
             let text = "the state changed on its way to the snapshot; it was not written";
             return Err(TrainError::Supervised(text.to_owned()));
         }
+        let classes = self.classes.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let written = Saving {
             writer: self.writer,
             frame: &self.frame,
@@ -199,6 +233,7 @@ impl Saver<'_> {
             weights: &weights,
             moments: [&first, &second],
             numeric_class,
+            classes: &classes,
             step,
         }
         .write_checked(self.disk)?;
@@ -225,9 +260,14 @@ struct Driver<'a> {
     saver: &'a Saver<'a>,
     launcher: &'a mut dyn Launcher,
     observer: &'a mut dyn Observer,
+    requests: Requests,
     inputs: Sender<Input>,
     links: Vec<Option<Box<dyn Link>>>,
-    devices: &'a [String],
+    devices: &'a Devices<'a>,
+    /// Who asked for the move that is under way.
+    moving: Option<Asked>,
+    /// Whether the supervisor knows that the run is to stop.
+    stop_told: bool,
     metrics: JsonLines<'a>,
     events: EventLog<'a>,
     board: TensorBoard,
@@ -242,10 +282,99 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
+    /// Notes what outlives the worker that says it.
+    fn overhear(&mut self, input: &Input) {
+        let Input::Report { report, .. } = input else { return };
+        let mut classes = self.saver.classes.lock().unwrap_or_else(PoisonError::into_inner);
+        match report {
+            Report::Injected { fault, .. } => drop(self.injected.insert(*fault)),
+            Report::Ready { device, .. } => classes.extend(device.classes.iter().cloned()),
+            _ => {}
+        }
+    }
+
+    /// Answers what can be answered at once; returns what the supervisor must hear of.
+    fn asked(&mut self, supervisor: &Supervisor) -> Option<Input> {
+        while let Some(asked) = self.requests.next() {
+            let Request::Move { to } = &asked.request else {
+                asked.answer(self.status(supervisor));
+                continue;
+            };
+            if self.moving.is_some() {
+                asked.answer(Answer::refused("another move is under way"));
+                continue;
+            }
+            match (self.devices.deal)(to) {
+                Err(text) => asked.answer(Answer::refused(text)),
+                Ok(devices) => {
+                    self.moving = Some(asked);
+                    return Some(Input::Move { devices });
+                }
+            }
+        }
+        let stop = self.requests.stop() || self.run.stop.load(Ordering::Relaxed);
+        let news = stop && !std::mem::replace(&mut self.stop_told, stop);
+        news.then_some(Input::Stop)
+    }
+
+    /// A move is over: keeps its certificate, and tells who asked.
+    fn moved(&mut self, outcome: MoveOutcome) {
+        let certificate = outcome.certificate.map(|of| (of.step, json!(of)));
+        let asked = self.moving.take();
+        let mut text = outcome.text;
+        if let (true, Some((step, certificate))) = (outcome.moved, &certificate) {
+            let to = match asked.as_ref().map(|asked| &asked.request) {
+                Some(Request::Move { to }) => to.clone(),
+                _ => outcome.devices,
+            };
+            // The run is there, whatever its folder can hold.
+            if let Err(error) = self.keep(*step, certificate, to) {
+                text += &format!("; but {error}");
+                self.observer.note(&error.to_string());
+            }
+        }
+        let Some(asked) = asked else { return };
+        let answer = if outcome.moved { Answer::done(text) } else { Answer::refused(text) };
+        asked.answer(match certificate {
+            Some((_, certificate)) => answer.with("certificate", certificate),
+            None => answer,
+        });
+    }
+
+    /// Writes the certificate down, and the settings with which the run is to be resumed.
+    fn keep(&self, step: u64, certificate: &Value, to: Vec<String>) -> Result<(), TrainError> {
+        let folder = self.run.dir.join("certificates");
+        let path = folder.join(format!("move-{step:08}.json"));
+        let write = || -> std::io::Result<()> {
+            self.run.disk.create_dir_all(&folder)?;
+            let mut file = self.run.disk.create_file(&path)?;
+            file.write_all(format!("{certificate:#}\n").as_bytes())?;
+            file.sync()
+        };
+        write().map_err(|source| TrainError::WriteFile { path: path.clone(), source })?;
+        let mut config = self.config.clone();
+        config.fleet.workers = Some(to.len());
+        config.fleet.devices = to;
+        write_settings(self.run, &config)
+    }
+
+    fn status(&self, supervisor: &Supervisor) -> Answer {
+        let (step, steps) = (supervisor.step(), self.config.train.steps);
+        let workers: Vec<Value> = supervisor.workers().iter().map(|of| json!(of)).collect();
+        Answer::done(format!("step {step} of {steps}"))
+            .with("step", step)
+            .with("steps", steps)
+            .with("goodput", supervisor.goodput())
+            .with("faults", supervisor.faults())
+            .with("workers", workers)
+    }
+
     fn obey(&mut self, output: Output) -> Result<(), TrainError> {
         match output {
-            Output::Launch { worker, incarnation, step } => {
-                let device = self.devices[worker].clone();
+            Output::Launch { worker, incarnation, device, step } => {
+                if self.links.len() <= worker {
+                    self.links.resize_with(worker + 1, || None);
+                }
                 let exchange = self.saver.exchange.descriptor();
                 let injected = self.injected.clone();
                 let what = Launching { worker, incarnation, device, step, exchange, injected };
@@ -270,6 +399,7 @@ impl Driver<'_> {
             }
             Output::Event(event) => self.event(&event)?,
             Output::Step(step) => self.step(&step)?,
+            Output::Moved(outcome) => self.moved(*outcome),
             Output::Save { .. } | Output::End(_) => unreachable!("the loop takes these"),
         }
         Ok(())
@@ -319,8 +449,14 @@ impl Driver<'_> {
             mfu: self.run.peak_flops.map(|peak| self.flops / seconds.max(1e-9) / peak),
             goodput: step.goodput,
             workers: step.workers,
+            classes: step.classes.clone(),
+            class_error: step.apart,
+            imbalance: None,
             valid_loss: step.valid_loss,
         };
+        let mut classes = self.saver.classes.lock().unwrap_or_else(PoisonError::into_inner);
+        classes.extend(step.classes.keys().cloned());
+        drop(classes);
         self.done.step = step.step;
         self.done.loss = Some(metrics.loss);
         self.done.valid_loss = step.valid_loss.or(self.done.valid_loss);

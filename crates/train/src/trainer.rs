@@ -4,15 +4,16 @@
 //! [`Observer`]. One device, one process; a fleet is in `supervised.rs`. Read next: `step.rs`,
 //! `run_files.rs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, weights_blake3};
+use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, is_url, place, weights_blake3};
 use pontoon_fleet::supervisor::SKIPS;
-use pontoon_fleet::world::{Clock, Disk};
+use pontoon_fleet::world::{Clock, Control, Disk};
 use pontoon_models::{HostWeights, Model, ModelConfig, Tokenizer, Weights, preset};
 use pontoon_ops::Backend;
 use serde::Serialize;
@@ -20,7 +21,10 @@ use serde::Serialize;
 use crate::config::{NonFiniteName, RunConfig};
 use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
-use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
+use crate::requests::Requests;
+use crate::run_files::{
+    Saving, SnapshotFrame, classes_of, newest, restore_moments, restore_weights, samples,
+};
 use crate::step::{StepResult, TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
 
@@ -42,6 +46,8 @@ pub struct Run<'a> {
     pub disk: &'a dyn Disk,
     /// The clock.
     pub clock: &'a dyn Clock,
+    /// Where people reach it while it lives.
+    pub control: &'a dyn Control,
 }
 
 /// How a run begins.
@@ -61,6 +67,8 @@ pub trait Observer {
     fn step(&mut self, metrics: &Metrics);
     /// Something worth a line.
     fn event(&mut self, event: &Event);
+    /// A line that is no event of the run.
+    fn note(&mut self, line: &str);
 }
 
 /// What will be trained.
@@ -81,7 +89,7 @@ pub struct Beginning {
 }
 
 /// One line of `metrics.jsonl`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Metrics {
     /// The step, from 1.
     pub step: u64,
@@ -104,6 +112,16 @@ pub struct Metrics {
     pub goodput: f64,
     /// Workers that computed it.
     pub workers: u32,
+    /// Micro-batches by the numeric class of the device that computed them, under a supervisor.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub classes: BTreeMap<String, u32>,
+    /// The largest relative error between two classes of a tensor's gradient, where one was
+    /// audited by the other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_error: Option<f64>,
+    /// By what share of the mean load the busiest expert is above it, where the model balances.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub imbalance: Option<f64>,
     /// Mean loss of the validation data, on steps that validate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid_loss: Option<f64>,
@@ -170,7 +188,7 @@ pub fn train(
     config.data.tokenizer = config.data.tokenizer.as_ref().map(absolute);
     let data = Data::open(&config, &model, &run.base)?;
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
-    let snapshots = config.snapshot.to.as_ref().map_or_else(|| folder.snapshots(), absolute);
+    let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
     let mut events = EventLog::open(run.disk, run.clock, &folder.events())?;
     let snapshot = match run.start {
@@ -184,6 +202,7 @@ pub fn train(
         restore_moments(snapshot, &model, &mut state, backend)?;
     }
     let step = snapshot.as_ref().map_or(0, |snapshot| snapshot.state.step);
+    let written = snapshot.as_ref().map(|of| (of.state.backend.clone(), classes_of(&of.state)));
     drop(snapshot);
     write_settings(run, &config)?;
     let mut metrics = JsonLines::open(run.disk, &folder.metrics())?;
@@ -200,14 +219,22 @@ pub fn train(
         writer: &writer,
         metrics,
         events,
+        requests: Requests::open(run, observer),
         observer,
         step,
         saved: None,
         skips: 0,
+        faults: 0,
+        classes: BTreeSet::from([backend.info().numeric_class.clone()]),
         last: Last::default(),
     };
     session.begin(backend)?;
-    session.go(backend)
+    if let Some((class, classes)) = written {
+        session.goes_on(&class, classes)?;
+    }
+    let result = session.go(backend);
+    session.requests.ended(&result);
+    result
 }
 
 pub(crate) fn refuse_old_run(
@@ -246,6 +273,8 @@ pub(crate) fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), Tr
     config.data.valid = config.data.valid.iter().map(absolute).collect();
     config.model.config = config.model.config.map(|path| run.base.join(path));
     config.model.init = config.model.init.map(|path| run.base.join(path));
+    let to = config.snapshot.to.take();
+    config.snapshot.to = to.map(|to| if is_url(&to) { to } else { run.base.join(to) });
     let write = || -> std::io::Result<()> {
         let mut file = run.disk.create_file(&temporary)?;
         file.write_all(config.to_toml().as_bytes())?;
@@ -311,10 +340,15 @@ struct Session<'a> {
     events: EventLog<'a>,
     board: TensorBoard,
     observer: &'a mut dyn Observer,
+    requests: Requests,
     step: u64,
     saved: Option<u64>,
     /// Steps skipped in a row.
     skips: u32,
+    /// Wrong results found by checks.
+    faults: u64,
+    /// Of the devices that took part.
+    classes: BTreeSet<String>,
     last: Last,
 }
 
@@ -337,11 +371,23 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Notes the devices of the run's earlier lives, and a change of their class.
+    fn goes_on(&mut self, written_by: &str, classes: Vec<String>) -> Result<(), TrainError> {
+        if let Some(now) = self.classes.first().filter(|class| *class != written_by).cloned() {
+            let cause = Some(format!("the snapshot was written by {written_by}"));
+            let action = Some(format!("{now} applies the steps from here on"));
+            let event = Event::new(self.step, EventKind::TookOver);
+            self.tell(Event { cause, action, ..event })?;
+        }
+        self.classes.extend(classes);
+        Ok(())
+    }
+
     fn go(&mut self, backend: &mut dyn Backend) -> Result<Summary, TrainError> {
         let begun = self.run.clock.now();
         let mut batches = vec![Batch::default(); self.config.train.micro_batches];
         let steps = self.config.train.steps;
-        while self.step < steps && !self.run.stop.load(Ordering::Relaxed) {
+        while self.step < steps && !self.stop() {
             let done = self.one_step(backend, &mut batches, begun);
             if let Err(TrainError::NonFinite { .. }) = done {
                 // Nothing was applied: the state before the step is worth keeping.
@@ -371,11 +417,34 @@ impl Session<'_> {
             weights_blake3: hash,
             tokens_per_s: self.last.tokens as f64 / useful.max(1e-9),
             goodput: useful / wall.as_secs_f64().max(1e-9),
-            faults: 0,
+            faults: self.faults,
             dir: self.run.dir.clone(),
             finished,
             lost_s: BTreeMap::new(),
         })
+    }
+
+    /// Answers what was asked since the last step; whether the run is to stop.
+    fn stop(&mut self) -> bool {
+        while let Some(asked) = self.requests.next() {
+            let answer = self.answer(&asked);
+            asked.answer(answer);
+        }
+        self.requests.stop() || self.run.stop.load(Ordering::Relaxed)
+    }
+
+    fn answer(&self, asked: &Asked) -> Answer {
+        match asked.request {
+            Request::Move { .. } => Answer::refused(
+                "this run computes in its own process and cannot be moved while it lives: start \
+                 it with --workers, or stop it and go on with --resume --device DEV",
+            ),
+            Request::Stop | Request::Status => {
+                let (step, steps) = (self.step, self.config.train.steps);
+                let answer = Answer::done(format!("step {step} of {steps}"));
+                answer.with("step", step).with("steps", steps)
+            }
+        }
     }
 
     fn may_skip(&self) -> bool {
@@ -402,13 +471,19 @@ impl Session<'_> {
                     Some("its data is passed over; the weights stay as they are".to_owned());
                 let event = Event::new(step, EventKind::Skipped);
                 self.tell(Event { cause, action, ..event })?;
-                StepResult { loss: f64::NAN, gradient_norm: f64::NAN, lr: 0.0 }
+                StepResult { loss: f64::NAN, gradient_norm: f64::NAN, lr: 0.0, imbalance: None }
             }
             result => {
                 self.skips = 0;
                 result?
             }
         };
+        for cause in self.state.take_findings() {
+            let action = Some("computed again".to_owned());
+            let event = Event::new(step, EventKind::Corrupt);
+            self.tell(Event { cause: Some(cause), action, ..event })?;
+            self.faults += 1;
+        }
         let now = self.run.clock.now();
         let taken = now.duration_since(started);
         self.step = step;
@@ -434,6 +509,9 @@ impl Session<'_> {
             mfu: self.run.peak_flops.map(|peak| flops / taken.as_secs_f64().max(1e-9) / peak),
             goodput: self.last.useful.as_secs_f64() / wall.max(1e-9),
             workers: 1,
+            classes: BTreeMap::new(),
+            class_error: None,
+            imbalance: result.imbalance,
             valid_loss,
         };
         self.metrics.append(&metrics)?;
@@ -450,6 +528,7 @@ impl Session<'_> {
             ("speed/tokens_per_s", metrics.tokens_per_s),
         ];
         scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
+        scalars.extend(metrics.imbalance.map(|share| ("train/imbalance", share)));
         scalars.extend(metrics.mfu.map(|mfu| ("speed/mfu", mfu)));
         let unix = self.run.clock.unix_time().as_secs_f64();
         self.board.scalars(unix, metrics.step, &scalars)
@@ -464,7 +543,19 @@ impl Session<'_> {
         Ok(self.last.valid_loss)
     }
 
+    /// Writes a snapshot. Where that fails the run ends: its state is that of the one before.
     fn save(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
+        let saved = self.write_snapshot(backend);
+        if let Err(error) = &saved {
+            let event = Event::new(self.step, EventKind::SnapshotFailed);
+            let cause = Some(error.to_string());
+            // The same disk may refuse this line as well; the run's error says what happened.
+            let _ = self.events.append(&Event { cause, ..event });
+        }
+        saved
+    }
+
+    fn write_snapshot(&mut self, backend: &mut dyn Backend) -> Result<String, TrainError> {
         self.metrics.sync()?;
         let weights = self.state.weights(backend, self.model)?;
         let moments = self.state.moments(backend)?;
@@ -476,6 +567,7 @@ impl Session<'_> {
             weights: &weights,
             moments: [&moments[0].1, &moments[1].1],
             numeric_class: &backend.info().numeric_class,
+            classes: &self.classes,
             step: self.step,
         }
         .write()?;

@@ -8,14 +8,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_fleet::run_dir::{Event, EventKind};
-use pontoon_fleet::world::{RealDisk, SystemClock};
+use pontoon_fleet::world::{RealDisk, SystemClock, Unattended};
 use pontoon_ops::philox::Stream;
 use pontoon_train::data::ShardWriter;
 use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary, TrainError};
 
 /// Documents in which each token decides the next, up to one bit.
 fn write_data(folder: &Path) {
-    let mut writer = ShardWriter::create(&folder.join("data.bin"), 1024).unwrap();
+    write_data_for(folder, 1024);
+}
+
+fn write_data_for(folder: &Path, vocabulary: usize) {
+    let mut writer = ShardWriter::create(&folder.join("data.bin"), vocabulary).unwrap();
     let stream = Stream::new(1, 2);
     for document in 0..60 {
         let mut token = stream.below(document, 50) as u32;
@@ -60,7 +64,7 @@ impl Observer for Watcher<'_> {
     fn begin(&mut self, _: &Beginning) {}
 
     fn step(&mut self, metrics: &Metrics) {
-        self.metrics.push(*metrics);
+        self.metrics.push(metrics.clone());
         if let Some((step, stop)) = self.stop_after {
             stop.store(metrics.step >= step, Ordering::Relaxed);
         }
@@ -68,6 +72,10 @@ impl Observer for Watcher<'_> {
 
     fn event(&mut self, event: &Event) {
         self.events.push(event.kind);
+    }
+
+    fn note(&mut self, line: &str) {
+        panic!("a quiet run says nothing, but: {line}");
     }
 }
 
@@ -92,6 +100,7 @@ fn run(setting: &Setting<'_>) -> (Result<Summary, TrainError>, Vec<Metrics>, Vec
         stop: &stop,
         disk: &RealDisk,
         clock: &SystemClock,
+        control: &Unattended,
     };
     let stop_after = setting.stop_after.map(|step| (step, &stop));
     let mut watcher = Watcher { stop_after, ..Watcher::default() };
@@ -141,6 +150,28 @@ fn a_stopped_and_resumed_run_on_other_threads_ends_with_the_same_bits() {
             std::fs::read_to_string(folder.path().join(&dir).join("metrics.jsonl")).unwrap();
         assert_eq!(lines.lines().count(), 12, "every step stands there once");
     }
+}
+
+#[test]
+fn routers_are_balanced_by_their_load_and_resumed_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data_for(folder.path(), 8192);
+    let model = ["model.preset=deepseek-8m", "train.steps=6", "train.balance=0.01"];
+    let (whole, metrics, _) = run(&plain(folder.path(), "whole", &model));
+    let whole = whole.unwrap().weights_blake3;
+    assert!(metrics.iter().all(|of| of.imbalance.is_some_and(|share| share > 0.0)));
+    let again =
+        Setting { threads: 1, stop_after: Some(3), ..plain(folder.path(), "again", &model) };
+    run(&again).0.unwrap();
+    let resume = Setting { start: Start::Resume, ..plain(folder.path(), "again", &model) };
+    assert_eq!(run(&resume).0.unwrap().weights_blake3, whole);
+    let still = ["model.preset=deepseek-8m", "train.steps=6", "train.balance=0"];
+    let (without, unmoved, _) = run(&plain(folder.path(), "still", &still));
+    assert_ne!(without.unwrap().weights_blake3, whole);
+    assert_eq!(unmoved[0].imbalance, metrics[0].imbalance, "the first step sees the same loads");
+    let last = |of: &[Metrics]| of.last().and_then(|of| of.imbalance).unwrap();
+    let (balanced, left) = (last(&metrics), last(&unmoved));
+    assert!(balanced < left, "{balanced} balanced, {left} left alone");
 }
 
 #[test]

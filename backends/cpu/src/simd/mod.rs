@@ -51,7 +51,7 @@ mod portable;
 mod tests;
 
 pub use element::Element;
-pub use isa::{Geometry, Isa, IsaError, dispatch};
+pub use isa::{Geometry, ISA_VARIABLE, Isa, IsaError, dispatch};
 
 use half::{bf16, f16};
 

@@ -109,7 +109,7 @@ impl Exam<'_> {
     /// Answers every problem greedily, with the weights given.
     pub fn sit(&self, weights: &HostWeights) -> Result<Vec<Answered>> {
         let tokenizer = self.source.tokenizer()?;
-        let template = self.source.chat_template();
+        let template = self.source.chat_template()?;
         let encode = |problem: &Problem| -> Result<Vec<u32>> {
             Ok(match &template {
                 Some(template) => {

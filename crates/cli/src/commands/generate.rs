@@ -127,7 +127,7 @@ fn prompt_of(
     source: &ModelSource,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<u32>> {
-    let template = if arguments.raw { None } else { source.chat_template() };
+    let template = if arguments.raw { None } else { source.chat_template()? };
     Ok(match &template {
         Some(template) => {
             let text = chat_prompt(template, arguments.system.as_deref(), &arguments.prompt)?;

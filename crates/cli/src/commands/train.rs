@@ -7,14 +7,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use pontoon_fleet::control::ControlSocket;
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
-use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
+use pontoon_fleet::snapshot::{is_url, place};
+use pontoon_fleet::supervisor::Tolerance;
+use pontoon_fleet::world::{Disk, Launching, SystemClock};
+use pontoon_qualify::compare::Limits;
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
-use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
+use pontoon_train::{Beginning, Devices, Metrics, Observer, Run, RunConfig, Start, Summary};
 
 use super::{faults, show, worker};
-use crate::devices;
+use crate::steps::sizes;
+use crate::{devices, snapshot_place};
 
 /// The arguments of `pontoon train`.
 #[derive(Args)]
@@ -77,9 +82,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let base = settings.parent().unwrap_or(Path::new("")).to_owned();
     let base =
         std::path::absolute(if base.as_os_str().is_empty() { Path::new(".") } else { &base })?;
-    let supervised = config.fleet.workers.is_some() || config.fleet.devices.len() > 1;
+    let to = place(config.snapshot.to.as_deref(), &base, &dir);
+    // An upload is done in the background, beside a worker.
+    let supervised =
+        config.fleet.workers.is_some() || config.fleet.devices.len() > 1 || is_url(&to);
+    let real = snapshot_place::disk_of(&to, &dir.join("upload"))?;
     let plan = arguments.chaos.as_ref().map(|path| read_plan(path, &config, supervised));
     let plan = plan.transpose()?;
+    let struck = plan.as_ref().map(|plan| ChaosDisk::new(&*real, plan.of_disk()));
+    let disk: &dyn Disk = struck.as_ref().map_or(&*real, |disk| disk);
     let device = config.fleet.devices[0].clone();
     let dtype = config.train.dtype.dtype();
     let mut run = Run {
@@ -89,8 +100,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         start: if arguments.resume { Start::Resume } else { Start::Fresh },
         peak_flops: None,
         stop: &STOP,
-        disk: &RealDisk,
+        disk,
         clock: &SystemClock,
+        control: &ControlSocket,
     };
     let mut display = Display::new();
     let summary = if supervised {
@@ -103,8 +115,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     display.bar.finish_and_clear();
     let summary = summary?;
+    report(arguments, &run, &summary, supervised)
+}
+
+/// Prints how a run ended: one JSON object, or lines for people.
+fn report(arguments: &Arguments, run: &Run<'_>, summary: &Summary, supervised: bool) -> Result<()> {
     if arguments.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        println!("{}", serde_json::to_string(summary)?);
     } else {
         let loss = summary.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
         let valid = summary.valid_loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
@@ -127,12 +144,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
 /// Reads a plan of faults for a run.
 fn read_plan(path: &Path, config: &RunConfig, supervised: bool) -> Result<Plan> {
-    ensure!(supervised, "--chaos needs workers to strike; add --workers N");
     let origin = path.display().to_string();
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the plan of faults `{origin}`"))?;
-    let run = chaos::Run { workers: config.workers(), steps: config.train.steps };
-    Ok(Plan::parse(&text, &origin, run)?)
+    // Without workers none has a number that is too high; that there is none is said below.
+    let workers = if supervised { config.workers() } else { usize::MAX };
+    let plan = Plan::parse(&text, &origin, chaos::Run { workers, steps: config.train.steps })?;
+    ensure!(
+        supervised || plan.of_disk().count() == plan.faults().len(),
+        "--chaos needs workers to strike; add --workers N"
+    );
+    Ok(plan)
 }
 
 /// What all devices of a fleet can do at most; workers on one device share it.
@@ -147,26 +169,28 @@ fn fleet_peak(config: &RunConfig) -> Result<f64> {
 /// Runs with a worker process for each device.
 fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Result<Summary> {
     let names = devices::dealt(&run.config.fleet.devices, run.config.workers())?;
-    let snapshots = match &run.config.snapshot.to {
-        Some(to) => run.base.join(to),
-        None => run.dir.join("snapshots"),
-    };
     let dir = std::path::absolute(&run.dir)?;
-    let snapshots = std::path::absolute(snapshots)?;
+    let mut snapshots = place(run.config.snapshot.to.as_deref(), &run.base, &run.dir);
+    if !is_url(&snapshots) {
+        snapshots = std::path::absolute(snapshots)?;
+    }
     let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
     let mut processes = Processes { command: |what: &Launching| start.of(what) };
-    let Some(plan) = plan else {
-        return Ok(pontoon_train::supervise(run, &names, &mut processes, display)?);
-    };
-    let disk = ChaosDisk::new(run.disk, plan.of_disk());
-    let run = Run {
-        config: run.config.clone(),
-        base: run.base.clone(),
-        dir: run.dir.clone(),
-        disk: &disk,
-        ..*run
-    };
-    Ok(pontoon_train::supervise(&run, &names, &mut processes, display)?)
+    let deal =
+        |names: &[String]| devices::dealt(names, names.len()).map_err(|error| format!("{error:#}"));
+    let devices = Devices { names: &names, tolerance: tolerance(run)?, deal: &deal };
+    Ok(pontoon_train::supervise(run, &devices, &mut processes, display)?)
+}
+
+/// How far devices of two numeric classes may be apart on a run's model, by the limits of
+/// `pontoon compare`.
+fn tolerance(run: &Run<'_>) -> Result<Tolerance> {
+    let model = pontoon_train::model_of(&run.config, &run.base)?;
+    let limits = Limits::of(&sizes(&model, run.config.train.dtype.dtype(), 1), 1.0);
+    let (gradient, drift) = (limits.gradient_error, limits.loss_drift);
+    // A loss is rounded on the way through the layers once, a gradient twice; but where nearly
+    // all is learnt, a few rows decide both.
+    Ok(Tolerance { gradient, loss: gradient, drift })
 }
 
 /// The settings' file and the run folder.
@@ -242,11 +266,18 @@ impl Observer for Display {
         let said = match event.kind {
             EventKind::Snapshot | EventKind::Started | EventKind::Finished => return,
             EventKind::Resumed => format!("resumed at step {}", event.step),
+            EventKind::Moved => {
+                format!("step {}: moved {}", event.step, event.action.as_deref().unwrap_or("?"))
+            }
             kind => {
                 let cause = event.cause.as_deref().unwrap_or_default();
                 format!("step {}: {kind:?}: {cause}", event.step)
             }
         };
         self.bar.suspend(|| eprintln!("{said}"));
+    }
+
+    fn note(&mut self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
     }
 }

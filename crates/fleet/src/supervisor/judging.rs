@@ -1,8 +1,10 @@
 //! What a step's results are worth: audits, sums and state are compared before anything is
 //! applied, and who is alone with a value is taken out.
 
-use crate::policy::{Verdict, verdict};
-use crate::protocol::{Area, Command, Publish};
+use std::sync::Arc;
+
+use crate::policy::Verdict;
+use crate::protocol::{Area, Command, Node, Publish};
 use crate::run_dir::{Event, EventKind};
 
 use super::losing::{CHANGED, Loss};
@@ -16,10 +18,11 @@ const SPIKE: f64 = 2.0;
 impl Supervisor {
     /// All leaves are there and audited: lets every replica sum them.
     pub(super) fn try_combine(&mut self) -> bool {
-        if self.those(Standing::Member).is_empty() {
+        if self.workers.iter().all(|of| of.standing != Standing::Member) {
             self.start_over("no worker is left");
             return false;
         }
+        self.ask_trial();
         if !self.round.is_complete(self.settings.leaves) {
             return false;
         }
@@ -32,6 +35,9 @@ impl Supervisor {
         if self.join_donor.is_some() {
             return false;
         }
+        if let Some(moved) = self.judge_trial() {
+            return moved;
+        }
         self.ask_for_sums();
         true
     }
@@ -39,12 +45,12 @@ impl Supervisor {
     fn ask_for_sums(&mut self) {
         self.phase = Phase::Combining;
         self.round.combined.clear();
-        let nodes = match self.round.publish {
-            Publish::Shared => self.round.nodes(),
-            Publish::Local => Vec::new(),
+        let nodes: Arc<[Node]> = match self.round.publish {
+            Publish::Shared => self.round.nodes().into(),
+            Publish::Local => Arc::from([]),
         };
         for worker in self.replicas() {
-            let nodes = nodes.clone();
+            let nodes = Arc::clone(&nodes);
             self.send(worker, Command::Combine { step: self.step + 1, nodes });
         }
     }
@@ -79,11 +85,14 @@ impl Supervisor {
         let audit = &self.round.audits[index];
         let leaf = audit.leaf;
         let votes = |worker: &usize| audit.votes.iter().filter(|(of, _)| of == worker).count();
-        let fewest = members.iter().map(votes).min().unwrap_or(0);
+        let judges: Vec<usize> =
+            members.iter().copied().filter(|worker| self.can_judge(*worker, audit)).collect();
+        let fewest = judges.iter().map(votes).min().unwrap_or(usize::MAX);
         let mut asked: Vec<usize> = self.those(Standing::Joining);
-        asked.retain(|worker| votes(worker) == 0);
+        asked.retain(|worker| votes(worker) == 0 && self.can_judge(*worker, audit));
+        asked.retain(|worker| !self.workers[*worker].trial);
         if fewest < 2 {
-            asked = members.iter().copied().filter(|w| votes(w) == fewest).collect();
+            asked = judges.into_iter().filter(|worker| votes(worker) == fewest).collect();
             for &worker in members {
                 self.send(worker, Command::Check { step: self.step + 1 });
             }
@@ -143,6 +152,9 @@ impl Supervisor {
             self.tell(Event { cause: Some(cause), action: Some("computed again".into()), ..event });
         }
         let limit = SPIKE * self.ledger.largest_loss()?;
+        if losses.iter().all(|loss| *loss <= limit) {
+            return None;
+        }
         let mut new = false;
         let owners: Vec<(u32, usize, f64)> = (self.round.done.values())
             .flat_map(|s| {
@@ -156,9 +168,8 @@ impl Supervisor {
             self.round.spikes.push(leaf);
             self.round.audits.retain(|audit| audit.leaf != leaf);
             let votes = vec![(owner, loss.to_bits())];
-            let asked = vec![other];
-            let evidence = Evidence::Loss;
-            self.round.audits.push(Audit { leaf, evidence, owner, votes, asked });
+            let audit = Audit::new(leaf, owner, other);
+            self.round.audits.push(Audit { evidence: Evidence::Loss, votes, ..audit });
             self.replay(other, leaf);
             new = true;
         }
@@ -186,12 +197,12 @@ impl Supervisor {
 
     /// Every replica has its sum: compares them, and the state they are applied to.
     pub(super) fn try_apply(&mut self) -> bool {
+        if self.awaits_a_replica(|round, worker| round.combined.contains_key(&worker)) {
+            return false;
+        }
         let replicas = self.replicas();
         if replicas.is_empty() {
             self.start_over("no worker is left");
-            return false;
-        }
-        if replicas.iter().any(|worker| !self.round.combined.contains_key(worker)) {
             return false;
         }
         for &worker in &replicas {
@@ -209,7 +220,7 @@ impl Supervisor {
             .map(|worker| (*worker, &self.round.combined[worker]))
             .map(|(worker, of)| (worker, of.gradient ^ of.norm.to_bits()))
             .collect();
-        match verdict(&votes) {
+        match self.verdict_by_class(&votes) {
             Verdict::Agreed => {}
             Verdict::Outvoted(liars) => {
                 for worker in liars {
@@ -228,7 +239,17 @@ impl Supervisor {
                 return true;
             }
         }
-        let norm = self.round.combined[&replicas[0]].norm;
+        if let Some(text) = self.norms_apart(&replicas) {
+            if self.round.recombined {
+                self.start_over(&text);
+                return false;
+            }
+            self.round.recombined = true;
+            self.ask_for_sums();
+            return true;
+        }
+        let writers = self.writers();
+        let norm = self.round.combined[&writers[0]].norm;
         if !norm.is_finite() {
             return self.once_more("the gradient's norm", norm, Vec::new());
         }
@@ -237,8 +258,9 @@ impl Supervisor {
             if self.workers[worker].standing == Standing::Joining {
                 self.workers[worker].standing = Standing::Member;
             }
-            self.send(worker, Command::Apply { step: self.step + 1 });
         }
+        self.round.told.clear();
+        self.let_apply(&writers);
         true
     }
 
@@ -279,5 +301,7 @@ fn evidence(audit: &Audit, liar: usize) -> String {
         votes.map(|(worker, value)| format!("worker {worker}: {value:016x}")).collect::<Vec<_>>()
     };
     let (mine, others) = (of(true).join(", "), of(false).join(", "));
-    format!("micro-batch {}: another {what} ({mine}) than others ({others})", audit.leaf)
+    let across = audit.across.iter().map(|(worker, said)| format!("; worker {worker}: {said}"));
+    let across: String = across.collect();
+    format!("micro-batch {}: another {what} ({mine}) than others ({others}){across}", audit.leaf)
 }

@@ -30,7 +30,7 @@ pub(super) struct Chunk<'a> {
 pub(super) struct Row<'a> {
     pub row: usize,
     pub place: usize,
-    pub prompt: usize,
+    pub draw: u32,
     pub prompt_tokens: usize,
     pub tokens: &'a [u32],
 }
@@ -171,7 +171,7 @@ impl Loaded {
 
     /// Sets the row that extends one sequence by the token after its last.
     pub(super) fn set_row(&mut self, row: Row<'_>, settings: &SamplingSettings) {
-        let Row { row, place, prompt, prompt_tokens, tokens } = row;
+        let Row { row, place, draw, prompt_tokens, tokens } = row;
         let host = &mut self.host;
         let position = tokens.len() - 1;
         host.ids[row] = tokens[position] as i32;
@@ -191,7 +191,7 @@ impl Loaded {
         own[sampling::PROMPT_TOKENS] = prompt_tokens as f32;
         let drawn = (tokens.len() - prompt_tokens) as u32;
         let seed = settings.seed;
-        let key = [seed as u32, (seed >> 32) as u32, drawn, prompt as u32];
+        let key = [seed as u32, (seed >> 32) as u32, drawn, draw];
         host.keys[row * 4..][..4].copy_from_slice(&key);
         if settings.history() == History::Used {
             let own = &mut host.history[row * self.history_longest..][..self.history_longest];

@@ -4,11 +4,11 @@
 //! An operation none of whose results has a gradient contributes nothing.
 
 use pontoon_ops as ops;
-use pontoon_ops::{Layout, Op, View};
+use pontoon_ops::{DType, Layout, Op, View};
 
 use super::Backward;
 use crate::error::ProgramError;
-use crate::program::WEIGHTS;
+use crate::program::{FROZEN, WEIGHTS};
 
 type Done = Result<(), ProgramError>;
 
@@ -231,6 +231,7 @@ impl Backward {
     }
 
     fn router(&mut self, op: &ops::RouterTopK) -> Done {
+        self.count_choices(op)?;
         let Some(dweights) = self.gradient_of(&op.weights) else { return Ok(()) };
         let (logits, experts, rule) = (op.logits, op.experts, op.rule);
         self.contribute(&op.logits, |dlogits| ops::RouterTopKBwd {
@@ -240,6 +241,18 @@ impl Backward {
             rule,
             dlogits,
         })
+    }
+
+    /// Counts how often each expert was chosen, where a bias that no gradient reaches has a part in
+    /// the choice. Ones are summed as a table's gradient: whole numbers, so exact in any order.
+    fn count_choices(&mut self, op: &ops::RouterTopK) -> Done {
+        let Some(bias) = op.bias.filter(|bias| bias.buffer == FROZEN) else { return Ok(()) };
+        let (counts, accumulate) = self.frozen_counts(&bias);
+        let (choices, experts) = (op.experts.elements(), bias.elements());
+        let dy = self.temporary(DType::F32, &[choices, 1]);
+        self.push(ops::Fill { dst: dy, value: 1.0 })?;
+        let (ids, dtable) = (op.experts.reshape([choices]), counts.reshape([experts, 1]));
+        self.push(ops::EmbedBwd { ids, dy, dtable, accumulate })
     }
 
     fn permute(&mut self, op: &ops::Permute) -> Done {

@@ -167,7 +167,7 @@ impl DrawHost {
             own[sampling::PRESENCE] = row.sampling.presence_penalty;
             own[sampling::FREQUENCY] = row.sampling.frequency_penalty;
             own[sampling::PROMPT_TOKENS] = row.prompt_tokens as f32;
-            // The same key and counter as `pontoon generate` uses for a prompt's place.
+            // The same key and counter as `pontoon generate` uses for a repeated prompt.
             let (seed, drawn) = (row.sampling.seed, row.tokens.len() - row.prompt_tokens);
             let key = [seed as u32, (seed >> 32) as u32, drawn as u32, row.choice];
             keys[index * 4..][..4].copy_from_slice(&key);

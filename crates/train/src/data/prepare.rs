@@ -74,6 +74,10 @@ impl Prepare<'_> {
         };
         let mut failed = None;
         let imported = self.import.read(&mut |text| {
+            // Its end token alone would be nothing to learn from.
+            if text.trim().is_empty() {
+                return Ok(Flow::On);
+            }
             bytes += text.len();
             texts.push(text);
             if bytes >= CHUNK_BYTES {
