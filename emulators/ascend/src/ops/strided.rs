@@ -336,10 +336,24 @@ impl<T: Element> Kernel for Narrow<'_, T> {
     }
 }
 
-/// Calls `part(start, part of to)` for pieces of at most a chunk.
-fn in_chunks<T>(to: &mut [T], mut part: impl FnMut(usize, &mut [T])) {
-    for (index, to) in to.chunks_mut(CHUNK).enumerate() {
-        part(index * CHUNK, to);
+/// Narrow elements converted at a time; room for one head, so that clearing it costs little.
+const RAW: usize = 256;
+
+fn widen<T: Element>(isa: Isa, from: &Bound, at: usize, to: &mut [f32]) {
+    let mut raw = [T::zeroed(); RAW];
+    for (index, to) in to.chunks_mut(RAW).enumerate() {
+        let raw = &mut raw[..to.len()];
+        from.load(at + index * RAW, raw);
+        dispatch(isa, Widen { from: &*raw, to });
+    }
+}
+
+fn narrow<T: Element>(isa: Isa, to: &Bound, at: usize, from: &[f32]) {
+    let mut raw = [T::zeroed(); RAW];
+    for (index, from) in from.chunks(RAW).enumerate() {
+        let raw = &mut raw[..from.len()];
+        dispatch(isa, Narrow { from, to: &mut *raw });
+        to.store(at + index * RAW, raw);
     }
 }
 
@@ -347,16 +361,8 @@ fn in_chunks<T>(to: &mut [T], mut part: impl FnMut(usize, &mut [T])) {
 pub fn load_floats(isa: Isa, from: &Bound, at: usize, step: usize, to: &mut [f32]) {
     match (from.dtype(), step) {
         (DataType::F32, 1) => from.load(at, to),
-        (DataType::Bf16, 1) => in_chunks(to, |start, to| {
-            let mut raw = [bf16::ZERO; CHUNK];
-            from.load(at + start, &mut raw[..to.len()]);
-            dispatch(isa, Widen { from: &raw[..to.len()], to });
-        }),
-        (DataType::F16, 1) => in_chunks(to, |start, to| {
-            let mut raw = [f16::ZERO; CHUNK];
-            from.load(at + start, &mut raw[..to.len()]);
-            dispatch(isa, Widen { from: &raw[..to.len()], to });
-        }),
+        (DataType::Bf16, 1) => widen::<bf16>(isa, from, at, to),
+        (DataType::F16, 1) => widen::<f16>(isa, from, at, to),
         (_, 0) => {
             let mut value = [0.0];
             load_each(from, at, 1, &mut value);
@@ -405,22 +411,8 @@ pub fn store_floats(
     let cut = rounding == Rounding::Cut && matches!(to.dtype(), DataType::Bf16);
     match (to.dtype(), step) {
         (DataType::F32, 1) => to.store(at, from),
-        (DataType::Bf16, 1) if !cut => {
-            for (index, from) in from.chunks(CHUNK).enumerate() {
-                let mut raw = [bf16::ZERO; CHUNK];
-                let raw = &mut raw[..from.len()];
-                dispatch(isa, Narrow { from, to: &mut *raw });
-                to.store(at + index * CHUNK, raw);
-            }
-        }
-        (DataType::F16, 1) => {
-            for (index, from) in from.chunks(CHUNK).enumerate() {
-                let mut raw = [f16::ZERO; CHUNK];
-                let raw = &mut raw[..from.len()];
-                dispatch(isa, Narrow { from, to: &mut *raw });
-                to.store(at + index * CHUNK, raw);
-            }
-        }
+        (DataType::Bf16, 1) if !cut => narrow::<bf16>(isa, to, at, from),
+        (DataType::F16, 1) => narrow::<f16>(isa, to, at, from),
         _ => store_each(to, at, step, from, cut),
     }
 }
