@@ -112,6 +112,8 @@ pub enum When {
     WideHeads,
     /// The device is no member of a group.
     Alone,
+    /// The output head is quantised.
+    QuantisedHead,
 }
 
 /// One entry of `waivers.toml`.
@@ -132,6 +134,7 @@ pub fn waiver(when: When) -> &'static Waiver {
         When::ManyHeads => "many-heads",
         When::WideHeads => "wide-heads",
         When::Alone => "alone",
+        When::QuantisedHead => "quantised-head",
     };
     let all = WAIVERS.get_or_init(|| published().expect("the file is part of the crate"));
     all.get(name).expect("a test looks every condition up")
@@ -182,6 +185,9 @@ pub fn limits(op: &Op) -> Option<&'static str> {
         Op::Attention(op) => (op.q, op.v),
         Op::AttentionBwd(op) => (op.q, op.v),
         Op::PagedAttention(op) => (op.q, op.v_cache),
+        Op::TokenLogProb(op) if op.scales.is_some() => {
+            return Some(waiver(When::QuantisedHead).reason.as_str());
+        }
         _ => return None,
     };
     let width = q.dim(2).max(v.dim(v.shape.rank() - 1));
@@ -236,7 +242,13 @@ mod tests {
     #[test]
     fn every_condition_has_its_published_waiver_and_names_operations_of_the_waist() {
         let known = |name: &String| OpName::ALL.iter().any(|op| op.name() == *name);
-        let all = [When::NoDeterministicMode, When::ManyHeads, When::WideHeads, When::Alone];
+        let all = [
+            When::NoDeterministicMode,
+            When::ManyHeads,
+            When::WideHeads,
+            When::Alone,
+            When::QuantisedHead,
+        ];
         for when in all {
             assert!(waiver(when).ops.iter().all(known), "{when:?}");
             assert!(!waiver(when).reason.is_empty());

@@ -208,8 +208,7 @@ fn explains(fault: SimFault, kind: EventKind) -> bool {
         EventKind::Hang | EventKind::Evicted => matches!(fault, SimFault::Hang | SimFault::Slow),
         EventKind::Slow => fault == SimFault::Slow,
         EventKind::Corrupt => matches!(fault, SimFault::Flip(_)),
-        // A device that checks its own products says so itself.
-        EventKind::MemoryFault => matches!(fault, SimFault::MemoryFault | SimFault::Flip(_)),
+        EventKind::MemoryFault => fault == SimFault::MemoryFault,
         EventKind::LinkDown => fault == SimFault::LinkDown,
         EventKind::OutOfMemory => fault == SimFault::OutOfMemory,
         _ => false,

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::exchange::{Exchange, Layout};
+use pontoon_fleet::inbox::Inbox;
 use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
@@ -37,9 +38,6 @@ use crate::trainer::{
     Beginning, Data, Metrics, Observer, Run, Start, Summary, model_of, refuse_old_run,
     write_settings,
 };
-
-/// How often silence is looked for.
-const TICK: Duration = Duration::from_millis(10);
 
 /// What a supervisor is told of devices, none of which it opens.
 pub struct Devices<'a> {
@@ -123,6 +121,7 @@ fn drive(
     arrived: &mpsc::Receiver<Input>,
 ) -> Result<Ending, TrainError> {
     let (run, saver) = (driver.run, driver.saver);
+    let mut inbox = Inbox::new(arrived, run.clock);
     std::thread::scope(|scope| {
         let mut input = Input::Start;
         loop {
@@ -142,7 +141,7 @@ fn drive(
             }
             input = match driver.asked(supervisor) {
                 Some(input) => input,
-                None => arrived.recv_timeout(TICK).unwrap_or(Input::Tick),
+                None => inbox.next(),
             };
         }
     })

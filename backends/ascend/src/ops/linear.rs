@@ -96,7 +96,11 @@ pub(super) fn matmul_quant(core: &mut Core, op: &ops::MatmulQuant) -> Done {
         core.mul(values, factors, values)?;
         let sum = core.scratch(Kind::F32, &[x.dim(0), count])?;
         core.product(x, values.transpose(0, 1), sum)?;
-        core.copy(c.slice(1, first, count), sum)?;
+        let to = c.slice(1, first, count);
+        match &op.bias {
+            Some(bias) => core.add(sum, core.tensor(bias)?.slice(0, first, count).widen(0), to)?,
+            None => core.copy(to, sum)?,
+        }
         core.scratch.release(mark);
     }
     Ok(())

@@ -16,6 +16,9 @@ pub trait Constraint: Send {
 
     /// Goes on by one token.
     fn accept(&mut self, token: u32) -> Result<(), String>;
+
+    /// Another one that stands where this does, to try tokens with.
+    fn fork(&self) -> Box<dyn Constraint>;
 }
 
 /// Makes a constraint at its start; after a move it is brought up to date by the tokens so far.
@@ -26,6 +29,8 @@ pub type ConstraintSource = dyn Fn() -> Result<Box<dyn Constraint>, String> + Se
 pub struct Request {
     /// The prompt.
     pub prompt: Vec<u32>,
+    /// The adapter it goes through, by its number.
+    pub adapter: Option<usize>,
     /// What to do with it.
     pub task: Task,
 }
@@ -277,7 +282,7 @@ mod tests {
     #[test]
     fn a_device_that_lost_the_request_is_not_heard_any_more() {
         let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
-        let request = Request { prompt: vec![1], task: Task::Embed };
+        let request = Request { prompt: vec![1], adapter: None, task: Task::Embed };
         let ticket = Ticket::new(request, 3, sender);
         let token = |token| Event::Token(Scored { token, logprob: -1.0, top: Vec::new() });
         let first = ticket.hand_over();

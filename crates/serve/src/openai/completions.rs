@@ -112,7 +112,7 @@ impl Wanted {
             "id": self.id,
             "object": "text_completion",
             "created": app.now(),
-            "model": app.model_name,
+            "model": app.model_of(self.settings.adapter),
             "choices": choices,
         })
     }

@@ -202,7 +202,8 @@ impl Job {
         let tokens_max = given.whole("max_output_tokens", 1..=u64::from(u32::MAX))?;
         let id = app.fresh_id("resp");
         let frame = json!({
-            "id": id, "object": "response", "created_at": app.now(), "model": app.model_name,
+            "id": id, "object": "response", "created_at": app.now(),
+            "model": app.model_of(settings.adapter),
             "error": null, "incomplete_details": null,
             "instructions": given.get("instructions"),
             "max_output_tokens": tokens_max,

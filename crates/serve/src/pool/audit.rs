@@ -364,7 +364,8 @@ fn scored(request: &Request, text: Vec<u32>) -> Option<Request> {
     generate.sampling.tokens_max = 0;
     generate.prompt_logprobs = Some(0);
     generate.constraint = None;
-    Some(Request { prompt: text, task: Task::Generate(generate) })
+    let adapter = request.adapter;
+    Some(Request { prompt: text, adapter, task: Task::Generate(generate) })
 }
 
 /// The scores of the last tokens; NaN for those that are missing, which agree with nothing.
@@ -392,7 +393,7 @@ mod tests {
             prompt_logprobs: None,
             constraint: None,
         };
-        let request = Request { prompt: vec![1], task: Task::Generate(generate) };
+        let request = Request { prompt: vec![1], adapter: None, task: Task::Generate(generate) };
         let ticket = Ticket::new(request, 0, sender);
         for _ in 0..1000 {
             chosen.consider(&ticket, 0.02);

@@ -374,7 +374,7 @@ impl Fleet {
         }
         if target == Target::Gradient && self.checksums {
             let text = "injected: a product's checksum does not hold".to_owned();
-            self.fail(worker, Trouble::MemoryFault, text);
+            self.fail(worker, Trouble::Corrupt, text);
             return false;
         }
         true
