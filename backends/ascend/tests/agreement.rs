@@ -140,7 +140,10 @@ fn a_drawn_tokens_log_probability_is_the_scorers_bit_for_bit() {
         let temperature = 1.0;
         // The drawn tokens were written on the device: the host does not know them.
         let targets = token;
-        rig.run(TokenLogProb { x, head, targets, temperature, logprob: scored, entropy });
+        let (scales, block_k) = (None, 0);
+        rig.run(TokenLogProb {
+            x, head, scales, block_k, targets, temperature, logprob: scored, entropy,
+        });
         assert_eq!(rig.bytes(&logprob), rig.bytes(&scored), "seed {SEED}: {dtype}");
     }
 }
