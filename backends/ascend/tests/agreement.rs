@@ -142,7 +142,14 @@ fn a_drawn_tokens_log_probability_is_the_scorers_bit_for_bit() {
         let targets = token;
         let (scales, block_k) = (None, 0);
         rig.run(TokenLogProb {
-            x, head, scales, block_k, targets, temperature, logprob: scored, entropy,
+            x,
+            head,
+            scales,
+            block_k,
+            targets,
+            temperature,
+            logprob: scored,
+            entropy,
         });
         assert_eq!(rig.bytes(&logprob), rig.bytes(&scored), "seed {SEED}: {dtype}");
     }
