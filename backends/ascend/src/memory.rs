@@ -283,7 +283,7 @@ impl Scratch {
         let bytes = (elements * kind.bytes()).max(1).next_multiple_of(ALIGNMENT);
         let room = self.blocks.last().map_or(0, |(_, size)| size - self.used);
         if room < bytes {
-            let size = bytes.max(2 * self.bytes()).max(1 << 20);
+            let size = bytes.max(self.bytes() / 2).max(1 << 20);
             self.blocks.push((session.malloc(size)?, size));
             self.used = 0;
         }

@@ -373,8 +373,8 @@ fn backward<T: Storage>(
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
         let logits = &mut logits[..count * stride];
-        let weight = HeadData::Floats(weight);
-        let stored = logits_of(context, head, (x, weight), (first, count), logits)?;
+        let floats = HeadData::Floats(weight);
+        let stored = logits_of(context, head, (x, floats), (first, count), logits)?;
         let chunk_rows = Chunk {
             logits,
             vocabulary,
