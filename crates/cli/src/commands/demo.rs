@@ -1,6 +1,6 @@
 //! `pontoon demo`: a model learns to add from nothing on two emulated chips that misbehave, is
-//! moved live to the CPU, survives the loss of its supervisor too, ends with the same bits as a run that
-//! was left in peace, and with the certificate of the move.
+//! moved live to the CPU, survives the loss of its supervisor too, ends with the same bits as a run
+//! that was left in peace, and with the certificate of the move.
 //!
 //! Training happens in processes of their own, as the kills are real. Read next: `train.rs`,
 //! `moving.rs`, `eval.rs`.
