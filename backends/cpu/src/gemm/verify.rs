@@ -358,7 +358,7 @@ fn limit(k: usize, m: usize, left_squares: f64, column_squares: f32) -> f64 {
     const UNIT: f64 = 0.29 * f32::EPSILON as f64;
     let chain = (k as f64).sqrt() + (m as f64).sqrt();
     // Products below the smallest normal number may be taken as zero.
-    let floor = f64::from(f32::MIN_POSITIVE) * (k * m) as f64;
+    let floor = f64::from(f32::MIN_POSITIVE) * (k * m).max(1) as f64;
     UNIT * chain * (f64::from(column_squares) * left_squares).sqrt() + floor
 }
 
