@@ -83,6 +83,11 @@ fn failed(error: object_store::Error) -> io::Error {
         }
         cause = of.source();
     }
+    // Of a page of XML only its code is worth reading.
+    if let Some((head, page)) = text.split_once('<') {
+        let code = page.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>"));
+        text = format!("{head}{}", code.map_or("", |(code, _)| code));
+    }
     io::Error::new(kind, text.replace('\n', " "))
 }
 
