@@ -130,9 +130,10 @@ def latency(folder: Path):
 
 
 def account(run):
-    """Every second is useful or lost to a cause."""
+    """Every second is useful or lost to a cause: what is open should be nothing."""
     lost = sum(run["lost_s"].values())
-    return {"useful_s": run["goodput"] * run["run_s"], "lost_s": lost, "run_s": run["run_s"]}
+    return {"useful_s": run["useful_s"], "lost_s": lost, "wall_s": run["wall_s"],
+            "open_s": run["wall_s"] - run["useful_s"] - lost}
 
 
 def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every):
@@ -155,7 +156,7 @@ def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every
         "step_ms_median": statistics.median(steps_ms),
         "goodput": run["goodput"],
         "lost_s": run["lost_s"],
-        "account": account(run) if "run_s" in run else None,
+        "account": account(run),
         "summary": run,
     }
 

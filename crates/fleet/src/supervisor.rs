@@ -366,6 +366,11 @@ impl Supervisor {
         self.ledger.goodput(self.now)
     }
 
+    /// Useful seconds so far, and all of them.
+    pub fn useful(&self) -> (f64, f64) {
+        (self.ledger.useful(), self.now.as_secs_f64())
+    }
+
     /// Faults survived so far.
     pub fn faults(&self) -> u64 {
         self.ledger.faults

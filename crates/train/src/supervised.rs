@@ -495,6 +495,7 @@ impl Driver<'_> {
         };
         let lost: BTreeMap<String, f64> =
             of.lost().into_iter().map(|(cause, seconds)| (cause.to_owned(), seconds)).collect();
+        let (useful_s, wall_s) = of.useful();
         Ok(Summary {
             steps: self.done.step,
             loss: self.done.loss,
@@ -502,6 +503,8 @@ impl Driver<'_> {
             weights_blake3: hash,
             tokens_per_s: self.done.tokens as f64 / self.done.seconds.max(1e-9),
             goodput: of.goodput(),
+            useful_s,
+            wall_s,
             faults: of.faults(),
             dir: self.run.dir.clone(),
             finished: ending == Ending::Finished,

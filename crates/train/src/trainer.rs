@@ -142,6 +142,10 @@ pub struct Summary {
     pub tokens_per_s: f64,
     /// Useful step time over wall time.
     pub goodput: f64,
+    /// Both, in seconds; the difference is what `lost_s` adds up to under a supervisor.
+    pub useful_s: f64,
+    /// All of the time.
+    pub wall_s: f64,
     /// Faults survived.
     pub faults: u64,
     /// The run folder.
@@ -417,6 +421,8 @@ impl Session<'_> {
             weights_blake3: hash,
             tokens_per_s: self.last.tokens as f64 / useful.max(1e-9),
             goodput: useful / wall.as_secs_f64().max(1e-9),
+            useful_s: useful,
+            wall_s: wall.as_secs_f64(),
             faults: self.faults,
             dir: self.run.dir.clone(),
             finished,

@@ -1,6 +1,8 @@
 //! Operators that the backend's compositions do not use, against plain arithmetic. Those it does
 //! use are held against f64 by the suites in `backends/ascend/tests`.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
+
 mod common;
 
 use common::{F32, I32, I64, Rig, at, call, good, recent, scalar, tensor};

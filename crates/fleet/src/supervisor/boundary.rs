@@ -359,7 +359,8 @@ impl Supervisor {
             self.round.begun = self.now;
             let finished = self.step >= self.settings.steps;
             if finished && self.ending.is_none() {
-                self.tell(Event::new(self.step, EventKind::Finished));
+                let action = Some(self.ledger.account(self.now));
+                self.tell(Event { action, ..Event::new(self.step, EventKind::Finished) });
             }
             let usual = if finished { Ending::Finished } else { Ending::Stopped };
             let ending = self.ending.take().unwrap_or(usual);

@@ -171,7 +171,10 @@ impl Pool {
 
     /// Gives a request to a device, now or as soon as there is one.
     pub fn submit(&self, ticket: Arc<Ticket>) {
-        self.shared.chosen.consider(&ticket, self.shared.parts.audit_share);
+        // A device alone has nobody to ask.
+        if self.shared.slots.len() > 1 {
+            self.shared.chosen.consider(&ticket, self.shared.parts.audit_share);
+        }
         self.shared.dispatch(ticket);
     }
 

@@ -62,7 +62,7 @@ macro_rules! operators {
         $(
             #[doc = concat!("The first phase of CANN's `", stringify!($name), "`.")]
             #[unsafe(no_mangle)]
-            #[expect(clippy::too_many_arguments, reason = "the interface is CANN's")]
+            #[allow(clippy::too_many_arguments, reason = "the interface is CANN's")]
             pub extern "C" fn $plan_name(
                 $($argument: $type,)*
                 workspace_bytes: $crate::abi::pointers::Out<u64>,

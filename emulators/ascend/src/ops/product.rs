@@ -10,6 +10,7 @@ use pontoon_cpu::pool::Pool;
 use pontoon_cpu::scratch::Scratch;
 use pontoon_cpu::simd::{Element, Isa, Kernel, Simd, dispatch};
 
+use super::elementwise::Target;
 use super::{Bound, Run};
 use crate::device::Engine;
 use crate::dtype::DataType;
@@ -534,7 +535,7 @@ pub fn add_product(
     plan: &mut Plan,
     (x, factors): (&Argument, Factors<'_>),
     (beta, alpha): (Scalar, Scalar),
-    (cube, in_place): (i8, bool),
+    (cube, target): (i8, Target),
 ) -> Done {
     let Factors { a, b, out } = factors;
     check_dtypes(plan, a, b, out)?;
@@ -550,7 +551,7 @@ pub fn add_product(
     super::elementwise::check_broadcast(plan, &[x], out)?;
     plan.workspace(4096);
     let (beta, alpha) = (beta.float(), alpha.float());
-    let (x, out) = if in_place {
+    let (x, out) = if target == Target::SelfRef {
         let slot = plan.operand("selfRef", out, Access::Both);
         (slot, slot)
     } else {

@@ -336,10 +336,24 @@ impl<T: Element> Kernel for Narrow<'_, T> {
     }
 }
 
-/// Calls `part(start, part of to)` for pieces of at most a chunk.
-fn in_chunks<T>(to: &mut [T], mut part: impl FnMut(usize, &mut [T])) {
-    for (index, to) in to.chunks_mut(CHUNK).enumerate() {
-        part(index * CHUNK, to);
+/// Narrow elements converted at a time; room for one head, so that clearing it costs little.
+const RAW: usize = 256;
+
+fn widen<T: Element>(isa: Isa, from: &Bound, at: usize, to: &mut [f32]) {
+    let mut raw = [T::zeroed(); RAW];
+    for (index, to) in to.chunks_mut(RAW).enumerate() {
+        let raw = &mut raw[..to.len()];
+        from.load(at + index * RAW, raw);
+        dispatch(isa, Widen { from: &*raw, to });
+    }
+}
+
+fn narrow<T: Element>(isa: Isa, to: &Bound, at: usize, from: &[f32]) {
+    let mut raw = [T::zeroed(); RAW];
+    for (index, from) in from.chunks(RAW).enumerate() {
+        let raw = &mut raw[..from.len()];
+        dispatch(isa, Narrow { from, to: &mut *raw });
+        to.store(at + index * RAW, raw);
     }
 }
 
@@ -347,16 +361,8 @@ fn in_chunks<T>(to: &mut [T], mut part: impl FnMut(usize, &mut [T])) {
 pub fn load_floats(isa: Isa, from: &Bound, at: usize, step: usize, to: &mut [f32]) {
     match (from.dtype(), step) {
         (DataType::F32, 1) => from.load(at, to),
-        (DataType::Bf16, 1) => in_chunks(to, |start, to| {
-            let mut raw = [bf16::ZERO; CHUNK];
-            from.load(at + start, &mut raw[..to.len()]);
-            dispatch(isa, Widen { from: &raw[..to.len()], to });
-        }),
-        (DataType::F16, 1) => in_chunks(to, |start, to| {
-            let mut raw = [f16::ZERO; CHUNK];
-            from.load(at + start, &mut raw[..to.len()]);
-            dispatch(isa, Widen { from: &raw[..to.len()], to });
-        }),
+        (DataType::Bf16, 1) => widen::<bf16>(isa, from, at, to),
+        (DataType::F16, 1) => widen::<f16>(isa, from, at, to),
         (_, 0) => {
             let mut value = [0.0];
             load_each(from, at, 1, &mut value);
@@ -368,27 +374,28 @@ pub fn load_floats(isa: Isa, from: &Bound, at: usize, step: usize, to: &mut [f32
 
 fn load_each(from: &Bound, at: usize, step: usize, to: &mut [f32]) {
     macro_rules! each {
-        ($type:ty, $convert:expr) => {
+        ($type:ty, $value:ident => $convert:expr) => {
             for (index, to) in to.iter_mut().enumerate() {
                 let mut raw = [<$type as bytemuck::Zeroable>::zeroed()];
                 from.load(at + index * step, &mut raw);
-                *to = $convert(raw[0]);
+                let [$value] = raw;
+                *to = $convert;
             }
         };
     }
     match from.dtype() {
-        DataType::F32 => each!(f32, |v| v),
-        DataType::Bf16 => each!(bf16, bf16::to_f32),
-        DataType::F16 => each!(f16, f16::to_f32),
-        DataType::F64 => each!(f64, |v| v as f32),
-        DataType::I8 => each!(i8, f32::from),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, f32::from),
-        DataType::Bool => each!(u8, |v: u8| f32::from(u8::from(v != 0))),
-        DataType::I16 => each!(i16, f32::from),
-        DataType::I32 => each!(i32, |v| v as f32),
-        DataType::U32 => each!(u32, |v| v as f32),
-        DataType::I64 => each!(i64, |v| v as f32),
-        DataType::U64 => each!(u64, |v| v as f32),
+        DataType::F32 => each!(f32, v => v),
+        DataType::Bf16 => each!(bf16, v => bf16::to_f32(v)),
+        DataType::F16 => each!(f16, v => f16::to_f32(v)),
+        DataType::F64 => each!(f64, v => v as f32),
+        DataType::I8 => each!(i8, v => f32::from(v)),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, v => f32::from(v)),
+        DataType::Bool => each!(u8, v => f32::from(u8::from(v != 0))),
+        DataType::I16 => each!(i16, v => f32::from(v)),
+        DataType::I32 => each!(i32, v => v as f32),
+        DataType::U32 => each!(u32, v => v as f32),
+        DataType::I64 => each!(i64, v => v as f32),
+        DataType::U64 => each!(u64, v => v as f32),
     }
 }
 
@@ -404,100 +411,87 @@ pub fn store_floats(
     let cut = rounding == Rounding::Cut && matches!(to.dtype(), DataType::Bf16);
     match (to.dtype(), step) {
         (DataType::F32, 1) => to.store(at, from),
-        (DataType::Bf16, 1) if !cut => {
-            for (index, from) in from.chunks(CHUNK).enumerate() {
-                let mut raw = [bf16::ZERO; CHUNK];
-                let raw = &mut raw[..from.len()];
-                dispatch(isa, Narrow { from, to: &mut *raw });
-                to.store(at + index * CHUNK, raw);
-            }
-        }
-        (DataType::F16, 1) => {
-            for (index, from) in from.chunks(CHUNK).enumerate() {
-                let mut raw = [f16::ZERO; CHUNK];
-                let raw = &mut raw[..from.len()];
-                dispatch(isa, Narrow { from, to: &mut *raw });
-                to.store(at + index * CHUNK, raw);
-            }
-        }
+        (DataType::Bf16, 1) if !cut => narrow::<bf16>(isa, to, at, from),
+        (DataType::F16, 1) => narrow::<f16>(isa, to, at, from),
         _ => store_each(to, at, step, from, cut),
     }
 }
 
 fn store_each(to: &Bound, at: usize, step: usize, from: &[f32], cut: bool) {
     macro_rules! each {
-        ($convert:expr) => {
-            for (index, &from) in from.iter().enumerate() {
-                to.store(at + index * step, &[$convert(from)]);
+        ($value:ident => $convert:expr) => {
+            for (index, &$value) in from.iter().enumerate() {
+                to.store(at + index * step, &[$convert]);
             }
         };
     }
     match to.dtype() {
-        DataType::F32 => each!(|v: f32| v),
-        DataType::Bf16 if cut => each!(|v: f32| bf16::from_bits((v.to_bits() >> 16) as u16)),
-        DataType::Bf16 => each!(bf16::from_f32),
-        DataType::F16 => each!(f16::from_f32),
-        DataType::F64 => each!(f64::from),
-        DataType::I8 => each!(|v| v as i8),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(|v| v as u8),
-        DataType::Bool => each!(|v: f32| u8::from(v != 0.0)),
-        DataType::I16 => each!(|v| v as i16),
-        DataType::I32 => each!(|v| v as i32),
-        DataType::U32 => each!(|v| v as u32),
-        DataType::I64 => each!(|v| v as i64),
-        DataType::U64 => each!(|v| v as u64),
+        DataType::F32 => each!(v => v),
+        DataType::Bf16 if cut => each!(v => bf16::from_bits((v.to_bits() >> 16) as u16)),
+        DataType::Bf16 => each!(v => bf16::from_f32(v)),
+        DataType::F16 => each!(v => f16::from_f32(v)),
+        DataType::F64 => each!(v => f64::from(v)),
+        DataType::I8 => each!(v => v as i8),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(v => v as u8),
+        DataType::Bool => each!(v => u8::from(v != 0.0)),
+        DataType::I16 => each!(v => v as i16),
+        DataType::I32 => each!(v => v as i32),
+        DataType::U32 => each!(v => v as u32),
+        DataType::I64 => each!(v => v as i64),
+        DataType::U64 => each!(v => v as u64),
     }
 }
 
 /// Reads elements `at`, `at + step`, ... of an operand as integers.
 pub fn load_integers(from: &Bound, at: usize, step: usize, to: &mut [i64]) {
     macro_rules! each {
-        ($type:ty, $convert:expr) => {
+        ($type:ty, $value:ident => $convert:expr) => {
             for (index, to) in to.iter_mut().enumerate() {
                 let mut raw = [<$type as bytemuck::Zeroable>::zeroed()];
                 from.load(at + index * step, &mut raw);
-                *to = $convert(raw[0]);
+                let [$value] = raw;
+                *to = $convert;
             }
         };
     }
     match from.dtype() {
-        DataType::F32 => each!(f32, |v| v as i64),
-        DataType::Bf16 => each!(bf16, |v: bf16| v.to_f32() as i64),
-        DataType::F16 => each!(f16, |v: f16| v.to_f32() as i64),
-        DataType::F64 => each!(f64, |v| v as i64),
-        DataType::I8 => each!(i8, i64::from),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, i64::from),
-        DataType::Bool => each!(u8, |v: u8| i64::from(v != 0)),
-        DataType::I16 => each!(i16, i64::from),
-        DataType::I32 => each!(i32, i64::from),
-        DataType::U32 => each!(u32, i64::from),
-        DataType::I64 => each!(i64, |v| v),
-        DataType::U64 => each!(u64, |v| v as i64),
+        DataType::F32 => each!(f32, v => v as i64),
+        DataType::Bf16 => each!(bf16, v => v.to_f32() as i64),
+        DataType::F16 => each!(f16, v => v.to_f32() as i64),
+        DataType::F64 => each!(f64, v => v as i64),
+        DataType::I8 => each!(i8, v => i64::from(v)),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, v => i64::from(v)),
+        DataType::Bool => each!(u8, v => i64::from(v != 0)),
+        DataType::I16 => each!(i16, v => i64::from(v)),
+        DataType::I32 => each!(i32, v => i64::from(v)),
+        DataType::U32 => each!(u32, v => i64::from(v)),
+        DataType::I64 => each!(i64, v => v),
+        DataType::U64 => each!(u64, v => v as i64),
     }
 }
 
 /// Writes integers to elements `at`, `at + step`, ... of an operand.
 pub fn store_integers(to: &Bound, at: usize, step: usize, from: &[i64]) {
     macro_rules! each {
-        ($convert:expr) => {
-            for (index, &from) in from.iter().enumerate() {
-                to.store(at + index * step, &[$convert(from)]);
+        ($value:ident => $convert:expr) => {
+            for (index, &$value) in from.iter().enumerate() {
+                to.store(at + index * step, &[$convert]);
             }
         };
     }
     match to.dtype() {
-        DataType::F32 => each!(|v| v as f32),
-        DataType::Bf16 => each!(|v| bf16::from_f32(v as f32)),
-        DataType::F16 => each!(|v| f16::from_f32(v as f32)),
-        DataType::F64 => each!(|v| v as f64),
-        DataType::I8 => each!(|v| v as i8),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(|v| v as u8),
-        DataType::Bool => each!(|v: i64| u8::from(v != 0)),
-        DataType::I16 => each!(|v| v as i16),
-        DataType::I32 => each!(|v| v as i32),
-        DataType::U32 => each!(|v| v as u32),
-        DataType::I64 => each!(|v: i64| v),
-        DataType::U64 => each!(|v| v as u64),
+        DataType::F32 => each!(v => v as f32),
+        DataType::Bf16 => each!(v => bf16::from_f32(v as f32)),
+        DataType::F16 => each!(v => f16::from_f32(v as f32)),
+        DataType::F64 => each!(v => v as f64),
+        DataType::I8 => each!(v => v as i8),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(v => v as u8),
+        DataType::Bool => each!(v => u8::from(v != 0)),
+        DataType::I16 => each!(v => v as i16),
+        DataType::I32 => each!(v => v as i32),
+        DataType::U32 => each!(v => v as u32),
+        DataType::I64 => each!(v => v),
+        DataType::U64 => each!(v => v as u64),
     }
 }
 
