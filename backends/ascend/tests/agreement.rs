@@ -8,8 +8,8 @@ use std::sync::Arc;
 use pontoon_ascend::{AscendBackend, Library};
 use pontoon_ops::philox::Stream;
 use pontoon_ops::{
-    Attention, Backend, Cast, DType, KvWrite, Layout, Matmul, Op, PagedAttention, Sample,
-    TokenLogProb, View, sampling,
+    Attention, Backend, Cast, DType, KvWrite, Layout, Matmul, MatmulQuant, Op, PagedAttention,
+    Sample, TokenLogProb, View, sampling,
 };
 
 /// Printed with every failure; the numbers follow from it.
@@ -113,44 +113,58 @@ fn cached_and_whole_attention_agree_bit_for_bit_in_every_chunking() {
     }
 }
 
+/// Draws from logits and scores what was drawn; the two log-probabilities' bytes.
+fn drawn_and_scored(
+    rig: &mut Rig,
+    logits: View,
+    score: impl FnOnce(View, [View; 2]) -> TokenLogProb,
+) -> [Vec<u8>; 2] {
+    let (rows, vocabulary) = (logits.dim(0), logits.dim(1));
+    let mut settings = vec![0.0; rows * sampling::COUNT];
+    for own in settings.chunks_mut(sampling::COUNT) {
+        own[sampling::TEMPERATURE] = 1.0;
+        own[sampling::TOP_P] = 1.0;
+        own[sampling::REPETITION] = 1.0;
+    }
+    let settings = rig.floats(&settings, &[rows, sampling::COUNT]);
+    let words: Vec<[u8; 4]> = (0..4 * rows as u32).map(|word| word.to_le_bytes()).collect();
+    let keys = rig.words(DType::U32, &[rows, 4], &words);
+    let (token, logprob) = (rig.room(DType::I32, &[rows]), rig.room(DType::F32, &[rows]));
+    let (bias, history) = (None, None);
+    rig.run(Sample { logits, bias, history, settings, keys, vocabulary, token, logprob });
+    // The drawn tokens were written on the device: the host does not know them.
+    let results = [rig.room(DType::F32, &[rows]), rig.room(DType::F32, &[rows])];
+    rig.run(score(token, results));
+    [rig.bytes(&logprob), rig.bytes(&results[0])]
+}
+
 #[test]
 fn a_drawn_tokens_log_probability_is_the_scorers_bit_for_bit() {
-    let (rows, vocabulary, width) = (7, 130, 33);
+    let (rows, vocabulary, width, block_k) = (7, 130, 64, 32);
+    let accumulate = pontoon_ops::Accumulate::Overwrite;
     for dtype in DType::FLOATS {
         let mut rig = Rig::new();
         let x = rig.normal(dtype, &[rows, width]);
-        let head = rig.normal(dtype, &[vocabulary, width]);
         let logits = rig.room(DType::F32, &[rows, vocabulary]);
-        let accumulate = pontoon_ops::Accumulate::Overwrite;
+        let head = rig.normal(dtype, &[vocabulary, width]);
         let layout = Layout::Nt;
         rig.run(Matmul { layout, a: x, b: head, bias: None, c: logits, accumulate });
-        let mut settings = vec![0.0; rows * sampling::COUNT];
-        for own in settings.chunks_mut(sampling::COUNT) {
-            own[sampling::TEMPERATURE] = 1.0;
-            own[sampling::TOP_P] = 1.0;
-            own[sampling::REPETITION] = 1.0;
-        }
-        let settings = rig.floats(&settings, &[rows, sampling::COUNT]);
-        let words: Vec<[u8; 4]> = (0..4 * rows as u32).map(|word| word.to_le_bytes()).collect();
-        let keys = rig.words(DType::U32, &[rows, 4], &words);
-        let (token, logprob) = (rig.room(DType::I32, &[rows]), rig.room(DType::F32, &[rows]));
-        let (bias, history) = (None, None);
-        rig.run(Sample { logits, bias, history, settings, keys, vocabulary, token, logprob });
-        let (scored, entropy) = (rig.room(DType::F32, &[rows]), rig.room(DType::F32, &[rows]));
-        let temperature = 1.0;
-        // The drawn tokens were written on the device: the host does not know them.
-        let targets = token;
-        let (scales, block_k) = (None, 0);
-        rig.run(TokenLogProb {
-            x,
-            head,
-            scales,
-            block_k,
-            targets,
-            temperature,
-            logprob: scored,
-            entropy,
-        });
-        assert_eq!(rig.bytes(&logprob), rig.bytes(&scored), "seed {SEED}: {dtype}");
+        let score = |scales, block_k, head| {
+            move |targets, [logprob, entropy]: [View; 2]| {
+                let temperature = 1.0;
+                TokenLogProb { x, head, scales, block_k, targets, temperature, logprob, entropy }
+            }
+        };
+        let [drawn, scored] = drawn_and_scored(&mut rig, logits, score(None, 0, head));
+        assert_eq!(drawn, scored, "seed {SEED}: {dtype}");
+        let bytes: Vec<[u8; 4]> =
+            (0..vocabulary * width / 4).map(|at| (at as u32 * 2_654_435).to_le_bytes()).collect();
+        let weight = rig.words(DType::I8, &[vocabulary, width], &bytes);
+        let scales = rig.normal(DType::F32, &[vocabulary, width / block_k]);
+        let (bias, block_n) = (None, 1);
+        rig.run(MatmulQuant { x, weight, scales, block_n, block_k, bias, c: logits });
+        let score = score(Some(scales), block_k, weight);
+        let [drawn, scored] = drawn_and_scored(&mut rig, logits, score);
+        assert_eq!(drawn, scored, "seed {SEED}: {dtype}, quantised head");
     }
 }
