@@ -142,8 +142,6 @@ fn a_drawn_tokens_log_probability_is_the_scorers_bit_for_bit() {
         let targets = token;
         let (scales, block_k) = (None, 0);
         rig.run(TokenLogProb {
-            scales: None,
-            block_k: 0,
             x,
             head,
             scales,
