@@ -8,8 +8,8 @@
     python benches/faults.py overhead --out benches/results/DATE-fleet-overhead.json
 
 latency   one fault of every kind in a run on three workers: found after, got over after, lost
-hundred   a small model with a fault in every twentieth step at random, all kinds: the final weights'
-          hash must be that of an undisturbed run
+hundred   a small model with a fault in every twentieth step at random, all kinds: the hash of the
+          final weights must be that of an undisturbed run
 goodput   the same rate in a run whose steps take as long as a real one's
 overhead  a fleet without faults against the plain loop, in turns: the time of a step
 """

@@ -33,7 +33,7 @@ steps = 1000000
 micro_batch = 2
 micro_batches = 4
 dtype = "{dtype}"
-lr = 3e-3
+lr = {lr}
 warmup = 10
 schedule = "constant"
 [snapshot]
@@ -138,15 +138,17 @@ def main() -> None:
     parser.add_argument("--preset", default="qwen3-1m")
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--lr", type=float, default=1e-3, help="that of the certificate's band")
     parser.add_argument("--case", action="append", help="FROM,FROM/TO,TO; several times")
+    parser.add_argument("--note", help="kept with the result")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     cases = arguments.case or [
         "cpu,cpu/cpu:isa=avx2,cpu:isa=avx2",
-        "cpu:isa=avx2,cpu:isa=avx2/cpu,cpu",
         "cpu,cpu/cpu,cpu",
+        "emu-ascend:0,emu-ascend:0/cpu,cpu",
     ]
-    settings = {"preset": arguments.preset, "sequence": arguments.sequence, "dtype": arguments.dtype}
+    settings = {"preset": arguments.preset, "sequence": arguments.sequence, "dtype": arguments.dtype, "lr": arguments.lr}
     results = []
     for case in cases:
         before, after = (side.split(",") for side in case.split("/"))
@@ -158,6 +160,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
             "machine": platform.processor() or platform.machine(),
             "settings": settings,
+            "note": arguments.note,
             "cases": results,
         }
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -166,8 +166,8 @@ impl CpuBackend {
         Ok(buffer)
     }
 
-    /// Flips a bit in the f32 sums of the next product that is launched with checks, before they are
-    /// stored: to try whether the check finds it.
+    /// Flips a bit in the f32 sums of the next product that is launched with checks, before they
+    /// are stored: to try whether the check finds it.
     pub fn spoil_next_product(&mut self, flip: Flip) {
         self.flip = Some(flip);
     }

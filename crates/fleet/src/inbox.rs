@@ -31,7 +31,7 @@ impl<'a> Inbox<'a> {
     }
 
     /// Waits for the next input, or for the time to look for silence.
-    pub fn next(&mut self) -> Input {
+    pub fn next_input(&mut self) -> Input {
         if self.heard < INPUTS {
             let wait = TICK.saturating_sub(self.clock.now().duration_since(self.ticked));
             let next = match self.arrived.try_recv() {
@@ -80,13 +80,13 @@ mod tests {
             to.send(saved(step)).unwrap();
         }
         for want in 0..3 {
-            assert!(matches!(inbox.next(), Input::Saved { step, .. } if step == want));
+            assert!(matches!(inbox.next_input(), Input::Saved { step, .. } if step == want));
         }
-        assert!(matches!(inbox.next(), Input::Tick));
+        assert!(matches!(inbox.next_input(), Input::Tick));
         for step in 0..3 * u64::from(INPUTS) {
             to.send(saved(step)).unwrap();
         }
-        let ticks = (0..2 * INPUTS).filter(|_| matches!(inbox.next(), Input::Tick)).count();
+        let ticks = (0..2 * INPUTS).filter(|_| matches!(inbox.next_input(), Input::Tick)).count();
         assert_eq!(ticks, 1);
     }
 }

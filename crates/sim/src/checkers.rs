@@ -197,6 +197,8 @@ fn notice(fleet: &mut Fleet, event: &Event, fits: impl Fn(&Struck) -> bool) {
     let place = exact.or_else(|| fleet.struck.iter().position(open));
     if let Some(place) = place {
         let recovery_ms = event.recovery_ms;
+        // Whoever is only called slow goes on.
+        fleet.struck[place].found.get_or_insert(at);
         fleet.struck[place].noticed = Some(Noticed { kind, at, recovery_ms });
     }
 }

@@ -141,7 +141,7 @@ fn drive(
             }
             input = match driver.asked(supervisor) {
                 Some(input) => input,
-                None => inbox.next(),
+                None => inbox.next_input(),
             };
         }
     })

@@ -1,8 +1,8 @@
-//! Bits flipped at random while a step is computed: every one that changes the step's result must be
-//! found before the step is applied.
+//! Bits flipped at random while a step is computed: every one that changes the step's result must
+//! be found before the step is applied.
 //!
-//! `PONTOON_FLIPS=3000 cargo test --release -p pontoon-train --test flips -- --nocapture` prints the
-//! rates by operation; the test itself makes do with fewer.
+//! `PONTOON_FLIPS=3000 cargo test --release -p pontoon-train --test flips -- --nocapture` prints
+//! the rates by operation; the test itself makes do with fewer.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 

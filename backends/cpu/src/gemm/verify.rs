@@ -3,9 +3,9 @@
 //! For `C = A B` the sum of column j of C must be the vector of A's column sums times column j of
 //! B. The left side is added up tile by tile while the sums are in the nearest cache; the right one
 //! is one more row through the packed operand. The two are rounded in different orders, so they
-//! differ a little: a column beyond [`limit`] is computed once more, and as an element's bits depend
-//! on nothing but its row and column, an honest column then gives the same sums to the last bit. So
-//! a check can cost time but never accuses an honest product.
+//! differ a little: a column beyond [`limit`] is computed once more, and as an element's bits
+//! depend on nothing but its row and column, an honest column then gives the same sums to the last
+//! bit. So a check can cost time but never accuses an honest product.
 //!
 //! The tile loop owns the memory and calls this file; `kernels/watched.rs` decides what is checked.
 
@@ -77,6 +77,19 @@ pub(super) struct Work<'a> {
     pub expected: &'a mut [f32],
     /// A's sums as rows of units.
     pub weights: &'a mut [u32],
+}
+
+impl<'a> Work<'a> {
+    /// From slices as long as [`work_words`] says.
+    pub fn new([columns, left, squares, expected, weights]: [&'a mut [u32]; 5]) -> Work<'a> {
+        Work {
+            columns: bytemuck::cast_slice_mut(columns),
+            left: bytemuck::cast_slice_mut(left),
+            squares: bytemuck::cast_slice_mut(squares),
+            expected: bytemuck::cast_slice_mut(expected),
+            weights,
+        }
+    }
 }
 
 /// Words of working memory, in the order of [`Work`].

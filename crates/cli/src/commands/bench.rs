@@ -15,7 +15,7 @@ use pontoon_models::{
     preset,
 };
 use pontoon_ops::philox::Stream;
-use pontoon_ops::{DType, OpName};
+use pontoon_ops::{Backend, DType, OpName};
 use pontoon_train::data::Batch;
 use pontoon_train::{Checking, RunConfig, TrainingState};
 use serde_json::json;
@@ -118,29 +118,26 @@ pub fn run(command: &Command) -> Result<()> {
     }
 }
 
-fn train(arguments: &TrainArguments) -> Result<()> {
-    ensure!(arguments.steps >= 2, "--steps should be at least 2, as the first is not counted");
-    let settings = format!(
-        "[data]\nsequence = {}\n[train]\nmicro_batch = {}\ndtype = \"{}\"\nrecompute = \"{}\"\n\
-         warmup = 0\nschedule = \"constant\"\n",
-        arguments.sequence, arguments.batch, arguments.dtype, arguments.recompute
-    );
-    let config = RunConfig::parse(&settings, &[], "the benchmark's settings")?;
-    let compute = config.train.dtype.dtype();
-    let peak = devices::peak_flops(&arguments.device, compute)?;
-    let model = Model::new(preset(&arguments.preset)?)?;
-    let mut backend = devices::open(&arguments.device)?;
-    let weights = model.initialise(config.train.seed);
-    let mut state = TrainingState::load(backend.as_mut(), &model, &config, &weights)?;
-    drop(weights);
-    let batch = random_batch(arguments, model.config.vocab_size);
+/// Times and losses of steps, and times with checks over times without.
+struct Timed {
+    times: Vec<f64>,
+    loss: Vec<f64>,
+    ratios: Vec<f64>,
+}
+
+fn timed_steps(
+    arguments: &TrainArguments,
+    state: &mut TrainingState,
+    backend: &mut dyn Backend,
+    batch: &Batch,
+) -> Result<Timed> {
     let (mut loss, mut times, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     let checked = [Checking::Off, Checking::On];
     for step in 1..=arguments.steps {
         let mut timed = |checking: Checking| -> Result<(f64, f64)> {
-            state.check(backend.as_ref(), checking);
+            state.check(backend, checking);
             let started = Instant::now();
-            let result = state.step(backend.as_mut(), step, std::slice::from_ref(&batch))?;
+            let result = state.step(backend, step, std::slice::from_ref(batch))?;
             Ok((started.elapsed().as_secs_f64(), result.loss))
         };
         let (seconds, of_step) = match arguments.checks {
@@ -158,6 +155,27 @@ fn train(arguments: &TrainArguments) -> Result<()> {
         times.push(seconds);
         loss.push(of_step);
     }
+    Ok(Timed { times, loss, ratios })
+}
+
+fn train(arguments: &TrainArguments) -> Result<()> {
+    ensure!(arguments.steps >= 2, "--steps should be at least 2, as the first is not counted");
+    let settings = format!(
+        "[data]\nsequence = {}\n[train]\nmicro_batch = {}\ndtype = \"{}\"\nrecompute = \"{}\"\n\
+         warmup = 0\nschedule = \"constant\"\n",
+        arguments.sequence, arguments.batch, arguments.dtype, arguments.recompute
+    );
+    let config = RunConfig::parse(&settings, &[], "the benchmark's settings")?;
+    let compute = config.train.dtype.dtype();
+    let peak = devices::peak_flops(&arguments.device, compute)?;
+    let model = Model::new(preset(&arguments.preset)?)?;
+    let mut backend = devices::open(&arguments.device)?;
+    let weights = model.initialise(config.train.seed);
+    let mut state = TrainingState::load(backend.as_mut(), &model, &config, &weights)?;
+    drop(weights);
+    let batch = random_batch(arguments, model.config.vocab_size);
+    let Timed { times, loss, ratios } =
+        timed_steps(arguments, &mut state, backend.as_mut(), &batch)?;
     let checks_overhead = (ratios.len() > 1).then(|| median(&ratios[1..]) - 1.0);
     let median = median(&times[1..]);
     let tokens_per_s = batch.ids.len() as f64 / median;

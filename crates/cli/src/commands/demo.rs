@@ -1,6 +1,6 @@
-//! `pontoon demo`: a model learns to add from nothing on two emulated chips that misbehave, is moved
-//! live to the CPU, survives the loss of its supervisor too, ends with the same bits as a run that
-//! was left in peace, and with the certificate of the move.
+//! `pontoon demo`: a model learns to add from nothing on two emulated chips that misbehave, is
+//! moved live to the CPU, survives the loss of its supervisor too, ends with the same bits as a run
+//! that was left in peace, and with the certificate of the move.
 //!
 //! Training happens in processes of their own, as the kills are real. Read next: `train.rs`,
 //! `moving.rs`, `eval.rs`.
@@ -223,7 +223,7 @@ fn say(text: &str) {
     eprintln!("{text}");
 }
 
-/// The losses of the disturbed run as a line of bars, and a line with the faults and the move below.
+/// The losses of the disturbed run as a line of bars, with a line of faults and the move below.
 fn loss_curve(dir: &Path, faults: &[Value], moved_at: u64, steps: u64) -> Result<Vec<String>> {
     let lines = read_lines(&RealDisk, &dir.join("disturbed/metrics.jsonl"))?;
     let mut losses = vec![f64::NAN; COLUMNS];

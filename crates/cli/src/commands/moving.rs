@@ -82,7 +82,7 @@ pub fn lines(certificate: &Value) -> Vec<String> {
             None => "an unknown time".to_owned(),
         };
         lines.push(format!(
-            "loaded in {} beside the run, state copied in {}; that step took {}, {} more than usual",
+            "loaded in {} beside the run, state copied in {}; that step took {}, {} beyond others",
             ms("load_ms"),
             ms("transfer_ms"),
             ms("step_ms"),

@@ -109,8 +109,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         run.peak_flops = Some(fleet_peak(&run.config)?);
         supervise(&run, plan.as_ref(), &mut display)
     } else {
-        let mut backend = devices::open(&device)?;
+        // First, as closing a device can close another of its kind that this process has open.
         run.peak_flops = Some(devices::peak_flops(&device, dtype)?);
+        let mut backend = devices::open(&device)?;
         pontoon_train::train(&run, backend.as_mut(), &mut display).map_err(Into::into)
     };
     display.bar.finish_and_clear();
