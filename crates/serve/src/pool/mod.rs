@@ -34,9 +34,11 @@ use placement::{Candidate, place};
 /// Opens a device by its name.
 pub type Open = dyn Fn(&str) -> Result<Box<dyn Backend>, String> + Send + Sync;
 
-/// Times a request moves to another device before it is given up: a request that itself brings
-/// devices down must not bring down all of them for ever.
-const MOVES_MAX: u32 = 8;
+/// Failures in a row without a token in between after which a request is given up: one that itself
+/// brings devices down must not bring down all of them for ever.
+const IDLE_MOVES_MAX: u32 = 8;
+/// Failures in all after which it is given up even if it goes on in between.
+const MOVES_MAX: u32 = 64;
 
 /// What a pool is made of.
 pub struct PoolParts {
@@ -341,8 +343,10 @@ impl Shared {
             if !ticket.open() {
                 continue;
             }
-            if ticket.count_move() > MOVES_MAX {
-                let reason = format!("{MOVES_MAX} devices in a row failed while they ran this");
+            let moves = ticket.count_move();
+            if moves.idle > IDLE_MOVES_MAX || moves.all > MOVES_MAX {
+                let Moves { idle, all } = moves;
+                let reason = format!("{all} devices failed with this, {idle} without a new token");
                 ticket.tell(epoch, Event::Failed(reason));
                 continue;
             }
