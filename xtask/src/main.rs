@@ -1,8 +1,9 @@
-//! Repository chores: `cargo xtask tidy` (the style rules) and `cargo xtask test` (everything CI
-//! checks).
+//! Repository chores: `cargo xtask tidy` (the style rules), `cargo xtask test` (everything CI
+//! checks) and `cargo xtask ascend-abi` (the Ascend backend's table against CANN's headers).
 //!
-//! Builds no part of the product. Read next: `tidy.rs`, then one file of `rules/`.
+//! Builds no part of the product but that table. Read next: `tidy.rs`, then one file of `rules/`.
 
+mod ascend_abi;
 mod report;
 mod rules;
 mod source;
@@ -13,8 +14,9 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask COMMAND
 
-  tidy   check the rules marked [t] in the style guide and the directions between crates
-  test   formatting, clippy, tidy, then every test; ends with `N passed, N failed`";
+  tidy                 check the rules marked [t] in the style guide and the directions between crates
+  test                 formatting, clippy, tidy, then every test; ends with `N passed, N failed`
+  ascend-abi HEADERS   compare the Ascend backend's table of symbols with a tree of CANN's headers";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -22,6 +24,7 @@ fn main() -> ExitCode {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["tidy"] => tidy::run(&root),
         ["test"] => suite::run(&root),
+        ["ascend-abi", headers] => ascend_abi::run(std::path::Path::new(headers)),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
             ExitCode::SUCCESS

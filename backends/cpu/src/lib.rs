@@ -24,8 +24,12 @@ use pontoon_ops::{
     digest,
 };
 
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums};
+
+use crate::gemm::Flip;
 use crate::group::Rendezvous;
 use crate::kernels::Context;
+use crate::kernels::watched::{Checks, fill};
 use crate::memory::{Buffers, Operands};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
@@ -51,6 +55,8 @@ pub struct CpuBackend {
     /// Holds inputs that share memory with an output.
     aside: Option<(BufferId, usize)>,
     group: Option<Arc<Rendezvous>>,
+    /// Spoils the next checked product.
+    flip: Option<Flip>,
 }
 
 impl CpuBackend {
@@ -85,6 +91,7 @@ impl CpuBackend {
             work: Scratch::new(),
             aside: None,
             group: None,
+            flip: None,
         })
     }
 
@@ -158,7 +165,17 @@ impl CpuBackend {
         Ok(buffer)
     }
 
+    /// Flips a bit in the f32 sums of the next product that is launched with checks, before they are
+    /// stored: to try whether the check finds it.
+    pub fn spoil_next_product(&mut self, flip: Flip) {
+        self.flip = Some(flip);
+    }
+
     fn run(&mut self, op: &Op) -> Result<(), DeviceError> {
+        self.run_checked(op, Checks::default()).map(drop)
+    }
+
+    fn run_checked(&mut self, op: &Op, checks: Checks) -> Result<Checks, DeviceError> {
         let mut context = Context {
             pool: &self.pool,
             isa: self.isa,
@@ -166,8 +183,14 @@ impl CpuBackend {
             work: &mut self.work,
             operands: Operands::new(&mut self.buffers),
             group: self.group.as_deref(),
+            checks,
         };
-        kernels::run(&mut context, op)
+        kernels::run(&mut context, op)?;
+        Ok(context.checks)
+    }
+
+    fn pass(&self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
+        kernels::sums::sums(&self.pool, self.isa, &self.buffers, views)
     }
 }
 
@@ -234,6 +257,30 @@ impl Backend for CpuBackend {
             Some(apart) => self.run(&apart),
             None => self.run(op),
         }
+    }
+
+    fn sums_in_place(&self) -> bool {
+        true
+    }
+
+    fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
+        self.pass(views)
+    }
+
+    fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
+        let apart = self.set_apart(op)?;
+        // Operands that were moved aside are summed where they came from.
+        let left = if apart.is_some() { ask } else { Checks::left(op, ask) };
+        let mut read = [0; OPERANDS_MAX];
+        fill(op, left.read, &mut read, |views| self.pass(views))?;
+        let flip = self.flip.take_if(|_| op.name() == OpName::Matmul);
+        let checks = Checks { on: true, flip, ..Checks::default() };
+        let Checks { mut sums, .. } = self.run_checked(apart.as_ref().unwrap_or(op), checks)?;
+        fill(op, left.written, &mut sums.written, |views| self.pass(views))?;
+        for operand in (0..OPERANDS_MAX).filter(|operand| left.read >> operand & 1 == 1) {
+            sums.read[operand] = read[operand];
+        }
+        Ok(sums)
     }
 
     fn wait(&mut self, _deadline: Duration) -> Result<(), DeviceError> {

@@ -7,6 +7,7 @@ mod commands;
 mod devices;
 mod engine;
 mod model_source;
+mod snapshot_place;
 mod steps;
 
 use std::process::ExitCode;
@@ -15,8 +16,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve, status,
-    tokenizer, train,
+    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve,
+    simulate, status, stop, tokenizer, train,
 };
 
 /// Trains and serves language models on whatever accelerators there are.
@@ -38,13 +39,13 @@ enum Command {
     /// Prepares training data.
     #[command(
         subcommand,
-        after_help = "Example:\n  pontoon data prepare corpus/ --tokenizer tokenizer.json --out shards"
+        after_help = "Example:\n  pontoon data prepare corpus/ --tokenizer t.json --out shards"
     )]
     Data(data::Command),
     /// Makes tokenizers.
     #[command(
         subcommand,
-        after_help = "Example:\n  pontoon tokenizer train corpus/ --vocab 8192 --out tokenizer.json"
+        after_help = "Example:\n  pontoon tokenizer train corpus/ --vocab 8192 --out t.json"
     )]
     Tokenizer(tokenizer::Command),
     /// Writes a run.toml to edit.
@@ -54,8 +55,11 @@ enum Command {
     #[command(after_help = "Example:\n  pontoon train my-run/run.toml --set train.lr=1e-3")]
     Train(train::Arguments),
     /// Shows where a run stands.
-    #[command(after_help = "Example:\n  pontoon status my-run/run")]
+    #[command(after_help = "Example:\n  pontoon status my-run/run --watch")]
     Status(status::Arguments),
+    /// Has a live run save its state at the next step and end.
+    #[command(after_help = "Example:\n  pontoon stop my-run/run")]
+    Stop(stop::Arguments),
     /// Continues a prompt.
     #[command(after_help = "Example:\n  pontoon generate my-run/run -p '57+968=?'")]
     Generate(generate::Arguments),
@@ -83,6 +87,12 @@ enum Command {
     /// Finds the first operation on which two devices do not agree.
     #[command(after_help = "Example:\n  pontoon bisect qwen3-1m --devices cpu,cpu:threads=1")]
     Bisect(bisect::Arguments),
+    /// Runs the supervisor against a simulated fleet: weeks of faults in seconds.
+    #[command(
+        after_help = "Examples:\n  pontoon simulate --seed 17\n  pontoon simulate --workers 512 \
+                            --days 54 --rate published"
+    )]
+    Simulate(simulate::Arguments),
     /// One device of a supervised run; `train` starts it.
     #[command(hide = true)]
     Worker(commands::worker::Arguments),
@@ -124,6 +134,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::New(arguments) => new::run(arguments),
         Command::Train(arguments) => train::run(arguments),
         Command::Status(arguments) => status::run(arguments),
+        Command::Stop(arguments) => stop::run(arguments),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Score(arguments) => score::run(arguments),
         Command::Serve(arguments) => serve::run(arguments),
@@ -132,6 +143,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::Qualify(arguments) => qualify::run(arguments),
         Command::Compare(arguments) => compare::run(arguments),
         Command::Bisect(arguments) => bisect::run(arguments),
+        Command::Simulate(arguments) => simulate::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Bench(command) => bench::run(command),
     }

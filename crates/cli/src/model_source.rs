@@ -5,11 +5,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, read_folder};
+use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, is_url, place, read_folder};
 use pontoon_fleet::world::{Clock, RealDisk, SystemClock};
 use pontoon_models::{
     ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, ModelError, Tokenizer, Weights,
 };
+use pontoon_train::RunConfig;
 use serde_json::{Map, json};
 
 /// A model on disk.
@@ -25,8 +26,8 @@ impl ModelSource {
     pub fn open(path: &Path) -> Result<ModelSource> {
         let folder = if path.join("config.json").is_file() {
             path.to_owned()
-        } else if path.join("snapshots").is_dir() {
-            newest_snapshot(path)?
+        } else if let Some(snapshots) = snapshots_of(path) {
+            newest_snapshot(path, &snapshots)?
         } else if path.is_dir() {
             bail!("`{}` is no model: it has no config.json and no snapshots", path.display());
         } else {
@@ -78,9 +79,23 @@ pub fn chat_prompt(template: &ChatTemplate, system: Option<&str>, user: &str) ->
     })?)
 }
 
-fn newest_snapshot(run: &Path) -> Result<PathBuf> {
-    let newest =
-        SnapshotReader::new(&RealDisk, &run.join("snapshots")).read_newest(Parts::Model)?;
+/// Where the snapshots of a run folder are; nothing if it is none.
+fn snapshots_of(run: &Path) -> Option<PathBuf> {
+    let settings = RunConfig::read(&run.join("run.toml"), &[]).ok();
+    let to = settings.as_ref().and_then(|settings| settings.snapshot.to.as_deref());
+    let snapshots = place(to, run, run);
+    (settings.is_some() || snapshots.is_dir()).then_some(snapshots)
+}
+
+fn newest_snapshot(run: &Path, snapshots: &Path) -> Result<PathBuf> {
+    if is_url(snapshots) {
+        bail!(
+            "the snapshots of `{}` are in `{}`; copy a folder step-* from there and give that",
+            run.display(),
+            snapshots.display()
+        );
+    }
+    let newest = SnapshotReader::new(&RealDisk, snapshots).read_newest(Parts::Model)?;
     for rejected in &newest.rejected {
         eprintln!("passed over: {}", rejected.reason);
     }

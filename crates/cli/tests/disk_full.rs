@@ -1,5 +1,5 @@
-//! A disk that is full when a snapshot is due ends a run with one line; the snapshots before it stay
-//! whole, nothing half-written is left, and the run goes on from there.
+//! A disk that is full when a snapshot is due ends a run with one line; the snapshots before it
+//! stay whole, nothing half-written is left, and the run goes on from there.
 
 mod common;
 

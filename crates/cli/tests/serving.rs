@@ -12,9 +12,10 @@ use common::{json, pontoon, prepared, succeed};
 
 /// What the client script exits with if its package is missing.
 const MISSING: i32 = 77;
-/// A template that shows roles only.
-const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n\
-                        {% endfor %}assistant: ";
+/// A template that shows roles, tools and whether to think.
+const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %}\
+                        {% for message in messages %}{{ message.role }}: {{ message.content }}\n\
+                        {% endfor %}assistant: {% if enable_thinking %}<think>\n{% endif %}";
 
 /// A server that is killed if a test fails.
 struct Serving {
@@ -58,31 +59,106 @@ fn model() -> tempfile::TempDir {
     folder
 }
 
-/// The Python that has the clients: `.venv`, which `.ci/run` makes, or what PATH has.
-fn python() -> PathBuf {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv/bin/python");
-    if own.is_file() { own } else { PathBuf::from("python3") }
+/// What `.ci/run` installs the clients into.
+fn installed(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv").join(path)
 }
 
-#[test]
-fn the_openai_package_works_and_the_server_ends_on_sigterm() {
-    let folder = model();
-    let mut serving = Serving::start(folder.path(), &["--api-key-file", "keys", "--device", "cpu"]);
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/clients/openai_client.py");
-    let mut client = Command::new(python());
-    client.arg(script).env("OPENAI_BASE_URL", format!("{}/v1", serving.address));
+/// The script of a client.
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/clients").join(name)
+}
+
+/// A Python client: by the installed Python, or by what PATH has.
+fn python(name: &str) -> Command {
+    let own = installed("bin/python");
+    let mut command = Command::new(if own.is_file() { own } else { PathBuf::from("python3") });
+    command.arg(script(name));
+    command
+}
+
+/// Runs a client against a server; it must be content, or its package missing.
+fn content(mut client: Command, serving: &Serving, name: &str) {
+    client.env("BASE_URL", &serving.address).env("MODEL", "model");
     match client.output() {
         Ok(output) if output.status.code() == Some(MISSING) => {
-            eprintln!("skipped: Python has no `openai` package; .ci/run installs it into .venv");
+            eprintln!("skipped: {name}: its package is missing; .ci/run installs it into .venv");
         }
         Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stdout);
             let errors = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "{errors}");
+            assert!(output.status.success(), "{name}: {said}{errors}");
         }
-        Err(error) => eprintln!("skipped: there is no python3 here ({error})"),
+        Err(error) => eprintln!("skipped: {name}: cannot be started ({error})"),
     }
+}
+
+const KEYS: [&str; 2] = ["--api-key-file", "keys"];
+
+#[test]
+fn clients_of_openai_and_anthropic_work_and_the_server_ends_on_sigterm() {
+    let folder = model();
+    let events = ["--events", "events.jsonl", "--audit", "0.5", "--dtype", "f32"];
+    let devices = ["--device", "cpu:threads=1", "--device", "cpu:threads=1"];
+    let mut serving =
+        Serving::start(folder.path(), &[&KEYS[..], &events[..], &devices[..]].concat());
+    content(python("openai_client.py"), &serving, "openai for Python");
+    content(python("anthropic_client.py"), &serving, "anthropic");
+    let mut node = Command::new("node");
+    node.arg(script("openai_client.mjs")).env("NODE_PACKAGES", installed("node"));
+    content(node, &serving, "openai for Node");
     let pid = serving.child.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
     let status = serving.child.wait().unwrap();
     assert!(status.success(), "{status}");
+    // Both devices have joined, and none of them was found to lie.
+    let events = std::fs::read_to_string(folder.path().join("events.jsonl")).unwrap();
+    let kinds: Vec<String> = events
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["kind"].to_string())
+        .collect();
+    assert_eq!(kinds, ["\"joined\"", "\"joined\""], "{events}");
+}
+
+#[test]
+fn lm_eval_reads_the_log_likelihoods_that_score_gives() {
+    let folder = model();
+    let path = folder.path();
+    let scored = |text: &str| {
+        std::fs::write(path.join("text"), text).unwrap();
+        json(path, &["score", "model", "--text", "text", "--dtype", "f32", "--json"])
+    };
+    let case = |context: &str, continuation: &str| {
+        let count = scored(context)["tokens"].as_array().unwrap().len();
+        let all = scored(&format!("{context}{continuation}"));
+        let logprobs = &all["logprobs"].as_array().unwrap()[count..];
+        serde_json::json!({
+            "context": context, "continuation": continuation, "logprobs": logprobs,
+        })
+    };
+    let cases = [
+        case("The bridge over", " the river stands"),
+        case("One and one is", " two, and three"),
+        case("A boat", " sinks: 橋!"),
+    ];
+    let expected = path.join("expected.json");
+    std::fs::write(&expected, serde_json::Value::from(cases.to_vec()).to_string()).unwrap();
+    let serving = Serving::start(path, &[&KEYS[..], &["--dtype", "f32"]].concat());
+    let mut client = python("lm_eval_client.py");
+    client.env("EXPECTED", &expected);
+    content(client, &serving, "lm-eval");
+}
+
+#[test]
+fn schemathesis_finds_nothing_wrong_with_the_openapi_document() {
+    let folder = model();
+    // Answers end soon where the context is short.
+    let serving = Serving::start(folder.path(), &[&KEYS[..], &["--context", "96"]].concat());
+    let mut client = Command::new(script("schemathesis.sh"));
+    let own = installed("bin/schemathesis");
+    if own.is_file() {
+        client.env("SCHEMATHESIS", own);
+    }
+    client.current_dir(folder.path());
+    content(client, &serving, "schemathesis");
 }

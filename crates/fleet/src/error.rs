@@ -60,6 +60,14 @@ pub enum FleetError {
         /// The process id that the lock file names.
         holder: String,
     },
+    /// A store of snapshots cannot be used as it is named.
+    #[error("cannot keep snapshots in `{url}`: {problem}; {}", self.remedy())]
+    Store {
+        /// As in the settings.
+        url: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// A line could not be written as JSON.
     #[error("cannot write a line of `{path}` as JSON: {source}; {}", self.remedy())]
     Line {
@@ -74,6 +82,10 @@ impl FleetError {
     /// What the user or the supervisor should do.
     pub fn remedy(&self) -> &'static str {
         match self {
+            FleetError::Io { path, .. } if path.to_string_lossy().contains("://") => {
+                "check AWS_ENDPOINT, the credentials, the bucket and the network, then resume"
+            }
+            FleetError::Store { .. } => "give a folder or s3://BUCKET/PREFIX as snapshot.to",
             FleetError::Io { .. } => "check the path, its permissions and the disk, then resume",
             FleetError::DiskFull { .. } => {
                 "free some space or lower `snapshot.keep`, then resume; older snapshots are \

@@ -3,6 +3,8 @@
 //!
 //! Knows no clock, no process and no message. Read next: `supervisor.rs`, which asks.
 
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
 use std::time::Duration;
 
 use crate::protocol::Node;
@@ -11,6 +13,14 @@ use crate::protocol::Node;
 const HANG_FACTOR: u32 = 8;
 /// But never before this.
 const HANG_FLOOR: Duration = Duration::from_millis(1500);
+/// A worker that loads its model may be silent for this long while nobody knows how long it takes,
+/// and never longer.
+const LOAD_CEILING: Duration = Duration::from_secs(300);
+/// Once others have loaded, it may take this many times longer than the slowest of them did:
+/// disks and memories are shared by all that start at once.
+const LOAD_FACTOR: u32 = 10;
+/// But always this long.
+const LOAD_FLOOR: Duration = Duration::from_secs(30);
 /// A worker is called slow at this many times the others' median time for a micro-batch.
 const SLOW_FACTOR: f64 = 2.0;
 /// A worker that takes this many times longer than it should while all others wait is given up.
@@ -35,18 +45,54 @@ impl HangAfter {
     }
 }
 
+/// How long a worker may load, given the longest that one took so far, if any did.
+pub fn load_deadline(longest: Option<Duration>) -> Duration {
+    longest.map_or(LOAD_CEILING, |of| (of * LOAD_FACTOR).clamp(LOAD_FLOOR, LOAD_CEILING))
+}
+
 /// How many of equal pieces of work each worker takes so that the last one is done soonest, given
 /// each one's time for a piece. Ties go to the first.
 pub fn shares(pieces: u32, seconds: &[f64]) -> Vec<u32> {
     let mut counts = vec![0_u32; seconds.len()];
-    for _ in 0..pieces {
-        let done_at = |index: usize| f64::from(counts[index] + 1) * seconds[index];
-        let best = (0..seconds.len()).min_by(|&a, &b| done_at(a).total_cmp(&done_at(b)));
-        if let Some(best) = best {
-            counts[best] += 1;
+    // What all have done by a time at which the pieces do not yet suffice is shared out at once.
+    let rate: f64 = seconds.iter().map(|seconds| seconds.recip()).sum();
+    let early = f64::from(pieces) / rate * (1.0 - 1e-9);
+    let mut left = pieces;
+    if early.is_finite() {
+        for (count, seconds) in counts.iter_mut().zip(seconds) {
+            *count = ((early / seconds) as u32).min(left);
+            left -= *count;
         }
     }
+    let done_at = |index: usize, counts: &[u32]| {
+        let at = f64::from(counts[index] + 1) * seconds[index];
+        Reverse((Time(at), index))
+    };
+    let mut next: BinaryHeap<_> = (0..seconds.len()).map(|of| done_at(of, &counts)).collect();
+    for _ in 0..left {
+        let Some(Reverse((_, best))) = next.pop() else { break };
+        counts[best] += 1;
+        next.push(done_at(best, &counts));
+    }
     counts
+}
+
+/// Seconds in their order.
+#[derive(Clone, Copy, PartialEq)]
+struct Time(f64);
+
+impl Eq for Time {}
+
+impl PartialOrd for Time {
+    fn partial_cmp(&self, other: &Time) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Time {
+    fn cmp(&self, other: &Time) -> Ordering {
+        self.0.total_cmp(&other.0)
+    }
 }
 
 /// Cuts leaves `first..end` into the fewest aligned subtrees, in order.
@@ -87,15 +133,21 @@ pub fn assign(leaves: &[u32], seconds: &[f64]) -> Vec<Vec<Node>> {
     assigned
 }
 
-/// The median of the others is what a worker is compared with.
-pub fn is_slow(of: usize, seconds: &[f64]) -> bool {
-    let mut others: Vec<f64> =
-        seconds.iter().enumerate().filter(|(index, _)| *index != of).map(|(_, s)| *s).collect();
-    others.sort_by(f64::total_cmp);
-    match others.get((others.len().saturating_sub(1)) / 2) {
-        Some(median) => seconds[of] > SLOW_FACTOR * median,
-        None => false,
-    }
+/// Who takes much longer than the median of the others.
+pub fn slow(seconds: &[f64]) -> Vec<bool> {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let is_slow = |of: &f64| {
+        let Some(others) = sorted.len().checked_sub(1).filter(|others| *others > 0) else {
+            return false;
+        };
+        // The others are all but one of its value: from its place on they move up by one.
+        let (middle, place) =
+            ((others - 1) / 2, sorted.partition_point(|other| other.total_cmp(of).is_lt()));
+        let median = sorted[middle + usize::from(place <= middle)];
+        *of > SLOW_FACTOR * median
+    };
+    seconds.iter().map(is_slow).collect()
 }
 
 /// Whether the others, who wait, are better off without a worker that should have taken
@@ -127,13 +179,13 @@ pub enum Verdict {
 
 /// Counts votes of (worker, value).
 pub fn verdict(votes: &[(usize, u64)]) -> Verdict {
+    if votes.iter().all(|(_, value)| *value == votes[0].1) {
+        return Verdict::Agreed;
+    }
     let count = |value: u64| votes.iter().filter(|(_, other)| *other == value).count();
     let Some(&(_, best)) = votes.iter().max_by_key(|(_, value)| count(*value)) else {
         return Verdict::Agreed;
     };
-    if count(best) == votes.len() {
-        return Verdict::Agreed;
-    }
     let rivals = votes.iter().filter(|(_, value)| *value != best && count(*value) == count(best));
     if rivals.count() > 0 || count(best) < 2 {
         return Verdict::Tied;
@@ -163,6 +215,14 @@ mod tests {
             .map(|counts| worst(&counts))
             .fold(f64::INFINITY, f64::min);
         assert_eq!(worst(&shares(16, &seconds)), best);
+    }
+
+    #[test]
+    fn loading_may_take_ten_times_what_it_took_others_within_limits() {
+        assert_eq!(load_deadline(None), Duration::from_secs(300));
+        assert_eq!(load_deadline(Some(Duration::from_secs(1))), Duration::from_secs(30));
+        assert_eq!(load_deadline(Some(Duration::from_secs(7))), Duration::from_secs(70));
+        assert_eq!(load_deadline(Some(Duration::from_secs(90))), Duration::from_secs(300));
     }
 
     #[test]
@@ -204,10 +264,11 @@ mod tests {
 
     #[test]
     fn slow_is_meant_against_the_others_median() {
-        assert!(is_slow(2, &[1.0, 1.1, 2.5]));
-        assert!(!is_slow(2, &[1.0, 1.1, 1.9]));
-        assert!(!is_slow(0, &[9.0]));
-        assert!(is_slow(0, &[9.0, 1.0]));
-        assert!(!is_slow(1, &[9.0, 1.0]));
+        assert_eq!(slow(&[1.0, 1.1, 2.5]), [false, false, true]);
+        assert_eq!(slow(&[1.0, 1.1, 1.9]), [false; 3]);
+        assert_eq!(slow(&[9.0]), [false]);
+        assert_eq!(slow(&[9.0, 1.0]), [true, false]);
+        assert_eq!(slow(&[2.5, 1.0, 2.5, 1.0, 1.0]), [true, false, true, false, false]);
+        assert_eq!(slow(&[]), [false; 0]);
     }
 }

@@ -3,10 +3,12 @@
 //! Gradients and state do not travel here but through [`crate::exchange`]. Every command but
 //! `Stop` is answered, `Compute` once for each node. Read next: `supervisor.rs`, `worker.rs`.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 /// The version of these messages; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// An aligned subtree of the gradient tree: the leaves `first..first + count`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -38,6 +40,15 @@ impl Bits {
     pub fn bits(self) -> u64 {
         self.0
     }
+}
+
+/// What an update was done with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// The learning rate.
+    pub lr: f64,
+    /// By what share of the mean load the busiest expert was above it, where experts are balanced.
+    pub imbalance: Option<f64>,
 }
 
 /// The digests of a replica's state: what is exported, and the weights it computes with.
@@ -116,8 +127,8 @@ pub enum Command {
     Combine {
         /// The step.
         step: u64,
-        /// The subtrees, in order.
-        nodes: Vec<Node>,
+        /// The subtrees, in order; all workers get the same.
+        nodes: Arc<[Node]>,
     },
     /// Apply the sum.
     Apply {
@@ -150,6 +161,8 @@ pub enum Trouble {
     Hang,
     /// Memory returned an error that could not be corrected.
     MemoryFault,
+    /// A check found a wrong result or a changed tensor.
+    Corrupt,
     /// An allocation did not fit.
     OutOfMemory,
     /// A link failed.
@@ -225,7 +238,7 @@ pub enum Report {
         /// Of the state before the step is applied.
         before: StateDigest,
         /// Of every subtree as it was read.
-        nodes: Vec<u64>,
+        nodes: Arc<[u64]>,
         /// Of the sum.
         gradient: u64,
         /// The sum's norm.
@@ -235,8 +248,8 @@ pub enum Report {
     Applied {
         /// The step.
         step: u64,
-        /// The learning rate.
-        lr: f64,
+        /// With what.
+        rates: Rates,
         /// Of the state after it.
         after: StateDigest,
     },
@@ -307,7 +320,7 @@ mod tests {
 
     #[test]
     fn a_command_is_one_line_of_json() {
-        let nodes = vec![Node { first: 4, count: 4 }];
+        let nodes = [Node { first: 4, count: 4 }].into();
         let command = Command::Combine { step: 9, nodes };
         let line = serde_json::to_string(&command).unwrap();
         assert!(line.starts_with(r#"{"do":"combine","step":9"#) && !line.contains('\n'), "{line}");

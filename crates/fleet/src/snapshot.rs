@@ -11,6 +11,8 @@ mod write;
 
 pub(crate) mod testing;
 
+use std::path::{Path, PathBuf};
+
 use serde_json::Value;
 
 pub use read::{Newest, Parts, Rejected, Snapshot, SnapshotReader, read_folder};
@@ -144,6 +146,21 @@ pub fn weights_blake3<'a>(tensors: impl IntoIterator<Item = TensorRef<'a>>) -> S
         hasher.update(tensor.bytes);
     }
     hasher.finalize().to_hex().to_string()
+}
+
+/// Whether a place for snapshots is in a store rather than on a disk.
+pub fn is_url(place: &Path) -> bool {
+    place.to_string_lossy().contains("://")
+}
+
+/// Where a run's snapshots are: `to` of its settings, relative to the folder of these, or in the
+/// run folder.
+pub fn place(to: Option<&Path>, base: &Path, run_dir: &Path) -> PathBuf {
+    match to {
+        Some(url) if is_url(url) => url.to_owned(),
+        Some(folder) => base.join(folder),
+        None => run_dir.join("snapshots"),
+    }
 }
 
 /// The folder name of a step's snapshot.

@@ -18,16 +18,14 @@ mod tests;
 use std::time::Duration;
 
 use crate::policy::HangAfter;
-use crate::protocol::{Area, Command, Report, Source, StateDigest};
+use crate::protocol::{Area, Command, Rates, Report, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 use ledger::Ledger;
 use losing::{CHANGED, Loss};
 use round::Round;
+pub use workers::Seen;
 use workers::{Standing, Worker};
-
-/// A worker that loads its model may be silent for this long.
-const LOAD_DEADLINE: Duration = Duration::from_secs(300);
 
 /// What a supervised run is.
 #[derive(Clone, Debug)]
@@ -168,8 +166,8 @@ pub struct StepDone {
     pub losses: Vec<f64>,
     /// The gradient's norm.
     pub norm: f64,
-    /// The learning rate.
-    pub lr: f64,
+    /// What it was applied with.
+    pub rates: Rates,
     /// The time it took.
     pub wall: Duration,
     /// The time lost in it.
@@ -233,6 +231,8 @@ pub struct Supervisor {
     /// The digest all replicas agreed on after `step`.
     agreed: StateDigest,
     round: Round,
+    /// The replica that was awaited when it was last asked for.
+    awaited: usize,
     losses: Vec<Loss>,
     ledger: Ledger,
     /// Who copies its state for workers that join.
@@ -241,6 +241,12 @@ pub struct Supervisor {
     snapshot_due: bool,
     saved: Option<u64>,
     save_failures: u32,
+    /// After a failure the next snapshot waits until then.
+    save_not_before: Duration,
+    /// Whether workers are started once the snapshot that is being written is there.
+    awaits_snapshot: bool,
+    /// The longest that a worker took to load.
+    longest_load: Option<Duration>,
     /// Steps skipped in a row.
     skips: u32,
     /// Restarts from a snapshot since a step was last done.
@@ -262,6 +268,7 @@ impl Supervisor {
             phase: Phase::Idle,
             step: 0,
             agreed: [0; 2],
+            awaited: 0,
             losses: Vec::new(),
             ledger: Ledger::default(),
             join_donor: None,
@@ -269,6 +276,9 @@ impl Supervisor {
             snapshot_due: false,
             saved: None,
             save_failures: 0,
+            save_not_before: Duration::ZERO,
+            awaits_snapshot: false,
+            longest_load: None,
             skips: 0,
             restarts: 0,
             ending: None,
@@ -303,6 +313,16 @@ impl Supervisor {
         }
         while self.phase != Phase::Over && self.advance() {}
         std::mem::take(&mut self.outputs)
+    }
+
+    /// Steps done so far.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The workers as people see them.
+    pub fn workers(&self) -> Vec<Seen<'_>> {
+        self.workers.iter().enumerate().map(|(worker, of)| of.seen(worker)).collect()
     }
 
     /// Seconds lost so far, by cause.
@@ -360,7 +380,7 @@ impl Supervisor {
             _ => {}
         }
         of.open = of.open.saturating_sub(1);
-        of.progressed = now;
+        (of.progressed, of.answered) = (now, now);
         self.answered(worker, report);
     }
 
@@ -370,6 +390,8 @@ impl Supervisor {
             Report::Ready { step, digest, device } => {
                 let of = &mut self.workers[worker];
                 of.standing = Standing::Ready;
+                let took = Some(self.now.saturating_sub(of.launched));
+                self.longest_load = self.longest_load.max(took);
                 of.loaded = digest.map(|digest| (step, digest));
                 of.numeric_class = device.numeric_class;
                 of.memory_bytes = device.memory_bytes;
@@ -400,8 +422,8 @@ impl Supervisor {
                 let combined = round::Combined { before, nodes, gradient, norm };
                 self.round.combined.insert(worker, combined);
             }
-            Report::Applied { step: of, lr, after } if of == step => {
-                self.round.applied.insert(worker, (lr, after));
+            Report::Applied { step: of, rates, after } if of == step => {
+                self.round.applied.insert(worker, (rates, after));
             }
             Report::Exported { step, area, digest } => self.exported(worker, step, area, digest),
             Report::Scored { step, loss } if step == self.step => {
@@ -428,7 +450,7 @@ impl Supervisor {
     fn send(&mut self, worker: usize, command: Command) {
         let of = &mut self.workers[worker];
         if of.open == 0 {
-            of.progressed = self.now;
+            (of.progressed, of.answered) = (self.now, self.now);
         }
         of.open += match &command {
             Command::Compute { nodes, .. } => nodes.len() as u32,
@@ -452,6 +474,7 @@ impl Supervisor {
         of.incarnation += 1;
         of.standing = Standing::Loading;
         (of.open, of.operations, of.injected, of.loaded) = (0, 0, None, None);
+        of.launched = self.now;
         let (incarnation, step) = (of.incarnation, self.step + 1);
         self.outputs.push(Output::Launch { worker, incarnation, step });
         self.send(worker, Command::Load { from });
@@ -467,6 +490,25 @@ impl Supervisor {
     fn replicas(&self) -> Vec<usize> {
         let takes_part = |of: &Worker| matches!(of.standing, Standing::Member | Standing::Joining);
         (0..self.workers.len()).filter(|&index| takes_part(&self.workers[index])).collect()
+    }
+
+    /// Whether some replica has not said yet what all wait for. Looks first at the one that was
+    /// missing the last time, as this is asked after every report of every worker.
+    fn awaits_a_replica(&mut self, has_said: impl Fn(&Round, usize) -> bool) -> bool {
+        let count = self.workers.len();
+        let missing = |of: &usize| {
+            let takes_part =
+                matches!(self.workers[*of].standing, Standing::Member | Standing::Joining);
+            takes_part && !has_said(&self.round, *of)
+        };
+        let from = self.awaited;
+        match (from..count).chain(0..from).find(missing) {
+            Some(worker) => {
+                self.awaited = worker;
+                true
+            }
+            None => false,
+        }
     }
 
     /// The member that does odd jobs: the fastest.
@@ -486,6 +528,9 @@ impl Supervisor {
 
     fn end(&mut self, ending: Ending) {
         self.settle();
+        // Whoever ends a run in peace has accounted for it already.
+        self.ledger.lose("given_up", self.since_round());
+        self.round.begun = self.now;
         for worker in 0..self.workers.len() {
             let standing = self.workers[worker].standing;
             if !matches!(standing, Standing::Out | Standing::Retired) {

@@ -1,4 +1,5 @@
-//! The outside world as traits (INV-4): time and disk, and their real implementations.
+//! The outside world as traits (INV-4): time, disk, processes and people, and the real ones of
+//! time and disk.
 //!
 //! Nothing else in this crate reads a clock or touches a file, so that a simulated world can stand
 //! in. Decides nothing. Read next: `snapshot.rs` and `run_dir.rs`, the users.
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::{FlockOperation, flock, statvfs};
 
+use crate::control::{Answer, Asked, Request};
 use crate::protocol::Command;
 use crate::supervisor::Input;
 
@@ -113,6 +115,29 @@ pub trait Link {
     fn send(&mut self, command: &Command) -> io::Result<()>;
     /// Ends it; returns when it is gone.
     fn kill(&mut self);
+}
+
+/// Where people reach a live run.
+pub trait Control: Send + Sync {
+    /// Takes requests to the run in a folder, which must be ours, until what is returned is
+    /// dropped.
+    fn listen(&self, dir: &Path, to: Sender<Asked>) -> io::Result<Box<dyn Send>>;
+    /// Asks the run in a folder and waits for its answer; `None` if no run is live there.
+    fn ask(&self, dir: &Path, request: &Request) -> io::Result<Option<Answer>>;
+}
+
+/// Nobody reaches a run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unattended;
+
+impl Control for Unattended {
+    fn listen(&self, _dir: &Path, _to: Sender<Asked>) -> io::Result<Box<dyn Send>> {
+        Ok(Box::new(()))
+    }
+
+    fn ask(&self, _dir: &Path, _request: &Request) -> io::Result<Option<Answer>> {
+        Ok(None)
+    }
 }
 
 /// The machine's clock.

@@ -9,7 +9,8 @@ use crate::digest;
 use crate::dtype::DType;
 use crate::error::DeviceError;
 use crate::op::Op;
-use crate::view::BufferId;
+use crate::sums::{self, Ask, Sums};
+use crate::view::{BufferId, View};
 
 /// What a device is, for reports, snapshots and placement.
 #[derive(Clone, Debug, PartialEq)]
@@ -96,6 +97,25 @@ pub trait Backend: Send {
     /// Starts a list of operations in order; a backend may capture it as a graph.
     fn launch_all(&mut self, ops: &[Op]) -> Result<(), DeviceError> {
         ops.iter().try_for_each(|op| self.launch(op))
+    }
+
+    /// Whether word sums are formed in place, so that checking every step costs little; where they
+    /// are not, a run leaves these checks out.
+    fn sums_in_place(&self) -> bool {
+        false
+    }
+
+    /// The word sums of views, as [`sums`](crate::sums) defines them, after all launched work that
+    /// writes them. A device with the means forms them in place.
+    fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
+        views.iter().map(|view| sums::of_view(self, view)).collect()
+    }
+
+    /// Launches one operation and gives the word sums of operands that `ask` names, as they were
+    /// read and as they were written. A device with the means forms them while it computes and
+    /// checks its products' arithmetic too; what does not add up is a `Corrupt`.
+    fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
+        sums::launch_in_passes(self, op, ask)
     }
 
     /// Waits until all launched work is done, at most `deadline`; past it the error is a `Hang`.

@@ -114,7 +114,7 @@ mod tests {
         let blocks = [[1_u8; 64], [2; 64], [3; 64]];
         let of = |order: [usize; 3]| {
             let mut whole = Blocks::default();
-            order.map(|index| whole.push(&blocks[index]));
+            order.iter().for_each(|&index| whole.push(&blocks[index]));
             whole.finish()
         };
         assert_ne!(of([0, 1, 2]), of([1, 0, 2]));

@@ -86,6 +86,8 @@ pub enum DeviceErrorKind {
     Hang,
     /// Memory returned an uncorrectable error.
     MemoryFault,
+    /// A result or a tensor in memory is provably not what it should be.
+    Corrupt,
     /// An allocation did not fit.
     OutOfMemory,
     /// The device cannot do this operation.
@@ -135,7 +137,7 @@ impl DeviceError {
     pub fn remedy(&self) -> Remedy {
         match self.kind {
             DeviceErrorKind::Lost | DeviceErrorKind::Hang => Remedy::RestartWorker,
-            DeviceErrorKind::MemoryFault => Remedy::Quarantine,
+            DeviceErrorKind::MemoryFault | DeviceErrorKind::Corrupt => Remedy::Quarantine,
             DeviceErrorKind::OutOfMemory => Remedy::ReduceMemory,
             DeviceErrorKind::Unsupported => Remedy::UseOtherDevice,
             DeviceErrorKind::LinkDown => Remedy::Reconnect,

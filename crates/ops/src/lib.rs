@@ -15,6 +15,7 @@ pub mod dtype;
 pub mod error;
 pub mod op;
 pub mod philox;
+pub mod sums;
 pub mod tolerance;
 pub mod view;
 

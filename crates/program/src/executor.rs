@@ -7,8 +7,10 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use pontoon_ops::{Backend, BufferId, DeviceInfo, Op, Support, View};
+use pontoon_ops::sums::Sums;
+use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View};
 
+use crate::checks::{Checks, End, Slot, Step};
 use crate::error::ProgramError;
 use crate::plan::Plan;
 use crate::program::{BufferKind, Program};
@@ -67,6 +69,7 @@ pub struct Executor {
     outputs: HashMap<String, View>,
     plan: Plan,
     arena: BufferId,
+    checks: Checks,
 }
 
 /// Which physical buffers a program runs on, where they are not found by name.
@@ -119,6 +122,10 @@ impl Executor {
         for view in ops.iter_mut().flat_map(Op::views_mut) {
             *view = places.physical(view);
         }
+        let mut checks = Checks::new(program);
+        for slot in &mut checks.slots {
+            slot.view = places.physical(&slot.view);
+        }
         let ports = |ports: &std::collections::BTreeMap<String, View>| {
             ports.iter().map(|(name, view)| (name.clone(), places.physical(view))).collect()
         };
@@ -129,6 +136,7 @@ impl Executor {
             outputs: ports(&program.outputs),
             plan,
             arena,
+            checks,
         })
     }
 
@@ -147,6 +155,89 @@ impl Executor {
     /// Launches every operation in order; does not wait.
     pub fn run(&self, backend: &mut dyn Backend) -> Result<(), ProgramError> {
         Ok(backend.launch_all(&self.ops)?)
+    }
+
+    /// Launches every operation with checks: products must add up, and every tensor must still be at
+    /// its last use what it was when it was written; what is not is a `Corrupt` that names it.
+    /// Gives the word sums of the persistent buffers it wrote, as they were written.
+    pub fn run_checked(
+        &self,
+        backend: &mut dyn Backend,
+    ) -> Result<Vec<(BufferId, u32)>, ProgramError> {
+        let mut sums = vec![0; self.checks.slots.len()];
+        for (index, (op, step)) in self.ops.iter().zip(&self.checks.steps).enumerate() {
+            self.check(backend, &step.before, &sums, index)?;
+            let found = match step.ask.is_empty() {
+                true => backend.launch(op).map(|()| Sums::default()),
+                false => backend.launch_summed(op, step.ask),
+            };
+            self.settle(step, &found?, &mut sums, index)?;
+            let again = self.sums(backend, &step.after)?;
+            step.after.iter().zip(again).for_each(|(slot, sum)| sums[*slot] = sum);
+        }
+        let slots = self.checks.slots.iter().enumerate();
+        let read_by_host: Vec<usize> =
+            slots.clone().filter(|(_, slot)| slot.end == End::Checked).map(|of| of.0).collect();
+        self.check(backend, &read_by_host, &sums, self.ops.len())?;
+        let mut alive: Vec<(BufferId, u32)> = Vec::new();
+        for (index, slot) in slots.filter(|(_, slot)| slot.end == End::HandedOut) {
+            let sum = sums[index];
+            match alive.iter_mut().find(|(buffer, _)| *buffer == slot.view.buffer) {
+                Some((_, whole)) => *whole = whole.wrapping_add(sum),
+                None => alive.push((slot.view.buffer, sum)),
+            }
+        }
+        Ok(alive)
+    }
+
+    /// Compares what an operation read with what was written, and notes what it wrote.
+    fn settle(
+        &self,
+        step: &Step,
+        found: &Sums,
+        sums: &mut [u32],
+        index: usize,
+    ) -> Result<(), ProgramError> {
+        for &(operand, slot) in &step.read {
+            if found.read[operand] != sums[slot] {
+                return Err(self.changed(slot, index));
+            }
+        }
+        step.written.iter().for_each(|(operand, slot)| sums[*slot] = found.written[*operand]);
+        Ok(())
+    }
+
+    fn sums(&self, backend: &mut dyn Backend, slots: &[usize]) -> Result<Vec<u32>, DeviceError> {
+        if slots.is_empty() {
+            return Ok(Vec::new());
+        }
+        let views: Vec<View> = slots.iter().map(|slot| self.checks.slots[*slot].view).collect();
+        backend.sums(&views)
+    }
+
+    fn check(
+        &self,
+        backend: &mut dyn Backend,
+        slots: &[usize],
+        sums: &[u32],
+        index: usize,
+    ) -> Result<(), ProgramError> {
+        let found = self.sums(backend, slots)?;
+        match slots.iter().zip(found).find(|(slot, sum)| sums[**slot] != *sum) {
+            Some((slot, _)) => Err(self.changed(*slot, index)),
+            None => Ok(()),
+        }
+    }
+
+    fn changed(&self, slot: usize, reader: usize) -> ProgramError {
+        let Slot { writer: (place, op, operand), .. } = &self.checks.slots[slot];
+        let reader = match self.ops.get(reader) {
+            Some(op) => format!("operation {reader} ({:?})", op.name()),
+            None => "the end".to_owned(),
+        };
+        let text =
+            format!("`{operand}` of operation {place} ({op:?}) changed in memory before {reader}");
+        DeviceError::new(DeviceErrorKind::Corrupt, text).into()
     }
 
     /// Launches every operation and waits for the end.

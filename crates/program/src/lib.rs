@@ -7,6 +7,7 @@
 
 mod autodiff;
 mod builder;
+mod checks;
 mod error;
 mod executor;
 mod parameters;

@@ -4,21 +4,24 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
+use axum::http::StatusCode;
 use pontoon_models::{ChatTemplate, SamplingSettings, Tokenizer};
 use serde_json::Value;
 
 use crate::engine::request::ConstraintSource;
 use crate::metrics::Metrics;
 use crate::openai::errors::ApiError;
-use crate::openai::fields::wrong;
+use crate::openai::fields::{whole, wrong};
 use crate::openai::responses::Kept;
+use crate::openai::settings::Around;
 use crate::pool::Pool;
+use crate::seats::{Refused, Seat, Seats};
 use crate::text::grammar::{Grammars, Guide, Vocabulary};
-use crate::text::splitter::ToolFormat;
 use crate::text::token_bytes::TokenBytes;
+use crate::text::tool_call::ToolFormat;
 
 /// What requests may cost before anything is computed for them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +30,10 @@ pub struct Limits {
     pub body_bytes: usize,
     /// How long a body may take to arrive.
     pub body_time: Duration,
+    /// How long a request may take from its arrival to its last token.
+    pub answer_time: Duration,
+    /// Requests that are answered or wait at the same time.
+    pub requests: usize,
     /// How long requests may go on after the server was told to stop.
     pub drain_time: Duration,
 }
@@ -37,6 +44,10 @@ impl Default for Limits {
             // A context of a million tokens is a few megabytes of text.
             body_bytes: 16 << 20,
             body_time: Duration::from_secs(30),
+            // Clients of OpenAI give up after ten minutes by themselves.
+            answer_time: Duration::from_secs(600),
+            // Each waiting one holds its prompt and a connection; this is many batches ahead.
+            requests: 4096,
             drain_time: Duration::from_secs(30),
         }
     }
@@ -58,6 +69,8 @@ pub struct AppParts {
     pub limits: Limits,
     /// How to draw where a request does not say.
     pub sampling_defaults: SamplingSettings,
+    /// Origins whose pages may ask from a browser, or `*` for all; empty for none.
+    pub cors_origins: Vec<String>,
 }
 
 /// A server's state.
@@ -69,11 +82,12 @@ pub struct App {
     pub(crate) api_keys: Vec<String>,
     pub(crate) limits: Limits,
     pub(crate) sampling_defaults: SamplingSettings,
+    pub(crate) cors_origins: Vec<String>,
     pub(crate) end_tokens: Vec<u32>,
     pub(crate) tool_format: ToolFormat,
     pub(crate) metrics: Metrics,
     pub(crate) created: u64,
-    pub(crate) draining: AtomicBool,
+    pub(crate) seats: Arc<Seats>,
     pub(crate) responses: Kept,
     token_bytes: TokenBytes,
     grammars: Grammars,
@@ -99,17 +113,33 @@ impl App {
             api_keys,
             limits,
             sampling_defaults: parts.sampling_defaults,
+            cors_origins: parts.cors_origins,
             end_tokens,
             tool_format: if deepseek { ToolFormat::DeepSeek } else { ToolFormat::Qwen },
             metrics: Metrics::default(),
             created: unix_seconds(),
-            draining: AtomicBool::new(false),
+            seats: Arc::default(),
             responses: Kept::default(),
             token_bytes,
             grammars: Grammars::default(),
             random: RandomState::new(),
             numbers: AtomicU64::new(0),
         }
+    }
+
+    /// A place among the requests that are answered.
+    pub(crate) fn seat(&self) -> Result<Seat, ApiError> {
+        self.seats.take(self.limits.requests).map_err(|refused| match refused {
+            Refused::Stopping => {
+                let message = "the server is stopping; ask another one";
+                ApiError::status(StatusCode::SERVICE_UNAVAILABLE, message).code("stopping")
+            }
+            Refused::Full => {
+                let most = self.limits.requests;
+                let message = format!("{most} requests are being answered; ask again later");
+                ApiError::status(StatusCode::TOO_MANY_REQUESTS, message).code("too_many_requests")
+            }
+        })
     }
 
     /// Tokens that exist.
@@ -140,15 +170,23 @@ impl App {
     /// A token id of a request.
     pub(crate) fn token(&self, value: &Value, name: &str) -> Result<u32, ApiError> {
         let most = self.vocabulary();
-        match value.as_u64().filter(|&id| id < most as u64) {
+        match whole(value).filter(|&id| id < most as u64) {
             Some(id) => Ok(id as u32),
             None => Err(wrong(name, &format!("a token id from 0 to {}", most - 1), value)),
         }
     }
 
-    /// A text's tokens, with what the tokenizer puts around a document.
-    pub(crate) fn encode(&self, text: &str, name: &str) -> Result<Vec<u32>, ApiError> {
-        let tokens = self.tokenizer.encode_as_document(text);
+    /// A text's tokens.
+    pub(crate) fn encode(
+        &self,
+        text: &str,
+        name: &str,
+        around: Around,
+    ) -> Result<Vec<u32>, ApiError> {
+        let tokens = match around {
+            Around::Document => self.tokenizer.encode_as_document(text),
+            Around::Nothing => self.tokenizer.encode(text),
+        };
         tokens.map_err(|error| ApiError::field(name, error.to_string()))
     }
 

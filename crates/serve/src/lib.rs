@@ -10,6 +10,8 @@ pub mod error;
 mod metrics;
 mod openai;
 pub mod pool;
+mod routes;
+mod seats;
 mod server;
 mod text;
 

@@ -493,3 +493,152 @@ fn a_stream_goes_on_byte_for_byte_when_its_device_dies() {
     }
     assert!(server.metric("pontoon:request_moved_total") > 0.0);
 }
+
+/// The parts of a streamed chat's call: its name and the pieces of its arguments.
+fn streamed_call(events: &[String]) -> (String, Vec<String>) {
+    let (mut name, mut pieces) = (String::new(), Vec::new());
+    for event in events {
+        let Ok(value) = serde_json::from_str::<Value>(event) else { continue };
+        let function = &value["choices"][0]["delta"]["tool_calls"][0]["function"];
+        name += function["name"].as_str().unwrap_or_default();
+        pieces.extend(function["arguments"].as_str().map(str::to_owned));
+    }
+    (name, pieces)
+}
+
+#[test]
+fn a_calls_arguments_are_streamed_as_they_are_written() {
+    let server = server();
+    let schema = json!({ "type": "object", "properties": {
+        "north": { "type": "boolean" }, "steps": { "type": "integer", "maximum": 9999 },
+    }, "required": ["north", "steps"], "additionalProperties": false });
+    let mut body = json!({
+        "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 200, "seed": 3,
+        "tools": [{ "type": "function", "function": { "name": "go", "parameters": schema } }],
+        "tool_choice": { "type": "function", "function": { "name": "go" } },
+    });
+    let whole = server.post("/v1/chat/completions", &body);
+    let call = whole["choices"][0]["message"]["tool_calls"][0]["function"].clone();
+    body["stream"] = true.into();
+    let (name, pieces) = streamed_call(&server.events("/v1/chat/completions", &body));
+    assert_eq!(name, "go");
+    assert_eq!(pieces.concat(), call["arguments"].as_str().unwrap());
+    assert!(pieces.len() > 3, "{pieces:?}");
+}
+
+#[test]
+fn a_server_that_stops_says_so_until_what_runs_has_ended() {
+    let mut server = server();
+    let body = json!({ "prompt": "A bridge", "max_tokens": 400, "stream": true }).to_string();
+    let mut stream = server.send("POST", "/v1/completions", &[], &body);
+    let mut first = [0_u8; 1];
+    std::io::Read::read_exact(&mut stream, &mut first).unwrap();
+    assert_eq!(server.get("/ready").0, 200);
+    server.stop.send(()).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while server.get("/ready").0 != 503 {
+        assert!(Instant::now() < deadline, "it does not say that it stops");
+    }
+    assert_eq!(server.get("/health").0, 200);
+    let (status, error) = server.fails("/v1/completions", &json!({ "prompt": "x" }));
+    assert_eq!((status, &error["code"]), (503, &"stopping".into()));
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut stream, &mut rest).unwrap();
+    assert!(rest.contains("data: [DONE]"), "{rest}");
+    server.thread.take().unwrap().join().unwrap();
+}
+
+#[test]
+fn requests_beyond_the_limits_of_number_and_time_are_refused() {
+    let small = Small::new();
+    let pool = small.pool(&["a"], small.options(), &Faults::none());
+    let limits = Limits { requests: 1, ..Limits::default() };
+    let server = small.server_with(pool, Vec::new(), limits);
+    // The longest answer there is: its client leaves before it ends.
+    let mut body = json!({ "prompt": "A bridge", "max_tokens": 500, "n": 64, "stream": true });
+    let mut stream = server.send("POST", "/v1/completions", &[], &body.to_string());
+    let mut first = [0_u8; 1];
+    std::io::Read::read_exact(&mut stream, &mut first).unwrap();
+    let (status, error) = server.fails("/v1/completions", &json!({ "prompt": "x" }));
+    assert_eq!((status, &error["type"]), (429, &"rate_limit_error".into()));
+    drop(stream);
+    let pool = small.pool(&["a"], small.options(), &Faults::none());
+    let limits = Limits { answer_time: Duration::from_millis(50), ..Limits::default() };
+    let server = small.server_with(pool, Vec::new(), limits);
+    let events = server.events("/v1/completions", &body);
+    let error: Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
+    assert_eq!(error["error"]["code"], "timeout", "{error}");
+    assert_eq!(events.last().unwrap(), "[DONE]");
+    body["stream"] = false.into();
+    let (status, error) = server.fails("/v1/completions", &body);
+    assert_eq!((status, &error["code"]), (504, &"timeout".into()));
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while server.metric("vllm:kv_cache_usage_perc") > 0.0 {
+        assert!(Instant::now() < deadline, "blocks are still in use");
+    }
+}
+
+#[test]
+fn browsers_of_other_origins_are_let_in_only_if_named() {
+    let hello = ["origin: https://example.org"];
+    let (head, _) = server().head("GET", "/v1/models", &hello);
+    assert!(!head.contains("access-control"), "{head}");
+    let small = Small { cors_origins: vec!["https://example.org".to_owned()], ..Small::new() };
+    let server = small.server(small.pool(&["a"], small.options(), &Faults::none()));
+    let (head, _) = server.head("GET", "/v1/models", &hello);
+    assert!(head.contains("access-control-allow-origin: https://example.org"), "{head}");
+    let (head, status) = server.head("OPTIONS", "/v1/chat/completions", &hello);
+    assert!(status == 204 && head.contains("access-control-allow-headers"), "{head}");
+    let (head, _) = server.head("GET", "/v1/models", &["origin: https://other.org"]);
+    assert!(!head.contains("access-control"), "{head}");
+}
+
+#[test]
+fn metrics_have_the_names_that_dashboards_know() {
+    let server = server();
+    let body = json!({ "prompt": "A bridge", "max_tokens": 9, "n": 2 });
+    let value = server.post("/v1/completions", &body);
+    assert_eq!(server.metric("vllm:generation_tokens_total"), 18.0);
+    assert_eq!(server.metric("vllm:request_success_total"), 2.0);
+    let prompt = value["usage"]["prompt_tokens"].as_f64().unwrap();
+    assert_eq!(server.metric("vllm:request_prompt_tokens_sum"), prompt);
+    assert_eq!(server.metric("vllm:request_generation_tokens_sum"), 18.0);
+    assert_eq!(server.metric("vllm:inter_token_latency_seconds_count"), 16.0);
+    for name in ["time_to_first_token", "e2e_request_latency", "request_queue_time"] {
+        assert_eq!(server.metric(&format!("vllm:{name}_seconds_count")), 1.0, "{name}");
+    }
+    let (_, page) = server.get("/metrics");
+    assert!(page.contains("vllm:num_requests_running{model_name=\"small\",engine=\"0\""), "{page}");
+}
+
+#[test]
+fn what_contradicts_itself_is_refused() {
+    let server = server();
+    let hi = json!([{ "role": "user", "content": "hi" }]);
+    let chat = "/v1/chat/completions";
+    let cases = [
+        (chat, json!({ "messages": hi, "top_logprobs": 2 }), "logprobs"),
+        (chat, json!({ "messages": hi, "stream_options": {} }), "stream_options"),
+        (chat, json!({ "messages": hi, "user": 1 }), "user"),
+        ("/v1/completions", json!({ "prompt": vec!["x"; 1000], "n": 2 }), "n"),
+        ("/v1/responses", json!({ "input": "x", "background": true, "stream": true }), "stream"),
+        ("/v1/responses", json!({ "input": "x", "background": true, "store": false }), "store"),
+    ];
+    for (path, body, param) in cases {
+        let (status, error) = server.fails(path, &body);
+        assert_eq!((status, &error["param"]), (400, &param.into()), "{body}: {error}");
+    }
+}
+
+#[test]
+fn a_response_tells_what_it_was_asked() {
+    let server = server();
+    let message = json!({ "role": "user", "content": "hi" });
+    let body = json!({ "input": [message], "max_output_tokens": 2 });
+    let value = server.post("/v1/responses", &body);
+    let id = value["id"].as_str().unwrap();
+    let (_, text) = server.get(&format!("/v1/responses/{id}/input_items"));
+    let list: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(list["data"][0]["content"][0]["text"], "hi");
+    assert_eq!(list["first_id"], list["data"][0]["id"]);
+}

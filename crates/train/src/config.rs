@@ -129,6 +129,8 @@ pub struct FleetSection {
     pub audit: f64,
     /// Seconds of silence after which a worker is taken for hung, or "auto".
     pub hang_after: HangSetting,
+    /// Whether products and tensors in memory are checked while they are computed with.
+    pub checks: bool,
 }
 
 /// `fleet.hang_after`
@@ -243,6 +245,7 @@ impl Default for FleetSection {
             workers: None,
             audit: 0.0,
             hang_after: HangSetting::Word("auto".to_owned()),
+            checks: true,
         }
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use pontoon_fleet::FleetError;
 use pontoon_models::ModelError;
-use pontoon_ops::DeviceError;
+use pontoon_ops::{DeviceError, DeviceErrorKind};
 use pontoon_program::ProgramError;
 
 /// A failure of a run.
@@ -80,4 +80,21 @@ pub enum TrainError {
     /// The run's state on disk.
     #[error(transparent)]
     Fleet(#[from] FleetError),
+}
+
+impl TrainError {
+    /// The device's failure, if it is one.
+    pub fn device(&self) -> Option<&DeviceError> {
+        match self {
+            TrainError::Device(error) | TrainError::Program(ProgramError::Device(error)) => {
+                Some(error)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a check found a wrong result or a changed tensor.
+    pub fn is_corrupt(&self) -> bool {
+        self.device().is_some_and(|error| error.kind == DeviceErrorKind::Corrupt)
+    }
 }

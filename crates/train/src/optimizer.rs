@@ -3,8 +3,13 @@
 //! All parameters of a class are one range, so a step is a handful of operations. The state's
 //! names in snapshots are those of the buffers. Read next: `step.rs`.
 
+use pontoon_fleet::protocol::Rates;
 use pontoon_models::{HostWeights, Model};
-use pontoon_ops::{AdamW, Backend, BufferId, DType, Muon, Op, SumSquares, View, hyper};
+use pontoon_ops::sums::Ask;
+use pontoon_ops::{
+    AdamW, Backend, BufferId, DType, DeviceError, DeviceErrorKind, Muon, Op, SumSquares, View,
+    hyper,
+};
 use pontoon_program::{Class, Memory, ProgramError};
 
 use crate::balance::Balance;
@@ -37,15 +42,6 @@ pub(crate) struct Optimizer {
     sum: BufferId,
     masters: BufferId,
     balance: Option<Balance>,
-}
-
-/// What an update was done with.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Applied {
-    /// The learning rate.
-    pub lr: f64,
-    /// How uneven the experts' loads were, where the model balances them.
-    pub imbalance: Option<f64>,
 }
 
 impl Optimizer {
@@ -104,13 +100,15 @@ impl Optimizer {
         Ok(f64::from(sum[0]).sqrt())
     }
 
-    /// Applies the gradient, and the counts behind it, as step `step` (the first is 1).
+    /// Applies the gradient, and the counts behind it, as step `step` (the first is 1). A gradient
+    /// that is not the one of the word sum given is a `Corrupt`; then the state is spoilt.
     pub(crate) fn apply(
         &mut self,
         backend: &mut dyn Backend,
         step: u64,
         gradient_norm: f64,
-    ) -> Result<Applied, TrainError> {
+        gradient_sum: Option<u32>,
+    ) -> Result<Rates, TrainError> {
         let train = &self.train;
         let lr = learning_rate(train, step);
         let clip = train.clip;
@@ -134,15 +132,35 @@ impl Optimizer {
             }
             backend.upload(buffer, 0, bytemuck::cast_slice(&numbers))?;
         }
-        backend.launch_all(&self.ops)?;
-        let balanced = self.balance.as_mut().map(|balance| balance.apply(backend));
-        Ok(Applied { lr, imbalance: balanced.transpose()? })
+        let balanced = self.balance.as_mut().map(|balance| balance.apply(backend)).transpose()?;
+        let rates = Rates { lr, imbalance: balanced.map(|of| of.imbalance) };
+        let Some(wanted) = gradient_sum else {
+            backend.launch_all(&self.ops)?;
+            return Ok(rates);
+        };
+        let mut sum = balanced.map_or(0, |of| of.words);
+        for op in &self.ops {
+            let place = op.operands().iter().position(|operand| operand.name == "grad");
+            let place = place.expect("every update reads a gradient");
+            let ask = Ask { read: 1 << place, written: 0 };
+            sum = sum.wrapping_add(backend.launch_summed(op, ask)?.read[place]);
+        }
+        match sum == wanted {
+            true => Ok(rates),
+            false => Err(changed("the gradient", "it was applied").into()),
+        }
     }
 
     /// The buffer of the f32 weights.
     pub(crate) fn masters(&self) -> BufferId {
         self.masters
     }
+}
+
+/// A tensor in memory that is no longer what it was.
+pub(crate) fn changed(what: &str, before: &str) -> DeviceError {
+    let text = format!("{what} changed in memory before {before}");
+    DeviceError::new(DeviceErrorKind::Corrupt, text)
 }
 
 struct Buffers {

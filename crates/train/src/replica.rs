@@ -8,18 +8,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pontoon_fleet::exchange::{Exchange, Layout};
-use pontoon_fleet::protocol::{Area, DeviceFacts, Node, Publish, Source, StateDigest, Trouble};
+use pontoon_fleet::protocol::{
+    Area, DeviceFacts, Node, Publish, Rates, Source, StateDigest, Trouble,
+};
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
 use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replica};
 use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
-use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support};
-use pontoon_program::ProgramError;
+use pontoon_ops::sums::{Ask, Sums, of_row};
+use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View};
 
 use crate::config::RunConfig;
 use crate::data::Batch;
 use crate::error::TrainError;
+use crate::optimizer::changed;
 use crate::run_files::{restore_moments, restore_weights, samples};
 use crate::step::TrainingState;
 use crate::trainer::{Data, model_of};
@@ -195,11 +198,15 @@ impl<'a> TrainingReplica<'a> {
             Publish::Local => 0,
             Publish::Shared => {
                 let slot = self.layout.slot(node.first);
-                let mut digest = Blocks::default();
+                let (mut digest, mut words) = (Blocks::default(), 0_u32);
                 pieces(&mut self.backend, sum, &mut self.piece, |at, piece| {
                     digest.push(piece);
+                    words = words.wrapping_add(of_row(piece));
                     self.run.exchange.write(slot + at as u64, piece).map_err(TrainError::Exchange)
                 })?;
+                if state.gradient_sum().is_some_and(|sum| sum != words) {
+                    return Err(changed("the gradient", "it was published").into());
+                }
                 digest.finish()
             }
         };
@@ -215,11 +222,14 @@ impl<'a> TrainingReplica<'a> {
         let mut read = Vec::with_capacity(nodes.len());
         let (exchange, piece) = (&self.run.exchange, &mut self.piece);
         let mut fill = |backend: &mut dyn Backend, index: usize, buffer: BufferId| {
-            let mut digest = Blocks::default();
+            let (mut digest, mut words) = (Blocks::default(), 0_u32);
             let slot = self.layout.slot(nodes[index].first);
-            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| digest.push(piece))?;
+            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| {
+                digest.push(piece);
+                words = words.wrapping_add(of_row(piece));
+            })?;
             read.push(digest.finish());
-            Ok(())
+            Ok(words)
         };
         state.sum(&mut self.backend, &counts, &mut fill)?;
         let sum = (state.gradient_buffer(0), bytes);
@@ -296,10 +306,10 @@ impl Replica for TrainingReplica<'_> {
         self.sum_up(nodes).map_err(fault)
     }
 
-    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault> {
+    fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault> {
         let state = loaded(&mut self.state);
-        let lr = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
-        Ok((lr, self.digest_state().map_err(fault)?))
+        let rates = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
+        Ok((rates, self.digest_state().map_err(fault)?))
     }
 
     fn export(&mut self, area: Area) -> Result<u64, Fault> {
@@ -317,14 +327,12 @@ fn loaded(state: &mut Option<TrainingState>) -> &mut TrainingState {
 
 fn fault(error: TrainError) -> Fault {
     let text = error.to_string();
-    let device = match error {
-        TrainError::Device(error) | TrainError::Program(ProgramError::Device(error)) => error,
-        _ => return Fault { trouble: Trouble::Run, text },
-    };
+    let Some(device) = error.device() else { return Fault { trouble: Trouble::Run, text } };
     let trouble = match device.kind {
         DeviceErrorKind::Lost => Trouble::Lost,
         DeviceErrorKind::Hang => Trouble::Hang,
         DeviceErrorKind::MemoryFault => Trouble::MemoryFault,
+        DeviceErrorKind::Corrupt => Trouble::Corrupt,
         DeviceErrorKind::OutOfMemory => Trouble::OutOfMemory,
         DeviceErrorKind::LinkDown => Trouble::LinkDown,
         DeviceErrorKind::Unsupported | DeviceErrorKind::BadArgument => Trouble::Run,
@@ -429,6 +437,22 @@ impl Backend for Watched<'_> {
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
         self.begin();
         let result = self.inner.launch(op);
+        self.tell(result)
+    }
+
+    fn sums_in_place(&self) -> bool {
+        self.inner.sums_in_place()
+    }
+
+    fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
+        self.begin();
+        let result = self.inner.sums(views);
+        self.tell(result)
+    }
+
+    fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
+        self.begin();
+        let result = self.inner.launch_summed(op, ask);
         self.tell(result)
     }
 

@@ -6,10 +6,12 @@
 
 use std::time::Duration;
 
+use pontoon_fleet::protocol::Rates;
 use pontoon_fleet::snapshot::{ElementType, TensorRef};
 use pontoon_fleet::world::Clock;
 use pontoon_models::{BatchShape, HostWeights, Model};
 use pontoon_ops::cost::cost;
+use pontoon_ops::sums::Ask;
 use pontoon_ops::{Add, Backend, BufferId, DType, Op, OpName, View};
 use pontoon_program::{Executor, Memory, Program};
 
@@ -17,7 +19,7 @@ use crate::config::{RunConfig, TrainSection};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
-use crate::optimizer::{Applied, FIRST, GRADIENT, Optimizer, SECOND, download};
+use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, changed, download};
 
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
@@ -25,6 +27,13 @@ const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
 /// What is done with the gradient buffer of a leaf or subtree.
 pub(crate) type WithBuffer<'a> =
     dyn FnMut(&mut dyn Backend, usize, BufferId) -> Result<(), TrainError> + 'a;
+
+/// Fills a gradient buffer with a subtree's gradient; gives its word sum.
+pub(crate) type FillBuffer<'a> =
+    dyn FnMut(&mut dyn Backend, usize, BufferId) -> Result<u32, TrainError> + 'a;
+
+/// A step whose computation is found wrong this often is given up.
+const TRIES: usize = 3;
 
 /// Buffers and their bytes.
 pub(crate) type BufferSizes = Vec<(BufferId, usize)>;
@@ -43,6 +52,19 @@ pub struct TrainingState {
     loss: Vec<f32>,
     loss_weight: Vec<f32>,
     model_flops: f64,
+    /// The word sums of the gradient buffers as they were written, if they are checked.
+    sums: Option<Vec<u32>>,
+    /// What was found wrong and computed again, for whoever tells of it.
+    pub(crate) found: Vec<String>,
+}
+
+/// Whether products and tensors in memory are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checking {
+    /// They are not.
+    Off,
+    /// They are, where the device has the means.
+    On,
 }
 
 /// What a step did.
@@ -106,7 +128,7 @@ impl TrainingState {
         let scoring = Executor::load_with(backend, &mut memory, &scoring, &[], arena)?;
         assert!(scoring.plan().arena_bytes <= leaves[0].plan().arena_bytes);
         let elements = model.table.trainable_elements();
-        Ok(TrainingState {
+        let mut state = TrainingState {
             adds: adds(&memory, leaves.len(), model.table.gradient_elements()),
             memory,
             leaves,
@@ -117,7 +139,18 @@ impl TrainingState {
             loss: vec![0.0; rows],
             loss_weight: vec![0.0; rows],
             model_flops,
-        })
+            sums: None,
+            found: Vec::new(),
+        };
+        let checking = if config.fleet.checks { Checking::On } else { Checking::Off };
+        state.check(backend, checking);
+        Ok(state)
+    }
+
+    /// Decides whether the steps that follow are checked.
+    pub fn check(&mut self, backend: &dyn Backend, checking: Checking) {
+        let on = checking == Checking::On && backend.sums_in_place();
+        self.sums = on.then(|| vec![0; self.leaves.len()]);
     }
 
     /// The time of every operation of one micro-batch, launched one by one, in list order.
@@ -157,7 +190,14 @@ impl TrainingState {
         step: u64,
         batches: &[Batch],
     ) -> Result<StepResult, TrainError> {
-        let loss = self.gradient(backend, batches)?;
+        let loss = loop {
+            match self.gradient(backend, batches) {
+                Err(error) if self.found.len() < TRIES && error.is_corrupt() => {
+                    self.found.push(error.to_string());
+                }
+                loss => break loss?,
+            }
+        };
         let finite = |what, value: f64| match value.is_finite() {
             true => Ok(value),
             false => Err(TrainError::NonFinite { step, what, value, kept: step - 1 }),
@@ -165,7 +205,7 @@ impl TrainingState {
         let loss = finite("the loss", loss)?;
         let norm = self.optimizer.gradient_norm(backend)?;
         let gradient_norm = finite("the gradient's norm", norm)?;
-        let Applied { lr, imbalance } = self.optimizer.apply(backend, step, gradient_norm)?;
+        let Rates { lr, imbalance } = self.apply(backend, step, gradient_norm)?;
         Ok(StepResult { loss, gradient_norm, lr, imbalance })
     }
 
@@ -196,7 +236,7 @@ impl TrainingState {
         let mut sum = 0.0;
         for index in 0..self.moves.len() {
             match self.moves[index] {
-                Move::Add { buffer } => backend.launch(&self.adds[buffer])?,
+                Move::Add { buffer } => self.add(backend, buffer)?,
                 Move::Leaf { leaf, buffer } => {
                     sum += self.leaf(backend, buffer, &batches[leaf], weight)?;
                 }
@@ -219,7 +259,15 @@ impl TrainingState {
             *slot = if target < 0 { 0.0 } else { weight };
         }
         executor.write(backend, "loss_weight", bytemuck::cast_slice(&self.loss_weight))?;
-        executor.run(backend)?;
+        match &mut self.sums {
+            None => executor.run(backend)?,
+            Some(sums) => {
+                let written = executor.run_checked(backend)?;
+                let (gradients, _) = gradient(&self.memory, buffer);
+                let found = written.into_iter().find(|(of, _)| *of == gradients);
+                sums[buffer] = found.expect("a leaf writes its gradient").1;
+            }
+        }
         executor.read(backend, "loss", bytemuck::cast_slice_mut(&mut self.loss))?;
         Ok(total(&self.loss, batch))
     }
@@ -238,7 +286,7 @@ impl TrainingState {
         let mut losses = Vec::with_capacity(leaves.len());
         for move_ in moves(leaves.len()) {
             match move_ {
-                Move::Add { buffer } => backend.launch(&self.adds[buffer])?,
+                Move::Add { buffer } => self.add(backend, buffer)?,
                 Move::Leaf { leaf, buffer } => {
                     let leaf = leaves.start + leaf;
                     losses.push(self.leaf(backend, buffer, &batches[leaf], weight)?);
@@ -249,24 +297,46 @@ impl TrainingState {
         Ok(losses)
     }
 
+    /// Adds a gradient buffer and the one above it.
+    fn add(&mut self, backend: &mut dyn Backend, buffer: usize) -> Result<(), TrainError> {
+        let Some(sums) = &mut self.sums else {
+            return Ok(backend.launch(&self.adds[buffer])?);
+        };
+        let found =
+            backend.launch_summed(&self.adds[buffer], Ask { read: 0b11, written: 0b100 })?;
+        if found.read[..2] != sums[buffer..buffer + 2] {
+            return Err(changed("a gradient", "it was added to another").into());
+        }
+        sums[buffer] = found.written[2];
+        Ok(())
+    }
+
+    /// The word sum of the sum of gradients, if it is known.
+    pub(crate) fn gradient_sum(&self) -> Option<u32> {
+        self.sums.as_ref().map(|sums| sums[0])
+    }
+
     /// Sums subtrees, given in order with the number of their leaves, into the first gradient
     /// buffer; `fill` writes the subtree of an index into a buffer.
     pub(crate) fn sum(
         &mut self,
         backend: &mut dyn Backend,
         counts: &[u32],
-        fill: &mut WithBuffer<'_>,
+        fill: &mut FillBuffer<'_>,
     ) -> Result<(), TrainError> {
         let mut stack: Vec<u32> = Vec::new();
         for (index, &count) in counts.iter().enumerate() {
-            fill(backend, index, self.gradient_buffer(stack.len()))?;
+            let sum = fill(backend, index, self.gradient_buffer(stack.len()))?;
+            if let Some(sums) = &mut self.sums {
+                sums[stack.len()] = sum;
+            }
             stack.push(count);
             while let [.., left, right] = stack[..]
                 && left == right
             {
                 stack.pop();
                 *stack.last_mut().expect("it had two") = left + right;
-                backend.launch(&self.adds[stack.len() - 1])?;
+                self.add(backend, stack.len() - 1)?;
             }
         }
         Ok(())
@@ -274,8 +344,7 @@ impl TrainingState {
 
     /// One of the buffers along the tree; the first has the step's sum at its end.
     pub(crate) fn gradient_buffer(&self, index: usize) -> BufferId {
-        let found = self.memory.get(&format!("gradients.{index}"));
-        found.expect("every leaf's program has a gradient").0
+        gradient(&self.memory, index).0
     }
 
     /// The norm of the sum.
@@ -283,14 +352,14 @@ impl TrainingState {
         self.optimizer.gradient_norm(backend)
     }
 
-    /// Applies the sum; returns the learning rate.
+    /// Applies the sum.
     pub(crate) fn apply(
         &mut self,
         backend: &mut dyn Backend,
         step: u64,
         norm: f64,
-    ) -> Result<f64, TrainError> {
-        Ok(self.optimizer.apply(backend, step, norm)?.lr)
+    ) -> Result<Rates, TrainError> {
+        self.optimizer.apply(backend, step, norm, self.gradient_sum())
     }
 
     /// The buffers of the state that outlives a step, in the order in which it is copied, and
@@ -385,12 +454,14 @@ pub fn tensor_refs<'a>(
     slices.iter().map(tensor).collect()
 }
 
+/// One of the buffers along the tree, and its bytes.
+fn gradient(memory: &Memory, index: usize) -> (BufferId, usize) {
+    let found = memory.get(&format!("gradients.{index}"));
+    found.expect("every leaf's program has a gradient")
+}
+
 fn adds(memory: &Memory, count: usize, elements: usize) -> Vec<Op> {
-    let buffer = |index: usize| -> BufferId {
-        let found = memory.get(&format!("gradients.{index}"));
-        found.expect("every leaf's program has a gradient").0
-    };
-    let view = |index: usize| View::contiguous(buffer(index), DType::F32, [elements]);
+    let view = |index: usize| View::contiguous(gradient(memory, index).0, DType::F32, [elements]);
     debug_assert_eq!(GRADIENT, "gradients.0");
     let add = |index: usize| Add { a: view(index), b: view(index + 1), y: view(index) };
     (0..count - 1).map(|index| Op::from(add(index))).collect()

@@ -10,22 +10,25 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
+use pontoon_fleet::control::{Answer, Request};
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::SnapshotWriter;
+use pontoon_fleet::snapshot::{SnapshotWriter, place};
 use pontoon_fleet::supervisor::{
     Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Validation,
 };
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::{HostWeights, Model};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
+use serde_json::{Value, json};
 
 use crate::config::{HangSetting, NonFiniteName, RunConfig};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::replica::layout;
+use crate::requests::Requests;
 use crate::run_files::{Saving, SnapshotFrame, samples};
 use crate::step::{fits, model_flops};
 use crate::tensorboard::TensorBoard;
@@ -50,8 +53,7 @@ pub fn supervise(
     config.data.tokenizer = config.data.tokenizer.as_ref().map(|path| run.base.join(path));
     let data = Data::open(&config, &model, &run.base)?;
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
-    let to = config.snapshot.to.as_ref();
-    let snapshots = to.map_or_else(|| folder.snapshots(), |path| run.base.join(path));
+    let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
     if run.start == Start::Fresh {
         refuse_old_run(run, &snapshots)?;
@@ -70,6 +72,7 @@ pub fn supervise(
         newest: Mutex::new(None),
     };
     let (inputs, arrived) = mpsc::channel();
+    let requests = Requests::open(run, observer);
     let mut driver = Driver {
         run,
         config: &config,
@@ -77,6 +80,7 @@ pub fn supervise(
         saver: &saver,
         launcher,
         observer,
+        requests,
         inputs,
         links: devices.iter().map(|_| None).collect(),
         devices,
@@ -90,7 +94,22 @@ pub fn supervise(
         memory_bytes: 0,
     };
     let mut supervisor = Supervisor::new(settings(run, &config, devices));
-    let ending: Result<Ending, TrainError> = std::thread::scope(|scope| {
+    let ending = drive(&mut driver, &mut supervisor, &arrived);
+    // Workers end before the folder's lock is given up, whatever went wrong.
+    driver.links.clear();
+    let result = ending.and_then(|ending| driver.summary(ending, &supervisor));
+    driver.requests.ended(&result);
+    result
+}
+
+/// Hands every input to the supervisor and does what it asks for, until the run ends.
+fn drive(
+    driver: &mut Driver<'_>,
+    supervisor: &mut Supervisor,
+    arrived: &mpsc::Receiver<Input>,
+) -> Result<Ending, TrainError> {
+    let (run, saver) = (driver.run, driver.saver);
+    std::thread::scope(|scope| {
         let mut input = Input::Start;
         loop {
             if let Input::Report { report: Report::Injected { fault, .. }, .. } = &input {
@@ -103,19 +122,16 @@ pub fn supervise(
                 match output {
                     Output::End(ending) => return Ok(ending),
                     Output::Save { step, digest, numeric_class } => {
-                        let (saver, inputs) = (&saver, driver.inputs.clone());
+                        let inputs = driver.inputs.clone();
                         scope.spawn(move || saver.save(step, digest, &numeric_class, &inputs));
                     }
                     output => driver.obey(output)?,
                 }
             }
-            let silence = if run.stop.load(Ordering::Relaxed) { Input::Stop } else { Input::Tick };
+            let silence = if driver.stop(supervisor) { Input::Stop } else { Input::Tick };
             input = arrived.recv_timeout(TICK).unwrap_or(silence);
         }
-    });
-    // Workers end before the folder's lock is given up, whatever went wrong.
-    driver.links.clear();
-    driver.summary(ending?, &supervisor)
+    })
 }
 
 fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {
@@ -225,6 +241,7 @@ struct Driver<'a> {
     saver: &'a Saver<'a>,
     launcher: &'a mut dyn Launcher,
     observer: &'a mut dyn Observer,
+    requests: Requests,
     inputs: Sender<Input>,
     links: Vec<Option<Box<dyn Link>>>,
     devices: &'a [String],
@@ -242,6 +259,29 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
+    /// Answers what was asked; whether the run is to stop.
+    fn stop(&mut self, supervisor: &Supervisor) -> bool {
+        while let Some(asked) = self.requests.next() {
+            let answer = match &asked.request {
+                Request::Move { .. } => Answer::refused("a live run cannot be moved yet"),
+                Request::Stop | Request::Status => self.status(supervisor),
+            };
+            asked.answer(answer);
+        }
+        self.requests.stop() || self.run.stop.load(Ordering::Relaxed)
+    }
+
+    fn status(&self, supervisor: &Supervisor) -> Answer {
+        let (step, steps) = (supervisor.step(), self.config.train.steps);
+        let workers: Vec<Value> = supervisor.workers().iter().map(|of| json!(of)).collect();
+        Answer::done(format!("step {step} of {steps}"))
+            .with("step", step)
+            .with("steps", steps)
+            .with("goodput", supervisor.goodput())
+            .with("faults", supervisor.faults())
+            .with("workers", workers)
+    }
+
     fn obey(&mut self, output: Output) -> Result<(), TrainError> {
         match output {
             Output::Launch { worker, incarnation, step } => {
@@ -313,13 +353,13 @@ impl Driver<'_> {
             tokens: step.step * tokens,
             loss: step.losses.iter().sum::<f64>() / valid.max(1) as f64,
             grad_norm: step.norm,
-            lr: step.lr,
+            lr: step.rates.lr,
             tokens_per_s: tokens as f64 / seconds.max(1e-9),
             step_ms: seconds * 1e3,
             mfu: self.run.peak_flops.map(|peak| self.flops / seconds.max(1e-9) / peak),
             goodput: step.goodput,
             workers: step.workers,
-            imbalance: None,
+            imbalance: step.rates.imbalance,
             valid_loss: step.valid_loss,
         };
         self.done.step = step.step;
@@ -335,6 +375,7 @@ impl Driver<'_> {
             ("speed/tokens_per_s", metrics.tokens_per_s),
             ("speed/goodput", metrics.goodput),
         ];
+        scalars.extend(metrics.imbalance.map(|share| ("train/imbalance", share)));
         scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
         let unix = self.run.clock.unix_time().as_secs_f64();
         self.board.scalars(unix, metrics.step, &scalars)?;

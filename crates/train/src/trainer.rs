@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, weights_blake3};
+use pontoon_fleet::snapshot::{Snapshot, SnapshotWriter, is_url, place, weights_blake3};
 use pontoon_fleet::supervisor::SKIPS;
-use pontoon_fleet::world::{Clock, Disk};
+use pontoon_fleet::world::{Clock, Control, Disk};
 use pontoon_models::{HostWeights, Model, ModelConfig, Tokenizer, Weights, preset};
 use pontoon_ops::Backend;
 use serde::Serialize;
@@ -20,6 +21,7 @@ use serde::Serialize;
 use crate::config::{NonFiniteName, RunConfig};
 use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
+use crate::requests::Requests;
 use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
 use crate::step::{StepResult, TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
@@ -42,6 +44,8 @@ pub struct Run<'a> {
     pub disk: &'a dyn Disk,
     /// The clock.
     pub clock: &'a dyn Clock,
+    /// Where people reach it while it lives.
+    pub control: &'a dyn Control,
 }
 
 /// How a run begins.
@@ -61,6 +65,8 @@ pub trait Observer {
     fn step(&mut self, metrics: &Metrics);
     /// Something worth a line.
     fn event(&mut self, event: &Event);
+    /// A line that is no event of the run.
+    fn note(&mut self, line: &str);
 }
 
 /// What will be trained.
@@ -173,7 +179,7 @@ pub fn train(
     config.data.tokenizer = config.data.tokenizer.as_ref().map(absolute);
     let data = Data::open(&config, &model, &run.base)?;
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
-    let snapshots = config.snapshot.to.as_ref().map_or_else(|| folder.snapshots(), absolute);
+    let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
     let mut events = EventLog::open(run.disk, run.clock, &folder.events())?;
     let snapshot = match run.start {
@@ -203,14 +209,18 @@ pub fn train(
         writer: &writer,
         metrics,
         events,
+        requests: Requests::open(run, observer),
         observer,
         step,
         saved: None,
         skips: 0,
+        faults: 0,
         last: Last::default(),
     };
     session.begin(backend)?;
-    session.go(backend)
+    let result = session.go(backend);
+    session.requests.ended(&result);
+    result
 }
 
 pub(crate) fn refuse_old_run(
@@ -249,6 +259,8 @@ pub(crate) fn write_settings(run: &Run<'_>, config: &RunConfig) -> Result<(), Tr
     config.data.valid = config.data.valid.iter().map(absolute).collect();
     config.model.config = config.model.config.map(|path| run.base.join(path));
     config.model.init = config.model.init.map(|path| run.base.join(path));
+    let to = config.snapshot.to.take();
+    config.snapshot.to = to.map(|to| if is_url(&to) { to } else { run.base.join(to) });
     let write = || -> std::io::Result<()> {
         let mut file = run.disk.create_file(&temporary)?;
         file.write_all(config.to_toml().as_bytes())?;
@@ -314,10 +326,13 @@ struct Session<'a> {
     events: EventLog<'a>,
     board: TensorBoard,
     observer: &'a mut dyn Observer,
+    requests: Requests,
     step: u64,
     saved: Option<u64>,
     /// Steps skipped in a row.
     skips: u32,
+    /// Wrong results found by checks.
+    faults: u64,
     last: Last,
 }
 
@@ -344,7 +359,7 @@ impl Session<'_> {
         let begun = self.run.clock.now();
         let mut batches = vec![Batch::default(); self.config.train.micro_batches];
         let steps = self.config.train.steps;
-        while self.step < steps && !self.run.stop.load(Ordering::Relaxed) {
+        while self.step < steps && !self.stop() {
             let done = self.one_step(backend, &mut batches, begun);
             if let Err(TrainError::NonFinite { .. }) = done {
                 // Nothing was applied: the state before the step is worth keeping.
@@ -374,11 +389,34 @@ impl Session<'_> {
             weights_blake3: hash,
             tokens_per_s: self.last.tokens as f64 / useful.max(1e-9),
             goodput: useful / wall.as_secs_f64().max(1e-9),
-            faults: 0,
+            faults: self.faults,
             dir: self.run.dir.clone(),
             finished,
             lost_s: BTreeMap::new(),
         })
+    }
+
+    /// Answers what was asked since the last step; whether the run is to stop.
+    fn stop(&mut self) -> bool {
+        while let Some(asked) = self.requests.next() {
+            let answer = self.answer(&asked);
+            asked.answer(answer);
+        }
+        self.requests.stop() || self.run.stop.load(Ordering::Relaxed)
+    }
+
+    fn answer(&self, asked: &Asked) -> Answer {
+        match asked.request {
+            Request::Move { .. } => Answer::refused(
+                "this run computes in its own process and cannot be moved while it lives: start \
+                 it with --workers, or stop it and go on with --resume --device DEV",
+            ),
+            Request::Stop | Request::Status => {
+                let (step, steps) = (self.step, self.config.train.steps);
+                let answer = Answer::done(format!("step {step} of {steps}"));
+                answer.with("step", step).with("steps", steps)
+            }
+        }
     }
 
     fn may_skip(&self) -> bool {
@@ -412,6 +450,12 @@ impl Session<'_> {
                 result?
             }
         };
+        for cause in std::mem::take(&mut self.state.found) {
+            let action = Some("computed again".to_owned());
+            let event = Event::new(step, EventKind::Corrupt);
+            self.tell(Event { cause: Some(cause), action, ..event })?;
+            self.faults += 1;
+        }
         let now = self.run.clock.now();
         let taken = now.duration_since(started);
         self.step = step;

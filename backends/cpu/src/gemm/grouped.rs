@@ -3,7 +3,7 @@
 //! Each group is an ordinary product, so the bits rule carries over: a row's result does not depend
 //! on which rows share its group.
 
-use super::{Data, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
+use super::{Data, GemmArgs, Layout, Matrix, MatrixMut, Store, WrongColumn, gemm, gemm_checked};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::Isa;
@@ -37,7 +37,27 @@ pub struct GroupedGemmArgs<'a> {
 /// Computes the products of all groups.
 ///
 /// Panics if the offsets are not ascending or an operand is smaller than its shape.
-pub fn grouped_gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, mut args: GroupedGemmArgs<'_>) {
+pub fn grouped_gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, args: GroupedGemmArgs<'_>) {
+    each_group(args, |one| gemm(pool, isa, scratch, one));
+}
+
+/// The same with every group's product checked as [`gemm_checked`] does.
+pub fn grouped_gemm_checked(
+    pool: &Pool,
+    isa: Isa,
+    scratch: &mut Scratch,
+    args: GroupedGemmArgs<'_>,
+) -> Result<(), WrongColumn> {
+    let mut wrong = Ok(());
+    each_group(args, |one| {
+        if let Err(column) = gemm_checked(pool, isa, scratch, one, None) {
+            wrong = Err(column);
+        }
+    });
+    wrong
+}
+
+fn each_group(mut args: GroupedGemmArgs<'_>, mut product: impl FnMut(GemmArgs<'_>)) {
     for (group, bounds) in args.offsets.windows(2).enumerate() {
         let (start, end) = (bounds[0], bounds[1]);
         assert!(start <= end, "group {group} ends at {end}, before its start {start}");
@@ -65,7 +85,7 @@ pub fn grouped_gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, mut args: Grou
             c: MatrixMut { data: args.c.data.from(c_start), row_stride: args.c.row_stride },
             store: args.store,
         };
-        gemm(pool, isa, scratch, one);
+        product(one);
     }
 }
 

@@ -7,7 +7,7 @@
 //! else: not on m, n, the thread count, or whether the product ran as matrix times vector.
 //!
 //! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows,
-//! `grouped.rs` for experts, and `simd/micro.rs` for the inner loop. Shapes are checked by the
+//! `grouped.rs` for experts, `verify.rs` for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the
 //! caller: a wrong one here is a bug and panics.
 
 mod gemv;
@@ -16,8 +16,12 @@ pub(crate) mod pack;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod verify;
 
-pub use grouped::{GroupedGemmArgs, grouped_gemm};
+pub use grouped::{GroupedGemmArgs, grouped_gemm, grouped_gemm_checked};
+pub use verify::{Flip, ProductSums, WrongColumn};
+
+use verify::{Operands, Watch};
 
 use half::{bf16, f16};
 
@@ -167,14 +171,39 @@ pub const GEMV_ROWS_MAX: usize = 8;
 ///
 /// Panics if an operand is smaller than its shape or A and B differ in type.
 pub fn gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, args: GemmArgs<'_>) {
+    run(pool, isa, scratch, args, None);
+}
+
+/// Computes one product, forms the word sums of its result and checks its arithmetic; `flip` spoils
+/// it on purpose. The bits are those of [`gemm`].
+pub fn gemm_checked(
+    pool: &Pool,
+    isa: Isa,
+    scratch: &mut Scratch,
+    args: GemmArgs<'_>,
+    flip: Option<Flip>,
+) -> Result<ProductSums, WrongColumn> {
+    let GemmArgs { layout, m, k, a, b, .. } = args;
+    let mut watch = Watch { flip, ..Watch::default() };
+    run(pool, isa, scratch, args, Some(&mut watch));
+    verify::confirm((pool, isa), scratch, &Operands { layout, m, k, a, b }, &watch)
+}
+
+fn run(
+    pool: &Pool,
+    isa: Isa,
+    scratch: &mut Scratch,
+    args: GemmArgs<'_>,
+    watch: Option<&mut Watch>,
+) {
     check(&args);
     if args.m == 0 || args.n == 0 {
         return;
     }
     match (args.a.data, args.b.data) {
-        (Data::F32(a), Data::F32(b)) => typed(pool, isa, scratch, args, (a, b)),
-        (Data::Bf16(a), Data::Bf16(b)) => typed(pool, isa, scratch, args, (a, b)),
-        (Data::F16(a), Data::F16(b)) => typed(pool, isa, scratch, args, (a, b)),
+        (Data::F32(a), Data::F32(b)) => typed(pool, isa, scratch, args, (a, b), watch),
+        (Data::Bf16(a), Data::Bf16(b)) => typed(pool, isa, scratch, args, (a, b), watch),
+        (Data::F16(a), Data::F16(b)) => typed(pool, isa, scratch, args, (a, b), watch),
         _ => panic!("the operands of a product have different types"),
     }
 }
@@ -186,6 +215,7 @@ fn typed<T: Unit>(
     scratch: &mut Scratch,
     args: GemmArgs<'_>,
     (a, b): (&[T], &[T]),
+    watch: Option<&mut Watch>,
 ) {
     let product = Product {
         layout: args.layout,
@@ -201,10 +231,11 @@ fn typed<T: Unit>(
         bias: args.bias,
         store: args.store,
     };
-    if args.layout == Layout::Nt && args.m <= GEMV_ROWS_MAX && args.k > 0 {
+    let few_rows = args.layout == Layout::Nt && args.m <= GEMV_ROWS_MAX && args.k > 0;
+    if few_rows && watch.is_none() {
         gemv::run(pool, isa, scratch, &product, args.c);
     } else {
-        tile::run(pool, isa, scratch, &product, args.c);
+        tile::run(pool, isa, scratch, &product, args.c, watch);
     }
 }
 

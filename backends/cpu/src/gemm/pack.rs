@@ -34,7 +34,11 @@ pub(crate) struct Source<'a, T> {
 
 /// `LANES` units of one row from unit `unit` on; zero past the end.
 #[inline(always)]
-fn row_units<S: Simd, T: Unit, const DOT: bool>(simd: S, row: &[T], unit: usize) -> S::F32 {
+pub(super) fn row_units<S: Simd, T: Unit, const DOT: bool>(
+    simd: S,
+    row: &[T],
+    unit: usize,
+) -> S::F32 {
     if DOT {
         // Only bf16 operands are pairs, so this cast changes nothing.
         simd.load_pairs(bytemuck::cast_slice::<T, bf16>(&row[2 * unit..]))

@@ -2,6 +2,7 @@
 //! rule promises it.
 
 use half::{bf16, f16};
+use pontoon_ops::sums::of_row;
 
 use super::*;
 
@@ -98,7 +99,24 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
     /// C after the product.
     fn run(&self, pool: &Pool, isa: Isa) -> Vec<C> {
         let mut c = self.c.clone();
-        let args = GemmArgs {
+        gemm(pool, isa, &mut Scratch::new(), self.args(&mut c));
+        c
+    }
+
+    /// C after the checked product, and what the check says.
+    fn run_checked(
+        &self,
+        pool: &Pool,
+        isa: Isa,
+        flip: Option<Flip>,
+    ) -> (Vec<C>, Result<ProductSums, WrongColumn>) {
+        let mut c = self.c.clone();
+        let sums = gemm_checked(pool, isa, &mut Scratch::new(), self.args(&mut c), flip);
+        (c, sums)
+    }
+
+    fn args<'c>(&'c self, c: &'c mut [C]) -> GemmArgs<'c> {
+        GemmArgs {
             layout: self.layout,
             m: self.shape.0,
             n: self.shape.1,
@@ -106,11 +124,9 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
             a: Matrix { data: T::data(&self.a), row_stride: self.a_stride },
             b: Matrix { data: T::data(&self.b), row_stride: self.b_stride },
             bias: self.bias.as_deref().map(T::data),
-            c: MatrixMut { data: C::data_mut(&mut c), row_stride: self.c_stride },
+            c: MatrixMut { data: C::data_mut(c), row_stride: self.c_stride },
             store: self.store,
-        };
-        gemm(pool, isa, &mut Scratch::new(), args);
-        c
+        }
     }
 
     fn operands(&self, row: usize, column: usize, k: usize) -> (f32, f32) {
@@ -423,4 +439,95 @@ fn an_operand_smaller_than_its_shape_panics() {
     let mut case = Case::<f32, f32>::random(&mut Random(71), Layout::Nt, (4, 4, 4));
     case.b.truncate(7);
     case.run(&Pool::new(1), Isa::PORTABLE);
+}
+
+/// The word sum of a matrix's rows.
+fn words<T: Unit>(data: &[T], stride: usize, (rows, columns): (usize, usize)) -> u32 {
+    let row = |row: usize| match columns {
+        0 => 0,
+        _ => of_row(bytemuck::cast_slice(&data[row * stride..][..columns])),
+    };
+    (0..rows).map(row).fold(0, u32::wrapping_add)
+}
+
+fn check_checked<T: Wrap, C: Wrap>(seed: u64) {
+    let (mut random, pool) = (Random(seed), Pool::new(2));
+    for isa in Isa::available() {
+        for layout in LAYOUTS {
+            let mut shapes = shapes(&mut random);
+            shapes.extend([(50, 300, 531), (200, 70, 300)]);
+            for shape in shapes {
+                let case = Case::<T, C>::random(&mut random, layout, shape);
+                let (c, sums) = case.run_checked(&pool, isa, None);
+                let what = format!("{} {layout:?} {shape:?} {:?}", isa.name(), case.store);
+                assert_eq!(c, case.run(&pool, isa), "{what}");
+                let (m, n, _) = shape;
+                let before = match case.store {
+                    Store::Overwrite => 0,
+                    Store::Accumulate => words(&case.c, case.c_stride, (m, n)),
+                };
+                let want = ProductSums { before, stored: words(&c, case.c_stride, (m, n)) };
+                assert_eq!(sums, Ok(want), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_checked_product_has_the_same_bits_and_tells_the_sums_of_its_result() {
+    check_checked::<f32, f32>(81);
+    check_checked::<bf16, bf16>(82);
+    check_checked::<bf16, f32>(83);
+    check_checked::<f16, f16>(84);
+}
+
+#[test]
+fn flips_of_sign_and_exponent_bits_in_the_sums_of_a_product_are_found() {
+    let (mut random, pool) = (Random(91), Pool::new(2));
+    let isa = *Isa::available().last().expect("portable");
+    let (mut flips, mut found) = (0, 0);
+    for layout in LAYOUTS {
+        for shape in [(130, 300, 200), (64, 512, 512), (300, 64, 600)] {
+            let case = Case::<bf16, bf16>::random(&mut random, layout, shape);
+            for _ in 0..100 {
+                let bit = 23 + random.below(9) as u32;
+                let (row, column) = (random.below(shape.0), random.below(shape.1));
+                let (_, sums) = case.run_checked(&pool, isa, Some(Flip { row, column, bit }));
+                assert!(sums.is_ok() || sums == Err(WrongColumn(column)));
+                flips += 1;
+                found += usize::from(sums.is_err());
+            }
+        }
+    }
+    assert!(found * 1000 >= flips * 995, "seed 91: {found} of {flips} found");
+}
+
+#[test]
+fn odd_but_honest_products_are_not_accused() {
+    let pool = Pool::new(2);
+    let mut random = Random(95);
+    for isa in Isa::available() {
+        for layout in LAYOUTS {
+            let mut case = Case::<bf16, f32>::random(&mut random, layout, (50, 70, 130));
+            let honest = |case: &Case<bf16, f32>, what: &str| {
+                let (_, sums) = case.run_checked(&pool, isa, None);
+                assert!(sums.is_ok(), "{} {layout:?}: {what}", isa.name());
+            };
+            // All errors of rounding go the same way.
+            case.a.fill(bf16::from_f32(1.0 / 3.0));
+            case.b.fill(bf16::from_f32(0.7));
+            honest(&case, "all elements equal");
+            case.a.iter_mut().step_by(37).for_each(|x| *x = bf16::from_f32(1e4));
+            case.b.iter_mut().step_by(41).for_each(|x| *x = bf16::from_f32(-1e-4));
+            honest(&case, "outliers");
+            case.a.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * 1e-20));
+            case.b.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() * 1e-18));
+            honest(&case, "below the smallest normal number");
+            case.a.fill(bf16::ZERO);
+            honest(&case, "zero");
+            case.a[5] = bf16::INFINITY;
+            case.b[9] = bf16::NAN;
+            honest(&case, "not finite");
+        }
+    }
 }

@@ -6,7 +6,10 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use pontoon_ops::sums::of_row;
+
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
+use super::verify::{self, Flip, Watch, Work};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
@@ -16,7 +19,7 @@ use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
 
 /// Rows of a task's tile: a multiple of every set's register tile, small enough to share out
 /// evenly.
-const TILE_ROWS: usize = 48;
+pub(super) const TILE_ROWS: usize = 48;
 /// Columns of a task's tile.
 const TILE_COLUMNS: usize = 256;
 /// Longest stretch of a chain between two visits to the sums: a right panel of this many units is
@@ -134,17 +137,35 @@ pub(super) fn run<T: Unit>(
     scratch: &mut Scratch,
     product: &Product<'_, T>,
     mut c: MatrixMut<'_>,
+    mut watch: Option<&mut Watch>,
 ) {
     let geometry = isa.geometry();
     let blocks = Blocks::new(product, geometry);
     let (threads, n) = (pool.threads(), product.n);
     let bias_words = if product.bias.is_some() { n } else { 0 };
-    let [right, left, sums, bias] = scratch.words([
+    let [columns, left, squares, expected, weights] =
+        if watch.is_some() { verify::work_words(product) } else { [0; 5] };
+    let [right, left, sums, bias, columns, of_left, squares, expected, weights] = scratch.words([
         blocks.right_words,
         blocks.left_words,
         blocks.sums_words * threads,
         bias_words,
+        columns,
+        left,
+        squares,
+        expected,
+        weights,
     ]);
+    let mut work = Work {
+        columns: bytemuck::cast_slice_mut(columns),
+        left: bytemuck::cast_slice_mut(of_left),
+        squares: bytemuck::cast_slice_mut(squares),
+        expected: bytemuck::cast_slice_mut(expected),
+        weights,
+    };
+    if watch.is_some() && product.layout == Layout::Tn {
+        verify::sum_left_rows((pool, isa), product, &mut work);
+    }
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
     super::fill_bias(product.bias, bias);
     let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
@@ -169,13 +190,30 @@ pub(super) fn run<T: Unit>(
                 dot: product.dot,
                 bias: if bias.is_empty() { None } else { Some(&bias[column..][..columns]) },
                 store: product.store,
+                watch: watch.as_deref().map(|watch| (watch, (row, column))),
             };
+            let seen = Seen::new(product, (row, column), (rows, columns), &mut work, &watch);
             match c.data.from(row * c.row_stride + column) {
-                DataMut::F32(c) => compute(pool, isa, &region, Tiles::new(c, grid), grid, sums),
-                DataMut::Bf16(c) => compute(pool, isa, &region, Tiles::new(c, grid), grid, sums),
-                DataMut::F16(c) => compute(pool, isa, &region, Tiles::new(c, grid), grid, sums),
+                DataMut::F32(c) => {
+                    compute(pool, isa, &region, Tiles::new(c, grid), grid, sums, seen)
+                }
+                DataMut::Bf16(c) => {
+                    compute(pool, isa, &region, Tiles::new(c, grid), grid, sums, seen)
+                }
+                DataMut::F16(c) => {
+                    compute(pool, isa, &region, Tiles::new(c, grid), grid, sums, seen)
+                }
             }
         }
+        if watch.is_some() {
+            if column == 0 {
+                verify::weigh(product, &mut work);
+            }
+            verify::expect((pool, isa), product, right, (column, columns), &mut work);
+        }
+    }
+    if let Some(watch) = &mut watch {
+        verify::compare(product, &mut work, watch);
     }
 }
 
@@ -271,6 +309,58 @@ struct Region<'a> {
     dot: bool,
     bias: Option<&'a [f32]>,
     store: Store,
+    /// Who is told of the words, and the region's place in C.
+    watch: Option<(&'a Watch, (usize, usize))>,
+}
+
+/// The sums of a region for its check, tile by tile.
+struct Seen<'a> {
+    columns: Tiles<'a, f32>,
+    /// Sums of rows of the left operand and of their squares, by row of tiles.
+    left: Option<(Parts<'a, f32>, Parts<'a, f32>)>,
+}
+
+impl<'a> Seen<'a> {
+    fn new<T>(
+        product: &Product<'_, T>,
+        (row, column): (usize, usize),
+        (rows, columns): (usize, usize),
+        work: &'a mut Work<'_>,
+        watch: &Option<&mut Watch>,
+    ) -> Option<Seen<'a>> {
+        watch.as_ref()?;
+        let (first, count) = (row / TILE_ROWS, rows.div_ceil(TILE_ROWS));
+        let grid = Grid {
+            rows: count,
+            columns,
+            row_stride: product.n,
+            tile_rows: 1,
+            tile_columns: TILE_COLUMNS,
+        };
+        let of_columns = Tiles::new(&mut work.columns[first * product.n + column..], grid);
+        let elements = verify::elements(product);
+        let sums_left = column == 0 && product.layout != Layout::Tn && elements > 0;
+        let left = sums_left.then(|| {
+            let sums = &mut work.left[first * elements..][..count * elements];
+            let squares = &mut work.squares[first..][..count];
+            (Parts::new(sums, elements), Parts::new(squares, 1))
+        });
+        Some(Seen { columns: of_columns, left })
+    }
+
+    fn tile(&self, row: usize, column: usize) -> SeenTile<'a> {
+        let left = self.left.as_ref().filter(|_| column == 0);
+        SeenTile {
+            columns: self.columns.take(row, column),
+            left: left.map(|(sums, squares)| (sums.take(row), squares.take(row))),
+        }
+    }
+}
+
+/// The sums of one tile.
+struct SeenTile<'a> {
+    columns: Tile<'a, f32>,
+    left: Option<(&'a mut [f32], &'a mut [f32])>,
 }
 
 /// Computes all tiles of a region.
@@ -281,6 +371,7 @@ fn compute<C: Element>(
     tiles: Tiles<'_, C>,
     grid: Grid,
     sums: &mut [f32],
+    seen: Option<Seen<'_>>,
 ) {
     let tile_rows = grid.rows.div_ceil(TILE_ROWS);
     let count = tile_rows * grid.columns.div_ceil(TILE_COLUMNS);
@@ -302,6 +393,7 @@ fn compute<C: Element>(
                 row: row * TILE_ROWS,
                 column: column * TILE_COLUMNS,
                 sums,
+                seen: seen.as_ref().map(|seen| seen.tile(row, column)),
             };
             dispatch(isa, task);
         }
@@ -315,6 +407,7 @@ struct TileTask<'a, C> {
     row: usize,
     column: usize,
     sums: &'a mut [f32],
+    seen: Option<SeenTile<'a>>,
 }
 
 impl<C: Element> Kernel for TileTask<'_, C> {
@@ -324,6 +417,7 @@ impl<C: Element> Kernel for TileTask<'_, C> {
         let (width, region) = (2 * S::LANES, self.region);
         let units = region.units;
         let micro_words = S::MICRO_ROWS * width;
+        self.begin_watch(simd);
         let mut unit = 0;
         loop {
             let stretch = region.chain_units.min(units - unit);
@@ -344,6 +438,7 @@ impl<C: Element> Kernel for TileTask<'_, C> {
                         micro_tile::<S, false>(simd, rows, tile);
                     }
                     if is_last {
+                        self.watch(simd, (row, rows), column, slot);
                         self.write(simd, row, rows, column, slot);
                     }
                     if stretch < units {
@@ -356,10 +451,88 @@ impl<C: Element> Kernel for TileTask<'_, C> {
                 break;
             }
         }
+        if let Some((watch, _)) = region.watch {
+            watch.stored.fetch_add(self.words(), Ordering::Relaxed);
+        }
     }
 }
 
 impl<C: Element> TileTask<'_, C> {
+    /// The word sum of the tile as it stands.
+    #[inline(always)]
+    fn words(&mut self) -> u32 {
+        let mut sum = 0_u32;
+        for row in 0..self.tile.rows() {
+            sum = sum.wrapping_add(of_row(bytemuck::cast_slice(self.tile.row(row))));
+        }
+        sum
+    }
+
+    /// Sums what was there before and, once for each row of tiles, the rows of the left operand.
+    #[inline(always)]
+    fn begin_watch<S: Simd>(&mut self, simd: S) {
+        let region = self.region;
+        let Some((watch, _)) = region.watch else { return };
+        if region.store == Store::Accumulate {
+            watch.before.fetch_add(self.words(), Ordering::Relaxed);
+        }
+        let rows = self.tile.rows();
+        let Some(seen) = &mut self.seen else { return };
+        seen.columns.row(0).fill(0.0);
+        if let Some((sums, squares)) = &mut seen.left {
+            let left = region.left.at(self.row, 0, S::MICRO_ROWS);
+            squares[0] = if S::BF16_DOT && region.dot {
+                verify::sum_down::<S, true>(simd, left, rows, sums)
+            } else {
+                verify::sum_down::<S, false>(simd, left, rows, sums)
+            };
+        }
+    }
+
+    /// Adds the sums of one register tile to those of its columns, row by row.
+    #[inline(always)]
+    fn watch<S: Simd>(&mut self, simd: S, (row, rows): (usize, usize), column: usize, slot: usize) {
+        let Some((watch, first)) = self.region.watch else { return };
+        let width = 2 * S::LANES;
+        if let Some(flip) = watch.flip {
+            self.spoil(
+                flip,
+                (first.0 + self.row + row, rows),
+                first.1 + self.column + column,
+                slot,
+                width,
+            );
+        }
+        let Some(seen) = &mut self.seen else { return };
+        let to = seen.columns.row(0);
+        let to = &mut to[column..];
+        let (left, right) = to.split_at_mut(S::LANES.min(to.len()));
+        let mut totals = [simd.load(left), simd.load(right)];
+        for sums in self.sums[slot..][..rows * width].chunks_exact(width) {
+            totals[0] = simd.add(totals[0], simd.load(&sums[..S::LANES]));
+            totals[1] = simd.add(totals[1], simd.load(&sums[S::LANES..]));
+        }
+        simd.store(totals[0], left);
+        simd.store(totals[1], right);
+    }
+
+    /// Flips a bit of a sum if it is in this register tile.
+    fn spoil(
+        &mut self,
+        flip: Flip,
+        (row, rows): (usize, usize),
+        column: usize,
+        slot: usize,
+        width: usize,
+    ) {
+        let is_here = (row..row + rows).contains(&flip.row)
+            && (column..column + width).contains(&flip.column);
+        if is_here {
+            let sum = &mut self.sums[slot + (flip.row - row) * width + flip.column - column];
+            *sum = f32::from_bits(sum.to_bits() ^ 1 << flip.bit);
+        }
+    }
+
     /// Rounds the sums of one register tile into C.
     #[inline(always)]
     fn write<S: Simd>(&mut self, simd: S, row: usize, rows: usize, column: usize, slot: usize) {

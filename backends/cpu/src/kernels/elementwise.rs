@@ -1,6 +1,9 @@
 //! Copy, Cast, Fill, Add, Scale and the gated activation: work that is bound by memory.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use bytemuck::Pod;
+use pontoon_ops::sums::of_row;
 use pontoon_ops::{self as ops, DType, Op, View};
 
 use super::{Context, Done, TASK_ELEMENTS, row_stride, rows_per_task, unsupported, with_float};
@@ -12,6 +15,9 @@ pub(crate) fn handles_in_place(op: &Op) -> bool {
     matches!(op, Op::Add(add) if (add.y == add.a || add.y == add.b) && add.y.is_contiguous()
         && add.a.is_contiguous() && add.b.is_contiguous() && add.a != add.b)
 }
+
+/// Elements that are added and summed while they are in the nearest cache.
+const SUMMED_TOGETHER: usize = 2048;
 
 /// Elements per task of contiguous work: whole parts, few enough to be handed out.
 fn part_len(elements: usize) -> usize {
@@ -265,6 +271,27 @@ impl<T: Element> Kernel for AddInto<'_, T> {
     }
 }
 
+/// [`AddInto`], with the word sums of x, of y before and of y after.
+struct AddSummed<'a, T> {
+    x: &'a [T],
+    y: &'a mut [T],
+}
+
+impl<T: Element> Kernel for AddSummed<'_, T> {
+    type Output = [u32; 3];
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> [u32; 3] {
+        let mut sums = [0_u32; 3];
+        for (x, y) in self.x.chunks(SUMMED_TOGETHER).zip(self.y.chunks_mut(SUMMED_TOGETHER)) {
+            let before = [of_row(bytemuck::cast_slice(x)), of_row(bytemuck::cast_slice(y))];
+            AddInto { x, y: &mut *y }.run(simd);
+            let found = [before[0], before[1], of_row(bytemuck::cast_slice(y))];
+            sums.iter_mut().zip(found).for_each(|(sum, part)| *sum = sum.wrapping_add(part));
+        }
+        sums
+    }
+}
+
 pub(super) fn add(context: &mut Context<'_>, op: &ops::Add) -> Done {
     with_float!(op.a.dtype, T => add_as::<T>(context, op))
 }
@@ -276,6 +303,23 @@ fn add_as<T: Element>(context: &mut Context<'_>, op: &ops::Add) -> Done {
         let (x, y) = (context.operands.read::<T>(other)?, context.operands.write::<T>(&op.y)?);
         let len = part_len(y.len());
         let parts = Parts::new(y, len);
+        if context.checks.on {
+            let sums: [AtomicU32; 3] = Default::default();
+            context.pool.run(parts.count(), |task| {
+                let y = parts.take(task);
+                let x = &x[task * len..][..y.len()];
+                let found = dispatch(isa, AddSummed { x, y });
+                sums.iter().zip(found).for_each(|(sum, part)| {
+                    sum.fetch_add(part, Ordering::Relaxed);
+                });
+            });
+            let [of_x, before, after] = sums.map(AtomicU32::into_inner);
+            let (first, second) = if op.y == op.a { (before, of_x) } else { (of_x, before) };
+            context.checks.read(0, first);
+            context.checks.read(1, second);
+            context.checks.written(2, after);
+            return Ok(());
+        }
         context.pool.run(parts.count(), |task| {
             let y = parts.take(task);
             let x = &x[task * len..][..y.len()];

@@ -1,11 +1,11 @@
 //! Matrix products on views: dense, grouped by expert, and with quantised weights.
 
 use half::{bf16, f16};
-use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, DeviceErrorKind, View};
+use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, DeviceErrorKind, OpName, View};
 
 use super::{Context, Done, row_stride, unsupported};
 use crate::gemm::{
-    Data, DataMut, GemmArgs, GroupedGemmArgs, Layout, Matrix, MatrixMut, Store, gemm, grouped_gemm,
+    Data, DataMut, GemmArgs, GroupedGemmArgs, Layout, Matrix, MatrixMut, Store, gemm,
 };
 use crate::memory::Operands;
 
@@ -60,7 +60,10 @@ pub(super) fn matmul(context: &mut Context<'_>, op: &ops::Matmul) -> Done {
         c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: row_stride(&op.c) },
         store: store(op.accumulate),
     };
-    gemm(context.pool, context.isa, context.gemm_scratch, args);
+    let sums = context.product((OpName::Matmul, "c"), args)?;
+    let c = 2 + usize::from(op.bias.is_some());
+    context.checks.read(c, sums.before);
+    context.checks.written(c, sums.stored);
     Ok(())
 }
 
@@ -99,8 +102,7 @@ pub(super) fn grouped_matmul(context: &mut Context<'_>, op: &ops::GroupedMatmul)
         c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: rows_of(&op.c) },
         store: store(op.accumulate),
     };
-    grouped_gemm(context.pool, context.isa, context.gemm_scratch, args);
-    Ok(())
+    context.grouped_product((OpName::GroupedMatmul, "c"), args)
 }
 
 /// Rows of a quantised weight that are widened together: a panel that stays in cache.

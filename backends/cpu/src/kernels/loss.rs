@@ -3,12 +3,16 @@
 //! The head's products run through `gemm`, so a row's logits have the same bits here, in sampling
 //! and in any batch.
 
-use pontoon_ops::{self as ops, Accumulate, IGNORED, View};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use pontoon_ops::{self as ops, Accumulate, DeviceError, IGNORED, OpName, View};
 
 use super::linear::data;
+use super::sums::WordSum;
+use super::watched::changed;
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Parts;
-use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
+use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, ProductSums, Store};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Logits held at a time: 16 MB, so that a chunk's second pass finds part of it in cache.
@@ -104,6 +108,7 @@ impl<T: Element> Kernel for GradRow<'_, T> {
 
 /// What all four operations read.
 struct Head<'a> {
+    op: OpName,
     x: &'a View,
     head: &'a View,
     targets: &'a View,
@@ -118,6 +123,8 @@ struct Gradients<'a> {
     dx: &'a View,
     dhead: &'a View,
     accumulate: Accumulate,
+    /// The places of both among the operation's operands.
+    places: [usize; 2],
 }
 
 fn logits_of(
@@ -126,7 +133,7 @@ fn logits_of(
     (x, weight): (Data<'_>, Data<'_>),
     (first, rows): (usize, usize),
     logits: &mut [f32],
-) {
+) -> Result<u32, DeviceError> {
     let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
     let args = GemmArgs {
         layout: Layout::Nt,
@@ -139,7 +146,7 @@ fn logits_of(
         c: MatrixMut { data: DataMut::F32(logits), row_stride: padded_row(vocabulary) },
         store: Store::Overwrite,
     };
-    gemm(context.pool, context.isa, context.gemm_scratch, args);
+    Ok(context.product((head.op, "the logits"), args)?.stored)
 }
 
 /// The row's target, or none if it is ignored or does not exist.
@@ -180,7 +187,7 @@ fn forward(
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
         let logits = &mut logits[..count * stride];
-        logits_of(context, head, (x, weight), (first, count), logits);
+        logits_of(context, head, (x, weight), (first, count), logits)?;
         let parts = Parts::new(&mut results[..3 * count], 3);
         let isa = context.isa;
         context.pool.run(count, |row| {
@@ -200,7 +207,13 @@ fn forward(
 pub(super) fn cross_entropy(context: &mut Context<'_>, op: &ops::CrossEntropy) -> Done {
     let loss = context.operands.write::<f32>(&op.loss)?;
     let lse = context.operands.write::<f32>(&op.lse)?;
-    let head = Head { x: &op.x, head: &op.head, targets: &op.targets, temperature: 1.0 };
+    let head = Head {
+        op: OpName::CrossEntropy,
+        x: &op.x,
+        head: &op.head,
+        targets: &op.targets,
+        temperature: 1.0,
+    };
     forward(context, &head, |row, log_p, sums| {
         loss[row] = -log_p;
         lse[row] = sums.lse;
@@ -211,7 +224,8 @@ pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) 
     let logprob = context.operands.write::<f32>(&op.logprob)?;
     let entropy = context.operands.write::<f32>(&op.entropy)?;
     let (x, temperature) = (&op.x, op.temperature);
-    let head = Head { x, head: &op.head, targets: &op.targets, temperature };
+    let head =
+        Head { op: OpName::TokenLogProb, x, head: &op.head, targets: &op.targets, temperature };
     forward(context, &head, |row, log_p, sums| {
         logprob[row] = log_p;
         entropy[row] = sums.entropy;
@@ -221,13 +235,20 @@ pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) 
 pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntropyBwd) -> Done {
     let loss = context.operands.write::<f32>(&op.loss)?;
     let lse = context.operands.write::<f32>(&op.lse)?;
-    let head = Head { x: &op.x, head: &op.head, targets: &op.targets, temperature: 1.0 };
+    let head = Head {
+        op: OpName::CrossEntropyBwd,
+        x: &op.x,
+        head: &op.head,
+        targets: &op.targets,
+        temperature: 1.0,
+    };
     let gradients = Gradients {
         upstream: &op.dloss,
         sign: 1.0,
         dx: &op.dx,
         dhead: &op.dhead,
         accumulate: op.accumulate,
+        places: [6, 7],
     };
     with_float!(op.x.dtype, T => backward::<T>(context, &head, &gradients, |row, log_p, sum| {
         loss[row] = -log_p;
@@ -237,13 +258,15 @@ pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntrop
 
 pub(super) fn token_log_prob_bwd(context: &mut Context<'_>, op: &ops::TokenLogProbBwd) -> Done {
     let (x, temperature) = (&op.x, op.temperature);
-    let head = Head { x, head: &op.head, targets: &op.targets, temperature };
+    let head =
+        Head { op: OpName::TokenLogProbBwd, x, head: &op.head, targets: &op.targets, temperature };
     let gradients = Gradients {
         upstream: &op.dlogprob,
         sign: -1.0,
         dx: &op.dx,
         dhead: &op.dhead,
         accumulate: op.accumulate,
+        places: [4, 5],
     };
     with_float!(op.x.dtype, T => backward::<T>(context, &head, &gradients, |_, _, _| {}))
 }
@@ -301,6 +324,7 @@ fn backward<T: Storage>(
     let mut work = std::mem::take(context.work);
     let stride = padded_row(vocabulary);
     let gradient_words = (chunk * stride * size_of::<T>()).div_ceil(size_of::<u32>());
+    let mut tally = Tally { op: head.op, dx: 0, dhead_before: 0, dhead: 0 };
     let [logits, results, dlogits] = work.words([chunk * stride, 2 * chunk, gradient_words]);
     let logits: &mut [f32] = bytemuck::cast_slice_mut(logits);
     let results: &mut [f32] = bytemuck::cast_slice_mut(results);
@@ -308,7 +332,7 @@ fn backward<T: Storage>(
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
         let logits = &mut logits[..count * stride];
-        logits_of(context, head, (x, weight), (first, count), logits);
+        let stored = logits_of(context, head, (x, weight), (first, count), logits)?;
         let chunk_rows = Chunk {
             logits,
             vocabulary,
@@ -319,7 +343,10 @@ fn backward<T: Storage>(
         };
         let dlogits = &mut dlogits[..count * stride];
         let results = &mut results[..2 * count];
-        chunk_rows.differentiate(context, dlogits, results);
+        let passing = chunk_rows.differentiate(context, dlogits, results);
+        if context.checks.on && passing.logits != stored {
+            return Err(changed(head.op, "a logit"));
+        }
         for (row, result) in results.chunks(2).enumerate() {
             each(first + row, result[0], result[1]);
         }
@@ -328,10 +355,55 @@ fn backward<T: Storage>(
         let to = &mut dx[first * row_stride(gradients.dx)..];
         let outputs = (T::data_mut(to), row_stride(gradients.dx), &mut *dhead, store);
         let rows_of_x = x.from(first * row_stride(head.x));
-        products(context, head, (T::data(dlogits), rows_of_x, weight), count, outputs);
+        let found = products(context, head, (T::data(dlogits), rows_of_x, weight), count, outputs)?;
+        if context.checks.on && words(context, dlogits, vocabulary) != passing.dlogits {
+            return Err(changed(head.op, "a logit's gradient"));
+        }
+        tally.add(first == 0, found)?;
     }
     *context.work = work;
+    tally.note(context, gradients);
     Ok(())
+}
+
+/// The word sum of rows [`padded_row`] apart.
+fn words<T: Element>(context: &Context<'_>, rows: &[T], vocabulary: usize) -> u32 {
+    let sum = AtomicU32::new(0);
+    let (isa, stride) = (context.isa, padded_row(vocabulary));
+    context.pool.run(rows.len() / stride, |row| {
+        let row = &rows[row * stride..][..vocabulary];
+        sum.fetch_add(dispatch(isa, WordSum(bytemuck::cast_slice(row))), Ordering::Relaxed);
+    });
+    sum.into_inner()
+}
+
+/// The word sums of the operation's operands over its chunks.
+#[derive(Clone, Copy)]
+struct Tally {
+    op: OpName,
+    dx: u32,
+    dhead_before: u32,
+    dhead: u32,
+}
+
+impl Tally {
+    fn add(&mut self, is_first: bool, [input, parameter]: [ProductSums; 2]) -> Done {
+        self.dx = self.dx.wrapping_add(input.stored);
+        if is_first {
+            self.dhead_before = parameter.before;
+        } else if parameter.before != self.dhead {
+            return Err(changed(self.op, "`dhead`"));
+        }
+        self.dhead = parameter.stored;
+        Ok(())
+    }
+
+    fn note(&self, context: &mut Context<'_>, gradients: &Gradients<'_>) {
+        let [dx, dhead] = gradients.places;
+        context.checks.read(dhead, self.dhead_before);
+        context.checks.written(dx, self.dx);
+        context.checks.written(dhead, self.dhead);
+    }
 }
 
 /// `dx = dlogits head` and `dhead (+)= dlogits^T x` for one chunk.
@@ -341,7 +413,7 @@ fn products(
     (dlogits, x, weight): (Data<'_>, Data<'_>, Data<'_>),
     rows: usize,
     (dx, dx_stride, dhead, store): (DataMut<'_>, usize, &mut [f32], Store),
-) {
+) -> Result<[ProductSums; 2], DeviceError> {
     let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
     let dlogits = Matrix { data: dlogits, row_stride: padded_row(vocabulary) };
     let input = GemmArgs {
@@ -355,7 +427,7 @@ fn products(
         c: MatrixMut { data: dx, row_stride: dx_stride },
         store: Store::Overwrite,
     };
-    gemm(context.pool, context.isa, context.gemm_scratch, input);
+    let of_input = context.product((head.op, "dx"), input)?;
     let parameter = GemmArgs {
         layout: Layout::Tn,
         m: vocabulary,
@@ -367,7 +439,7 @@ fn products(
         c: MatrixMut { data: DataMut::F32(dhead), row_stride: width },
         store,
     };
-    gemm(context.pool, context.isa, context.gemm_scratch, parameter);
+    Ok([of_input, context.product((head.op, "dhead"), parameter)?])
 }
 
 /// A chunk of rows whose logits stand in memory.
@@ -388,11 +460,18 @@ impl Chunk<'_> {
         context: &Context<'_>,
         dlogits: &mut [T],
         results: &mut [f32],
-    ) {
+    ) -> Passing {
+        let sums = [AtomicU32::new(0), AtomicU32::new(0)];
+        let (on, isa) = (context.checks.on, context.isa);
+        let sum = |place: usize, bytes: &[u8]| {
+            if on {
+                let words = dispatch(isa, WordSum(bytes));
+                sums[place].fetch_add(words, Ordering::Relaxed);
+            }
+        };
         let (vocabulary, stride) = (self.vocabulary, padded_row(self.vocabulary));
         let gradients = Parts::new(dlogits, stride);
         let results = Parts::new(results, 2);
-        let isa = context.isa;
         context.pool.run(self.targets.len(), |row| {
             let logits = &self.logits[row * stride..][..vocabulary];
             let sharpness = self.sharpness;
@@ -408,6 +487,17 @@ impl Chunk<'_> {
                 None if self.targets[row] == IGNORED => dlogits.fill(T::from_f32(0.0)),
                 None => dlogits.fill(T::from_f32(f32::NAN)),
             }
+            sum(0, bytemuck::cast_slice(logits));
+            sum(1, bytemuck::cast_slice(dlogits));
         });
+        let [logits, dlogits] = sums.map(AtomicU32::into_inner);
+        Passing { logits, dlogits }
     }
+}
+
+/// The word sums of what passes through a chunk.
+#[derive(Clone, Copy)]
+struct Passing {
+    logits: u32,
+    dlogits: u32,
 }

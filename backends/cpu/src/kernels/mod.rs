@@ -17,6 +17,8 @@ mod optim;
 mod product;
 mod router;
 mod sample;
+pub(crate) mod sums;
+pub(crate) mod watched;
 
 use pontoon_ops::{DeviceError, DeviceErrorKind, Op, View};
 
@@ -42,6 +44,8 @@ pub(crate) struct Context<'a> {
     pub operands: Operands<'a>,
     /// The group the device is in.
     pub group: Option<&'a Rendezvous>,
+    /// Whether products are checked, and what they told.
+    pub checks: watched::Checks,
 }
 
 type Done = Result<(), DeviceError>;

@@ -152,6 +152,23 @@ pub(crate) fn load_square<S: Simd>(
     square
 }
 
+/// Most lanes of any set.
+const LANES_MAX: usize = 16;
+
+/// Reads `LANES` raw units from unit `unit` on; zero past the end of `bytes`.
+#[inline(always)]
+pub(crate) fn load_units<S: Simd>(simd: S, bytes: &[u8], unit: usize) -> S::F32 {
+    let rest = &bytes[(4 * unit).min(bytes.len())..];
+    if rest.len() >= 4 * S::LANES {
+        // SAFETY: the length was checked just above.
+        return unsafe { simd.load_raw(rest.as_ptr()) };
+    }
+    let mut units = [0.0_f32; LANES_MAX];
+    let whole = rest.len() / 4 * 4;
+    bytemuck::cast_slice_mut::<f32, u8>(&mut units)[..whole].copy_from_slice(&rest[..whole]);
+    simd.load(&units[..S::LANES])
+}
+
 /// Bytes of a cache line, for prefetching.
 const LINE_BYTES: usize = 64;
 

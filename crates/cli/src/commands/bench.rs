@@ -14,7 +14,7 @@ use pontoon_models::{GeneratorOptions, HostWeights, Model, SamplingSettings, pre
 use pontoon_ops::philox::Stream;
 use pontoon_ops::{DType, OpName};
 use pontoon_train::data::Batch;
-use pontoon_train::{RunConfig, TrainingState};
+use pontoon_train::{Checking, RunConfig, TrainingState};
 use serde_json::json;
 
 use super::show;
@@ -58,12 +58,26 @@ pub struct TrainArguments {
     /// The device, as in `pontoon devices`.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Check products and memory as a run does: on, off, or both in turns to compare.
+    #[arg(long, value_enum, default_value_t = ChecksArgument::Off)]
+    checks: ChecksArgument,
     /// Also print where a step's time goes, by operation.
     #[arg(long)]
     profile: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// Which steps are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum ChecksArgument {
+    /// None.
+    Off,
+    /// All.
+    On,
+    /// Every other one; speeds are those of the others.
+    Both,
 }
 
 /// The arguments of `pontoon bench decode`.
@@ -114,13 +128,31 @@ fn train(arguments: &TrainArguments) -> Result<()> {
     let mut state = TrainingState::load(backend.as_mut(), &model, &config, &weights)?;
     drop(weights);
     let batch = random_batch(arguments, model.config.vocab_size);
-    let (mut loss, mut times) = (Vec::new(), Vec::new());
+    let (mut loss, mut times, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let checked = [Checking::Off, Checking::On];
     for step in 1..=arguments.steps {
-        let started = Instant::now();
-        let result = state.step(backend.as_mut(), step, std::slice::from_ref(&batch))?;
-        times.push(started.elapsed().as_secs_f64());
-        loss.push(result.loss);
+        let mut timed = |checking: Checking| -> Result<(f64, f64)> {
+            state.check(backend.as_ref(), checking);
+            let started = Instant::now();
+            let result = state.step(backend.as_mut(), step, std::slice::from_ref(&batch))?;
+            Ok((started.elapsed().as_secs_f64(), result.loss))
+        };
+        let (seconds, of_step) = match arguments.checks {
+            ChecksArgument::Off => timed(Checking::Off)?,
+            ChecksArgument::On => timed(Checking::On)?,
+            ChecksArgument::Both => {
+                // Neither kind always goes first.
+                let first = (step % 2) as usize;
+                let times = [timed(checked[first])?, timed(checked[1 - first])?];
+                let (plain, with_checks) = (times[first], times[1 - first]);
+                ratios.push(with_checks.0 / plain.0);
+                plain
+            }
+        };
+        times.push(seconds);
+        loss.push(of_step);
     }
+    let checks_overhead = (ratios.len() > 1).then(|| median(&ratios[1..]) - 1.0);
     let median = median(&times[1..]);
     let tokens_per_s = batch.ids.len() as f64 / median;
     let fraction = state.model_flops() / median / peak;
@@ -138,6 +170,7 @@ fn train(arguments: &TrainArguments) -> Result<()> {
             "gemm_peak_fraction": fraction,
             "gemm_peak_flops": peak,
             "arena_bytes": state.arena_bytes(),
+            "checks_overhead": checks_overhead,
         });
         println!("{result}");
         return Ok(());

@@ -123,29 +123,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         "the two runs differ: this machine computes wrongly, or Pontoon does; please report it"
     );
     say("   the same weights, bit for bit");
-    say("4  Fresh problems, none of them in the training data");
-    let source = ModelSource::open(&dir.join("disturbed"))?;
-    let problems: Vec<_> =
-        additions(2, Purpose::Ask, PROBLEMS).into_iter().map(Addition::problem).collect();
-    let exam = Exam {
-        source: &source,
-        problems: &problems,
-        tokens: REPLY_TOKENS,
-        device: "cpu",
-        dtype: DType::Bf16,
-    };
-    let untrained = share(&exam.sit(&source.model.initialise(config.train.seed))?);
-    let answered = exam.sit(&source.weights()?)?;
-    let trained = share(&answered);
-    for (problem, one) in problems.iter().zip(&answered).take(4) {
-        let mark = if one.right { "right" } else { "wrong" };
-        say(&format!("   {}  {}  {mark}", problem.prompt, one.reply));
-    }
-    say(&format!(
-        "   exact match: {:.1}% before training, {:.1}% after ({PROBLEMS} problems)",
-        100.0 * untrained,
-        100.0 * trained
-    ));
+    let (untrained, trained) = ask(&dir.join("disturbed"), config.train.seed)?;
     say(&format!("done in {}", show::duration(begun.elapsed().as_secs_f64())));
     if let Some(dir) = kept {
         let dir = dir.display();
@@ -166,6 +144,34 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         println!("{result}");
     }
     Ok(())
+}
+
+/// Puts fresh problems to the untrained and to the trained model; the share each answers rightly.
+fn ask(run: &Path, seed: u64) -> Result<(f64, f64)> {
+    say("4  Fresh problems, none of them in the training data");
+    let source = ModelSource::open(run)?;
+    let problems: Vec<_> =
+        additions(2, Purpose::Ask, PROBLEMS).into_iter().map(Addition::problem).collect();
+    let exam = Exam {
+        source: &source,
+        problems: &problems,
+        tokens: REPLY_TOKENS,
+        device: "cpu",
+        dtype: DType::Bf16,
+    };
+    let untrained = share(&exam.sit(&source.model.initialise(seed))?);
+    let answered = exam.sit(&source.weights()?)?;
+    let trained = share(&answered);
+    for (problem, one) in problems.iter().zip(&answered).take(4) {
+        let mark = if one.right { "right" } else { "wrong" };
+        say(&format!("   {}  {}  {mark}", problem.prompt, one.reply));
+    }
+    say(&format!(
+        "   exact match: {:.1}% before training, {:.1}% after ({PROBLEMS} problems)",
+        100.0 * untrained,
+        100.0 * trained
+    ));
+    Ok((untrained, trained))
 }
 
 fn say(text: &str) {

@@ -12,11 +12,15 @@ pub mod faults;
 pub mod generate;
 pub mod new;
 pub mod qualify;
+pub mod run_status;
 pub mod score;
 pub mod serve;
+pub mod simulate;
 pub mod status;
+pub mod stop;
 pub mod tokenizer;
 pub mod train;
+pub mod watch;
 pub mod worker;
 
 mod show;

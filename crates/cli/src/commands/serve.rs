@@ -2,6 +2,7 @@
 //!
 //! Reads the model and its options; serving itself is `pontoon_serve`.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +11,14 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use pontoon_models::{Family, Model, ModelConfig, SamplingSettings};
 use pontoon_ops::DType;
+use pontoon_qualify::compare::{Experts, Sizes};
 use pontoon_serve::engine::blocks::BLOCK;
 use pontoon_serve::engine::device::DeviceOptions;
+use pontoon_serve::pool::agreement::{Distance, LimitsOf};
+use pontoon_serve::pool::events::{OnEvent, PoolEvent};
 use pontoon_serve::pool::{Pool, PoolParts};
 use pontoon_serve::{App, AppParts, Limits, ServerOptions, serve};
+use serde_json::json;
 
 use crate::devices;
 use crate::engine::dtype;
@@ -65,9 +70,24 @@ pub struct Arguments {
     /// Bytes of a request at most.
     #[arg(long, default_value_t = Limits::default().body_bytes)]
     request_bytes: usize,
+    /// Requests that are answered or wait at the same time; more are told to come again.
+    #[arg(long, default_value_t = Limits::default().requests)]
+    requests: usize,
+    /// Seconds that an answer may take.
+    #[arg(long, default_value_t = Limits::default().answer_time.as_secs_f64())]
+    answer_seconds: f64,
     /// Seconds that running requests may go on after SIGTERM.
     #[arg(long, default_value_t = Limits::default().drain_time.as_secs_f64())]
     drain: f64,
+    /// The share of requests that is scored again on another device, where there are several.
+    #[arg(long, default_value_t = 0.02)]
+    audit: f64,
+    /// A file to which what happens to devices is added, one JSON object a line.
+    #[arg(long)]
+    events: Option<PathBuf>,
+    /// An origin whose pages may ask from a browser, such as https://example.org; * for all.
+    #[arg(long = "cors-origin")]
+    cors_origins: Vec<String>,
 }
 
 /// Serves until told to stop.
@@ -76,6 +96,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let tokenizer = source.tokenizer()?;
     let api_keys = keys(arguments.api_key_file.as_deref())?;
     let options = options(arguments, &source.model, tokenizer.vocab_size())?;
+    let audit = arguments.audit;
+    ensure!((0.0..=1.0).contains(&audit), "--audit should be from 0 to 1 but is {audit}");
     let weights = Arc::new(source.weights()?);
     let pool = Pool::start(PoolParts {
         devices: arguments.devices.clone(),
@@ -84,6 +106,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         weights,
         options,
         rejoin_after: seconds(arguments.rejoin_after, "--rejoin-after")?,
+        limits: limits(&source.model, options.dtype),
+        audit_share: arguments.audit,
+        on_event: arguments.events.as_deref().map(event_writer).transpose()?,
     })?;
     let app = App::new(AppParts {
         model_name: arguments.name.clone().unwrap_or_else(|| folder_name(&arguments.model)),
@@ -93,10 +118,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         api_keys,
         limits: Limits {
             body_bytes: arguments.request_bytes,
+            answer_time: seconds(arguments.answer_seconds, "--answer-seconds")?,
+            requests: arguments.requests,
             drain_time: seconds(arguments.drain, "--drain")?,
             ..Limits::default()
         },
         sampling_defaults: SamplingSettings::default(),
+        cors_origins: arguments.cors_origins.clone(),
     });
     let on_listening = Box::new(|listening: pontoon_serve::Listening| {
         eprintln!("listening on http://{}", listening.address);
@@ -105,6 +133,43 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     serve(app, ServerOptions { host, port, on_listening })?;
     eprintln!("stopped");
     Ok(())
+}
+
+/// How far devices of different numeric classes may be apart, as `pontoon compare` has it.
+fn limits(model: &Model, dtype: DType) -> Arc<LimitsOf> {
+    let config = &model.config;
+    let sizes = Sizes {
+        dtype,
+        layers: config.layer_count,
+        width: config.width.max(config.mlp_width),
+        steps: 1,
+        experts: if config.experts_per_token() == 0 { Experts::None } else { Experts::Some },
+    };
+    Arc::new(move |spread| {
+        let limits = pontoon_qualify::compare::Limits::of(&sizes, spread);
+        Distance {
+            worst: limits.worst_logit_error,
+            typical: limits.typical_logit_error,
+            divergence: limits.kl,
+        }
+    })
+}
+
+/// Adds events to a file.
+fn event_writer(path: &Path) -> Result<Arc<OnEvent>> {
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    let file = file.with_context(|| format!("cannot write --events `{}`", path.display()))?;
+    let shown = path.display().to_string();
+    Ok(Arc::new(move |event: &PoolEvent| {
+        let line = json!({
+            "time": event.time, "kind": event.kind.name(), "device": event.device,
+            "cause": event.cause, "action": event.action, "moved_requests": event.moved,
+        });
+        // Serving goes on without its record.
+        if let Err(error) = (&file).write_all(format!("{line}\n").as_bytes()) {
+            eprintln!("cannot write --events `{shown}`: {error}");
+        }
+    }))
 }
 
 fn options(arguments: &Arguments, model: &Model, vocabulary: usize) -> Result<DeviceOptions> {

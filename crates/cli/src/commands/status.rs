@@ -1,21 +1,28 @@
-//! `pontoon status`: where a run stands, from its files alone.
+//! `pontoon status`: where a run stands, once or for as long as it lives.
+//!
+//! Read next: `run_status.rs`, where the facts come from; `watch.rs`, the view in a terminal.
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Args;
-use pontoon_fleet::run_dir::read_lines;
-use pontoon_fleet::snapshot::SnapshotReader;
-use pontoon_fleet::world::RealDisk;
-use serde_json::{Value, json};
 
-use super::{faults, show};
+use super::run_status::{RunStatus, Standing};
+use super::{faults, show, watch};
+
+/// How often a run is looked at that is watched.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// The arguments of `pontoon status`.
 #[derive(Args)]
 pub struct Arguments {
     /// The run folder.
     dir: PathBuf,
+    /// Keep looking until the run ends; q ends the view, not the run.
+    #[arg(long, conflicts_with = "json")]
+    watch: bool,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -23,43 +30,66 @@ pub struct Arguments {
 
 /// Prints it.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    let dir = &arguments.dir;
-    let path = dir.join("metrics.jsonl");
-    ensure!(path.is_file(), "`{}` is no run folder: it has no metrics.jsonl", dir.display());
-    let metrics = read_lines(&RealDisk, &path)?;
-    let events = read_lines(&RealDisk, &dir.join("events.jsonl"))?;
-    let snapshots = SnapshotReader::new(&RealDisk, &dir.join("snapshots")).list()?;
-    let kind = |event: &Value| event["kind"].as_str().unwrap_or_default().to_owned();
-    let survived: Vec<Value> = events.iter().filter(|of| faults::is_fault(of)).cloned().collect();
-    let finished = events.last().is_some_and(|event| kind(event) == "finished");
-    let last = metrics.last().cloned().unwrap_or(Value::Null);
+    let mut status = RunStatus::read(&arguments.dir)?;
     if arguments.json {
-        let status = json!({
-            "step": last["step"],
-            "loss": last["loss"],
-            "tokens_per_s": last["tokens_per_s"],
-            "goodput": last["goodput"],
-            "workers": last["workers"],
-            "faults": survived.len(),
-            "snapshots": snapshots,
-            "finished": finished,
-        });
-        println!("{status}");
+        println!("{}", status.to_json());
         return Ok(());
     }
+    if arguments.watch && status.standing == Standing::Running {
+        status = match std::io::stdout().is_terminal() {
+            true => watch::run(status, LOOK_EVERY)?,
+            false => follow(status)?,
+        };
+    }
+    lines(&status).iter().for_each(|line| println!("{line}"));
+    Ok(())
+}
+
+/// A line for every step that is seen, until the run ends.
+fn follow(mut status: RunStatus) -> Result<RunStatus> {
+    let mut told = None;
+    while status.standing == Standing::Running {
+        let step = status.last()["step"].as_u64();
+        if step != told {
+            told = step;
+            println!("{}", line(&status));
+            std::io::stdout().flush()?;
+        }
+        std::thread::sleep(LOOK_EVERY);
+        status = RunStatus::read(&status.dir)?;
+    }
+    Ok(status)
+}
+
+/// The run in one line.
+pub fn line(status: &RunStatus) -> String {
+    let last = status.last();
     let number = |key: &str| last[key].as_f64().unwrap_or(f64::NAN);
-    let snapshot = snapshots.first().map_or("none".to_owned(), u64::to_string);
-    println!(
-        "step {}  loss {:.4}  {} tokens/s  goodput {:.1}%  faults {}  snapshot {snapshot}{}",
-        last["step"],
+    let snapshot = status.snapshots.first().map_or("none".to_owned(), u64::to_string);
+    let steps = status.steps.map_or(String::new(), |steps| format!("/{steps}"));
+    let rest = status.rest_s().map_or(String::new(), |s| format!("  ETA {}", show::duration(s)));
+    format!(
+        "step {}{steps}  loss {:.4}  {} tokens/s  goodput {:.1}%  faults {}  snapshot {snapshot}  \
+         {}{rest}",
+        last["step"].as_u64().unwrap_or(0),
         number("loss"),
         show::count(number("tokens_per_s")),
         100.0 * number("goodput"),
-        survived.len(),
-        if finished { "  finished" } else { "" },
-    );
-    if !survived.is_empty() {
-        faults::table(&survived).iter().for_each(|line| println!("{line}"));
+        status.faults().len(),
+        status.standing.name(),
+    )
+}
+
+/// The run, its workers and its faults.
+fn lines(status: &RunStatus) -> Vec<String> {
+    let mut lines = vec![line(status)];
+    lines.extend(status.fleet.iter().map(watch::worker_line));
+    let faults = status.faults();
+    if !faults.is_empty() {
+        lines.extend(faults::table(&faults));
     }
-    Ok(())
+    if matches!(status.standing, Standing::Died | Standing::Stopped) {
+        lines.push(format!("go on with: pontoon train {} --resume", status.dir.display()));
+    }
+    lines
 }

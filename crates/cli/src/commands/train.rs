@@ -7,14 +7,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use pontoon_fleet::control::ControlSocket;
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
-use pontoon_fleet::world::{Disk, Launching, RealDisk, SystemClock};
+use pontoon_fleet::snapshot::{is_url, place};
+use pontoon_fleet::world::{Disk, Launching, SystemClock};
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
 use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
 
 use super::{faults, show, worker};
-use crate::devices;
+use crate::{devices, snapshot_place};
 
 /// The arguments of `pontoon train`.
 #[derive(Args)]
@@ -77,11 +79,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let base = settings.parent().unwrap_or(Path::new("")).to_owned();
     let base =
         std::path::absolute(if base.as_os_str().is_empty() { Path::new(".") } else { &base })?;
-    let supervised = config.fleet.workers.is_some() || config.fleet.devices.len() > 1;
+    let to = place(config.snapshot.to.as_deref(), &base, &dir);
+    // An upload is done in the background, beside a worker.
+    let supervised =
+        config.fleet.workers.is_some() || config.fleet.devices.len() > 1 || is_url(&to);
+    let real = snapshot_place::disk_of(&to, &dir.join("upload"))?;
     let plan = arguments.chaos.as_ref().map(|path| read_plan(path, &config, supervised));
     let plan = plan.transpose()?;
-    let struck = plan.as_ref().map(|plan| ChaosDisk::new(&RealDisk, plan.of_disk()));
-    let disk: &dyn Disk = struck.as_ref().map_or(&RealDisk, |disk| disk);
+    let struck = plan.as_ref().map(|plan| ChaosDisk::new(&*real, plan.of_disk()));
+    let disk: &dyn Disk = struck.as_ref().map_or(&*real, |disk| disk);
     let device = config.fleet.devices[0].clone();
     let dtype = config.train.dtype.dtype();
     let mut run = Run {
@@ -93,6 +99,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         stop: &STOP,
         disk,
         clock: &SystemClock,
+        control: &ControlSocket,
     };
     let mut display = Display::new();
     let summary = if supervised {
@@ -105,8 +112,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
     display.bar.finish_and_clear();
     let summary = summary?;
+    report(arguments, &run, &summary, supervised)
+}
+
+/// Prints how a run ended: one JSON object, or lines for people.
+fn report(arguments: &Arguments, run: &Run<'_>, summary: &Summary, supervised: bool) -> Result<()> {
     if arguments.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        println!("{}", serde_json::to_string(summary)?);
     } else {
         let loss = summary.loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
         let valid = summary.valid_loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
@@ -154,12 +166,11 @@ fn fleet_peak(config: &RunConfig) -> Result<f64> {
 /// Runs with a worker process for each device.
 fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Result<Summary> {
     let names = devices::dealt(&run.config.fleet.devices, run.config.workers())?;
-    let snapshots = match &run.config.snapshot.to {
-        Some(to) => run.base.join(to),
-        None => run.dir.join("snapshots"),
-    };
     let dir = std::path::absolute(&run.dir)?;
-    let snapshots = std::path::absolute(snapshots)?;
+    let mut snapshots = place(run.config.snapshot.to.as_deref(), &run.base, &run.dir);
+    if !is_url(&snapshots) {
+        snapshots = std::path::absolute(snapshots)?;
+    }
     let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
     let mut processes = Processes { command: |what: &Launching| start.of(what) };
     Ok(pontoon_train::supervise(run, &names, &mut processes, display)?)
@@ -244,5 +255,9 @@ impl Observer for Display {
             }
         };
         self.bar.suspend(|| eprintln!("{said}"));
+    }
+
+    fn note(&mut self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
     }
 }

@@ -11,11 +11,11 @@ use clap::Args;
 use pontoon_fleet::exchange::Exchange;
 use pontoon_fleet::protocol::{Report, Trouble};
 use pontoon_fleet::worker::{Progress, Reports, serve};
-use pontoon_fleet::world::{Launching, RealDisk, SystemClock};
+use pontoon_fleet::world::{Launching, SystemClock};
 use pontoon_sim::chaos::{ChaosDevice, ChaosReplica, Injector, Numbered, Place, Plan};
 use pontoon_train::{RunConfig, TrainingReplica, WorkerRun};
 
-use crate::devices;
+use crate::{devices, snapshot_place};
 
 /// How often it says how far it has come.
 const BEAT: Duration = Duration::from_millis(50);
@@ -64,13 +64,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let work = || -> Result<()> {
         let config = RunConfig::read(&arguments.dir.join("run.toml"), &[])?;
         let mut backend = devices::open(&arguments.device)?;
+        // A worker only reads them.
+        let disk = snapshot_place::disk_of(&arguments.snapshots, &arguments.dir.join("upload"))?;
         let run = WorkerRun {
             config,
             snapshots: arguments.snapshots.clone(),
             exchange: Exchange::inherit(arguments.exchange)
                 .context("cannot open the memory shared with the supervisor")?,
             progress,
-            disk: &RealDisk,
+            disk: &*disk,
             clock: &SystemClock,
         };
         let (commands, process) = (commands.into_iter(), std::process::id());

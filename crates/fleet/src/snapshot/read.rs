@@ -104,6 +104,8 @@ impl<'d> SnapshotReader<'d> {
         for step in self.list()? {
             match self.read(step, parts) {
                 Ok(snapshot) => return Ok(Newest { snapshot: Some(snapshot), rejected }),
+                // One that cannot be reached may be good: an older one must not take its place.
+                Err(unreachable @ FleetError::Io { .. }) => return Err(unreachable),
                 Err(reason) => rejected.push(Rejected { step, reason }),
             }
         }
@@ -240,6 +242,10 @@ impl Folder<'_> {
         match error.kind() {
             io::ErrorKind::NotFound => self.damaged(part, "is missing"),
             io::ErrorKind::UnexpectedEof => self.damaged(part, "is truncated"),
+            io::ErrorKind::NetworkDown | io::ErrorKind::PermissionDenied => {
+                let source = io::Error::new(error.kind(), error.to_string());
+                FleetError::io("read", &self.path.join(part))(source)
+            }
             _ => self.damaged(part, &format!("cannot be read: {error}")),
         }
     }

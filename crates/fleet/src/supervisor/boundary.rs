@@ -1,7 +1,9 @@
 //! The beginning and the end of a step: who takes part, what is handed out, what is saved.
 
-use crate::policy::{Verdict, assign, is_audited, is_slow, verdict};
-use crate::protocol::{Area, Command, Publish, Source, StateDigest};
+use std::time::Duration;
+
+use crate::policy::{Verdict, assign, is_audited, slow, verdict};
+use crate::protocol::{Area, Command, Publish, Rates, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 use super::losing::Loss;
@@ -13,13 +15,18 @@ use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
 const SLOW_AFTER: u32 = 3;
 /// And after which one that gets no leaf any more is given up.
 const EVICT_AFTER: u32 = 6;
-/// A final snapshot is tried this often.
-const SAVE_TRIES: u32 = 3;
+/// A final snapshot is tried this often: over three minutes, in which a disk is freed or a store
+/// is back more often than not.
+const SAVE_TRIES: u32 = 10;
+/// The pause before a failed snapshot is tried again; it doubles with every failure.
+const SAVE_PAUSE: Duration = Duration::from_millis(200);
+/// But never beyond this.
+const SAVE_PAUSE_MAX: Duration = Duration::from_secs(120);
 
 impl Supervisor {
-    /// Begins once every worker has loaded or is out, and all have the same state.
+    /// Begins once every worker has loaded or is out, with those that have the newest state.
     pub(super) fn try_begin(&mut self) -> bool {
-        if self.workers.iter().any(|of| of.standing == Standing::Loading) {
+        if self.awaits_snapshot || self.workers.iter().any(|of| of.standing == Standing::Loading) {
             return false;
         }
         let ready = self.those(Standing::Ready);
@@ -29,18 +36,10 @@ impl Supervisor {
             self.end(Ending::Failed(text));
             return false;
         };
-        // One that read the folder before the newest snapshot was there reads it again.
-        let late: Vec<usize> =
-            ready.iter().copied().filter(|w| loaded(w).is_none_or(|(of, _)| of < step)).collect();
-        if !late.is_empty() {
-            for worker in late {
-                self.outputs.push(Output::Kill { worker });
-                self.launch(worker, Source::Snapshot);
-            }
-            return false;
-        }
+        // One that read an older snapshot, or found the newest damaged, joins from its peers.
+        let newest = |w: &usize| loaded(w).filter(|(of, _)| *of == step);
         let digests: Vec<(usize, StateDigest)> =
-            ready.iter().filter_map(|w| loaded(w).map(|(_, digest)| (*w, digest))).collect();
+            ready.iter().filter_map(|w| newest(w).map(|(_, digest)| (*w, digest))).collect();
         let votes: Vec<(usize, u64)> = digests
             .iter()
             .map(|(w, [state, weights])| (*w, state ^ weights.rotate_left(1)))
@@ -67,7 +66,7 @@ impl Supervisor {
         if step > 0 {
             self.saved = Some(step);
         }
-        for worker in ready {
+        for &(worker, _) in &digests {
             self.workers[worker].standing = Standing::Member;
         }
         self.ledger.lose(if first { "startup" } else { "restart" }, self.since_round());
@@ -82,7 +81,7 @@ impl Supervisor {
         true
     }
 
-    fn since_round(&self) -> f64 {
+    pub(super) fn since_round(&self) -> f64 {
         self.now.saturating_sub(self.round.begun).as_secs_f64()
     }
 
@@ -94,7 +93,8 @@ impl Supervisor {
         if joining && self.join_donor.is_none() {
             self.export(donor, Area::Join);
         }
-        if self.snapshot_due && self.saving.is_none() {
+        let may_save = self.saving.is_none() && self.now >= self.save_not_before;
+        if self.snapshot_due && may_save {
             self.snapshot_due = false;
             self.export(donor, Area::Snapshot);
         }
@@ -173,10 +173,10 @@ impl Supervisor {
 
     /// Every replica has applied the step: compares them and closes it.
     pub(super) fn try_close(&mut self) -> bool {
-        let replicas = self.replicas();
-        if replicas.iter().any(|worker| !self.round.applied.contains_key(worker)) {
+        if self.awaits_a_replica(|round, worker| round.applied.contains_key(&worker)) {
             return false;
         }
+        let replicas = self.replicas();
         let applied: Vec<(usize, StateDigest)> =
             self.round.applied.iter().map(|(worker, (_, after))| (*worker, *after)).collect();
         let votes: Vec<(usize, u64)> = applied
@@ -259,7 +259,8 @@ impl Supervisor {
         let checking = checking.min(0.5 * wall.as_secs_f64());
         self.ledger.lose("audit", checking);
         let lost = self.ledger.step(self.step, wall.as_secs_f64() - checking, cause);
-        let lr = self.round.applied.values().next().map_or(0.0, |(lr, _)| *lr);
+        self.round.begun = self.now;
+        let rates = self.round.applied.values().next().map_or(Rates::default(), |of| of.0);
         let norm = self.round.combined.values().next().map_or(f64::NAN, |of| of.norm);
         let losses = self.round.losses();
         self.ledger.last_losses(&losses);
@@ -267,9 +268,9 @@ impl Supervisor {
             step: self.step,
             losses,
             norm,
-            lr,
+            rates,
             wall,
-            lost: std::time::Duration::from_secs_f64(lost + checking),
+            lost: Duration::from_secs_f64(lost + checking),
             goodput: self.ledger.goodput(self.now),
             workers: members.len() as u32,
             valid_loss: self.round.valid_loss,
@@ -290,9 +291,10 @@ impl Supervisor {
         };
         let counts = crate::policy::shares(self.settings.leaves, &seconds);
         let even = self.settings.leaves / members.len().max(1) as u32;
+        let is_slow = slow(&seconds);
         for (index, &worker) in members.iter().enumerate() {
             let of = &mut self.workers[worker];
-            of.slow_steps = if is_slow(index, &seconds) { of.slow_steps + 1 } else { 0 };
+            of.slow_steps = if is_slow[index] { of.slow_steps + 1 } else { 0 };
             if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
                 let cause = format!(
                     "{:.0} ms for a micro-batch: too slow to be of use",
@@ -313,12 +315,15 @@ impl Supervisor {
     /// The last snapshot, then the end.
     pub(super) fn finish(&mut self) {
         self.phase = Phase::Finishing;
+        // Of a step that could not be done; one that was done is accounted for.
+        self.ledger.lose("given_up", self.since_round());
         self.round.begun = self.now;
     }
 
     pub(super) fn try_end(&mut self) -> bool {
         if self.saved == Some(self.step) || (self.step == 0 && self.ending.is_some()) {
             self.ledger.lose("last_snapshot", self.since_round());
+            self.round.begun = self.now;
             let finished = self.step >= self.settings.steps;
             if finished && self.ending.is_none() {
                 self.tell(Event::new(self.step, EventKind::Finished));
@@ -336,6 +341,7 @@ impl Supervisor {
                 return false;
             }
             match self.fastest() {
+                Some(_) if self.now < self.save_not_before => {}
                 Some(donor) => self.export(donor, Area::Snapshot),
                 None => self.start_over("no worker is left to save the state"),
             }
@@ -377,8 +383,10 @@ impl Supervisor {
         self.saving = None;
         self.save_failures = 0;
         self.saved = Some(step);
-        self.ledger.saved(step);
         self.tell(Event { action: Some(folder), ..Event::new(step, EventKind::Snapshot) });
+        if self.awaits_snapshot {
+            self.start_from_the_newest();
+        }
     }
 
     pub(super) fn save_failed(&mut self, step: u64, cause: String) {
@@ -386,8 +394,15 @@ impl Supervisor {
         self.save_failures += 1;
         self.snapshot_due = true;
         self.ledger.faults += 1;
-        let action = Some("goes on; tried again at the next step".to_owned());
+        let doublings = 1 << (self.save_failures - 1).min(SAVE_TRIES);
+        let pause = (SAVE_PAUSE * doublings).min(SAVE_PAUSE_MAX);
+        self.save_not_before = self.now + pause;
+        let action = format!("goes on; tried again {:.1} s later or when due", pause.as_secs_f64());
+        let action = Some(action);
         let event = Event::new(step, EventKind::SnapshotFailed);
         self.tell(Event { cause: Some(cause), action, ..event });
+        if self.awaits_snapshot {
+            self.start_from_the_newest();
+        }
     }
 }

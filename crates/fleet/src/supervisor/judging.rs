@@ -1,8 +1,10 @@
 //! What a step's results are worth: audits, sums and state are compared before anything is
 //! applied, and who is alone with a value is taken out.
 
+use std::sync::Arc;
+
 use crate::policy::{Verdict, verdict};
-use crate::protocol::{Area, Command, Publish};
+use crate::protocol::{Area, Command, Node, Publish};
 use crate::run_dir::{Event, EventKind};
 
 use super::losing::{CHANGED, Loss};
@@ -16,7 +18,7 @@ const SPIKE: f64 = 2.0;
 impl Supervisor {
     /// All leaves are there and audited: lets every replica sum them.
     pub(super) fn try_combine(&mut self) -> bool {
-        if self.those(Standing::Member).is_empty() {
+        if self.workers.iter().all(|of| of.standing != Standing::Member) {
             self.start_over("no worker is left");
             return false;
         }
@@ -39,12 +41,12 @@ impl Supervisor {
     fn ask_for_sums(&mut self) {
         self.phase = Phase::Combining;
         self.round.combined.clear();
-        let nodes = match self.round.publish {
-            Publish::Shared => self.round.nodes(),
-            Publish::Local => Vec::new(),
+        let nodes: Arc<[Node]> = match self.round.publish {
+            Publish::Shared => self.round.nodes().into(),
+            Publish::Local => Arc::from([]),
         };
         for worker in self.replicas() {
-            let nodes = nodes.clone();
+            let nodes = Arc::clone(&nodes);
             self.send(worker, Command::Combine { step: self.step + 1, nodes });
         }
     }
@@ -143,6 +145,9 @@ impl Supervisor {
             self.tell(Event { cause: Some(cause), action: Some("computed again".into()), ..event });
         }
         let limit = SPIKE * self.ledger.largest_loss()?;
+        if losses.iter().all(|loss| *loss <= limit) {
+            return None;
+        }
         let mut new = false;
         let owners: Vec<(u32, usize, f64)> = (self.round.done.values())
             .flat_map(|s| {
@@ -186,12 +191,12 @@ impl Supervisor {
 
     /// Every replica has its sum: compares them, and the state they are applied to.
     pub(super) fn try_apply(&mut self) -> bool {
+        if self.awaits_a_replica(|round, worker| round.combined.contains_key(&worker)) {
+            return false;
+        }
         let replicas = self.replicas();
         if replicas.is_empty() {
             self.start_over("no worker is left");
-            return false;
-        }
-        if replicas.iter().any(|worker| !self.round.combined.contains_key(worker)) {
             return false;
         }
         for &worker in &replicas {

@@ -3,6 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+/// Steps whose time is remembered: more than lie between the newest snapshot and the oldest kept
+/// one in any run that wants to be resumed, and 16 MiB.
+const LATEST: usize = 1 << 20;
 /// Clean steps that say how long a step takes.
 const TYPICAL: usize = 9;
 
@@ -11,8 +14,9 @@ const TYPICAL: usize = 9;
 pub(super) struct Ledger {
     lost: BTreeMap<&'static str, f64>,
     useful: f64,
-    /// Useful seconds of the steps since the newest snapshot, to take back if they are done again.
-    since_snapshot: VecDeque<(u64, f64)>,
+    /// Useful seconds of the latest steps, to take back if they are done again: after damage that
+    /// may go further back than the newest snapshot.
+    latest: VecDeque<(u64, f64)>,
     clean: VecDeque<f64>,
     /// The largest loss of a leaf in the step before.
     largest_loss: Option<f64>,
@@ -43,20 +47,17 @@ impl Ledger {
         };
         self.lose(cause.unwrap_or("none"), lost);
         self.useful += seconds - lost;
-        self.since_snapshot.push_back((step, seconds - lost));
+        if self.latest.len() == LATEST {
+            self.latest.pop_front();
+        }
+        self.latest.push_back((step, seconds - lost));
         lost
-    }
-
-    /// Forgets steps that will never be done again.
-    pub fn saved(&mut self, step: u64) {
-        self.since_snapshot.retain(|(of, _)| *of > step);
     }
 
     /// Steps after `step` are done again: what they took was lost.
     pub fn rolled_back(&mut self, step: u64) {
-        let again: f64 =
-            self.since_snapshot.iter().filter(|(of, _)| *of > step).map(|(_, s)| s).sum();
-        self.since_snapshot.retain(|(of, _)| *of <= step);
+        let again: f64 = self.latest.iter().filter(|(of, _)| *of > step).map(|(_, s)| s).sum();
+        self.latest.retain(|(of, _)| *of <= step);
         self.useful -= again;
         self.lose("rolled_back", again);
     }
@@ -98,7 +99,6 @@ mod tests {
         ledger.lose("startup", 1.0);
         assert_eq!(ledger.lost(), [("crash", 3.0), ("startup", 1.0)]);
         assert_eq!(ledger.goodput(Duration::from_secs(16)), 0.5);
-        ledger.saved(2);
         ledger.rolled_back(2);
         assert_eq!(ledger.lost()[1], ("rolled_back", 4.0));
         assert_eq!(ledger.goodput(Duration::from_secs(16)), 0.25);

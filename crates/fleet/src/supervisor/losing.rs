@@ -4,13 +4,13 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::policy::is_overdue;
+use crate::policy::{is_overdue, load_deadline};
 use crate::protocol::{Area, Source, Trouble};
 use crate::run_dir::{Event, EventKind};
 
 use super::round::Round;
 use super::workers::{Standing, Worker};
-use super::{Ending, LOAD_DEADLINE, Output, Phase, Saving, Supervisor};
+use super::{Ending, Output, Phase, Saving, Supervisor};
 
 /// A device that was taken out this often stays out.
 const STRIKES: u32 = 3;
@@ -112,7 +112,12 @@ impl Supervisor {
         if !in_step && !matches!(self.phase, Phase::Applying | Phase::Scoring | Phase::Finishing) {
             return;
         }
-        let members = self.those(Standing::Member);
+        let mut members = self.those(Standing::Member);
+        if members.is_empty() {
+            // Those that were told to take a peer's state hold it, or will be found out.
+            members = self.those(Standing::Joining);
+            members.iter().for_each(|&of| self.workers[of].standing = Standing::Member);
+        }
         if members.is_empty() {
             return self.start_over("no worker is left");
         }
@@ -171,15 +176,18 @@ impl Supervisor {
             let text = format!("{cause}, {RESTARTS} times without a step between");
             return self.end(Ending::Failed(text));
         }
-        let back = self.saved.unwrap_or(0);
         let event = Event::new(self.step, EventKind::RolledBack);
-        let action = Some(format!("all go on from step {back}"));
+        let action = Some(match (self.saving, self.saved) {
+            (Some(Saving::Writing { step }), _) => format!("all go on from step {step}, if it is saved"),
+            (_, back) => format!("all go on from step {}", back.unwrap_or(0)),
+        });
         self.ledger.faults += 1;
         self.tell(Event { cause: Some(cause.to_owned()), action, ..event });
         if matches!(self.saving, Some(Saving::Copying { .. })) {
             self.saving = None;
         }
         self.join_donor = None;
+        self.ledger.lose("given_up", self.since_round());
         self.round = Round::new(self.now);
         for worker in 0..self.workers.len() {
             if !matches!(self.workers[worker].standing, Standing::Out | Standing::Retired) {
@@ -191,8 +199,17 @@ impl Supervisor {
             let text = "every worker is out for good; see events.jsonl".to_owned();
             return self.end(Ending::Failed(text));
         }
-        let fresh = self.saved.is_none() && self.settings.source == Source::Fresh;
-        self.start(if fresh { Source::Fresh } else { Source::Snapshot });
+        self.start_from_the_newest();
+    }
+
+    /// Starts all workers, once no snapshot is on its way: it would be newer than what they load.
+    pub(super) fn start_from_the_newest(&mut self) {
+        self.phase = Phase::Starting;
+        self.awaits_snapshot = self.saving.is_some();
+        if !self.awaits_snapshot {
+            let fresh = self.saved.is_none() && self.settings.source == Source::Fresh;
+            self.start(if fresh { Source::Fresh } else { Source::Snapshot });
+        }
     }
 
     pub(super) fn failed(&mut self, worker: usize, trouble: Trouble, text: String) {
@@ -202,6 +219,9 @@ impl Supervisor {
             Trouble::MemoryFault => EventKind::MemoryFault,
             Trouble::OutOfMemory => EventKind::OutOfMemory,
             Trouble::LinkDown => EventKind::LinkDown,
+            Trouble::Corrupt => {
+                return self.lose(worker, Loss::new(EventKind::Corrupt, text).discarding());
+            }
             Trouble::Run => return self.end(Ending::Failed(text)),
         };
         self.lose(worker, Loss::new(kind, text));
@@ -216,7 +236,7 @@ impl Supervisor {
             }
             let silent = self.now.saturating_sub(of.progressed);
             let deadline = match of.standing {
-                Standing::Loading => LOAD_DEADLINE,
+                Standing::Loading => load_deadline(self.longest_load),
                 _ => self.settings.hang_after.deadline(of.longest_pause),
             };
             if silent > deadline {
@@ -242,13 +262,20 @@ impl Supervisor {
             return false;
         }
         let pending = &self.round.pending;
-        let mine = pending.iter().filter(|(of, ..)| *of == worker);
-        let (leaves, since) = mine.fold((0, self.now), |(leaves, since), (_, node, from)| {
-            (leaves + node.count, since.min(*from))
+        if pending.is_empty() || pending.iter().any(|(of, ..)| *of != worker) {
+            return false;
+        }
+        let of = &self.workers[worker];
+        // Whoever also copies its state or checks others has a reason to take longer.
+        if of.open as usize > pending.len() {
+            return false;
+        }
+        let (leaves, since) = pending.iter().fold((0, self.now), |(leaves, since), (_, node, at)| {
+            (leaves + node.count, since.min(*at))
         });
-        let alone = pending.iter().all(|(of, ..)| *of == worker);
-        match self.workers[worker].seconds {
-            Some(seconds) if alone && leaves > 0 => {
+        let since = since.max(of.answered);
+        match of.seconds {
+            Some(seconds) => {
                 let expected = Duration::from_secs_f64(seconds * f64::from(leaves));
                 is_overdue(self.now.saturating_sub(since), expected)
             }

@@ -1,10 +1,11 @@
 //! What one step holds while it is computed: subtrees, audits, what replicas say of them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::policy::{Verdict, verdict};
-use crate::protocol::{Bits, Node, Publish, StateDigest};
+use crate::protocol::{Bits, Node, Publish, Rates, StateDigest};
 
 /// A computed subtree.
 #[derive(Clone, Debug)]
@@ -19,7 +20,7 @@ pub(super) struct Subtree {
 #[derive(Clone, Debug)]
 pub(super) struct Combined {
     pub before: StateDigest,
-    pub nodes: Vec<u64>,
+    pub nodes: Arc<[u64]>,
     pub gradient: u64,
     pub norm: f64,
 }
@@ -65,7 +66,7 @@ pub(super) struct Round {
     pub spikes: Vec<u32>,
     pub combined: BTreeMap<usize, Combined>,
     pub recombined: bool,
-    pub applied: BTreeMap<usize, (f64, StateDigest)>,
+    pub applied: BTreeMap<usize, (Rates, StateDigest)>,
     /// Those whose losses were not finite the first time.
     pub suspects: Option<Vec<usize>>,
     pub valid_loss: Option<f64>,
@@ -137,7 +138,8 @@ impl Round {
 
     /// The losses by leaf.
     pub fn losses(&self) -> Vec<f64> {
-        self.done.values().flat_map(|subtree| subtree.losses.iter().copied()).collect()
+        let lists: Vec<&[f64]> = self.done.values().map(|subtree| &subtree.losses[..]).collect();
+        lists.concat()
     }
 
     /// Takes away what a worker has not done yet; returns the leaves.

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::*;
-use crate::protocol::{Bits, DeviceFacts};
+use crate::protocol::{Bits, DeviceFacts, Rates};
+
+const RATES: Rates = Rates { lr: 0.1, imbalance: None };
 
 const LEAVES: u32 = 8;
 const STEPS: u64 = 6;
@@ -205,7 +207,7 @@ impl World {
                 say(self, Report::Combined { step, before, nodes, gradient, norm });
             }
             Command::Apply { step } => {
-                say(self, Report::Applied { step, lr: 0.1, after: self.state(step) });
+                say(self, Report::Applied { step, rates: RATES, after: self.state(step) });
             }
             Command::Export { step, area } => {
                 say(self, Report::Exported { step, area, digest: self.state(step)[0] });

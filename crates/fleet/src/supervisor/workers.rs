@@ -2,13 +2,16 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+
 use crate::protocol::StateDigest;
 
 /// Steps without fault that make up for one: a device that lies more often is out for good.
 const FORGIVEN_AFTER: u32 = 100;
 
 /// Where a worker stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Standing {
     /// No process.
     Out,
@@ -24,6 +27,25 @@ pub(super) enum Standing {
     Retired,
 }
 
+/// A worker as people see it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Seen<'a> {
+    /// Which.
+    worker: usize,
+    /// Its device.
+    device: &'a str,
+    /// The class within which equal inputs give equal bits; empty before it has loaded.
+    numeric_class: &'a str,
+    /// `out`, `loading`, `ready`, `joining`, `member` or `retired`.
+    state: Standing,
+    /// Processes started so far.
+    processes: u32,
+    /// Seconds for a micro-batch, lately.
+    seconds: Option<f64>,
+    /// Bytes its device holds.
+    memory_bytes: u64,
+}
+
 pub(super) struct Worker {
     pub device: String,
     pub numeric_class: String,
@@ -37,6 +59,10 @@ pub(super) struct Worker {
     pub open: u32,
     /// When it last showed that it gets on.
     pub progressed: Duration,
+    /// When its process was started.
+    pub launched: Duration,
+    /// When it last answered, or was given something to do after a rest.
+    pub answered: Duration,
     pub operations: u64,
     pub longest_pause: Duration,
     /// Times it was taken out for what it did.
@@ -66,6 +92,8 @@ impl Worker {
             seconds: None,
             open: 0,
             progressed: Duration::ZERO,
+            launched: Duration::ZERO,
+            answered: Duration::ZERO,
             operations: 0,
             longest_pause: Duration::ZERO,
             strikes: 0,
@@ -75,6 +103,19 @@ impl Worker {
             slow_steps: 0,
             injected: None,
             loaded: None,
+        }
+    }
+
+    /// How it looks from outside.
+    pub fn seen(&self, worker: usize) -> Seen<'_> {
+        Seen {
+            worker,
+            device: &self.device,
+            numeric_class: &self.numeric_class,
+            state: self.standing,
+            processes: self.incarnation,
+            seconds: self.seconds,
+            memory_bytes: self.memory_bytes,
         }
     }
 

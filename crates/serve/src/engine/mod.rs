@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod blocks;
 pub mod device;
+pub mod probe;
 pub mod request;
 pub mod rows;
 pub mod sequence;

@@ -22,6 +22,7 @@ pub trait Constraint: Send {
 pub type ConstraintSource = dyn Fn() -> Result<Box<dyn Constraint>, String> + Send + Sync;
 
 /// What is wanted.
+#[derive(Clone)]
 pub struct Request {
     /// The prompt.
     pub prompt: Vec<u32>,
@@ -30,6 +31,7 @@ pub struct Request {
 }
 
 /// What to do with a prompt.
+#[derive(Clone)]
 pub enum Task {
     /// Continue it.
     Generate(Generate),
@@ -38,6 +40,7 @@ pub enum Task {
 }
 
 /// How to continue a prompt.
+#[derive(Clone)]
 pub struct Generate {
     /// How tokens are drawn; `tokens_max` is the number of tokens at most.
     pub sampling: SamplingSettings,
@@ -126,9 +129,24 @@ pub struct Ticket {
 struct Progress {
     epoch: Epoch,
     tokens: Vec<u32>,
+    /// Of each of the tokens.
+    logprobs: Vec<f32>,
+    /// The places in the pool that drew them: from which token on, and where.
+    holders: Vec<(usize, usize)>,
     prompt_told: bool,
     moves: u32,
     sender: Option<UnboundedSender<(usize, Event)>>,
+}
+
+/// What has come of a request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drawing {
+    /// The tokens drawn.
+    pub tokens: Vec<u32>,
+    /// The log-probability of each.
+    pub logprobs: Vec<f32>,
+    /// The places in the pool that drew them: from which token on, and where.
+    pub holders: Vec<(usize, usize)>,
 }
 
 impl Ticket {
@@ -141,6 +159,8 @@ impl Ticket {
         let progress = Progress {
             epoch: Epoch(0),
             tokens: Vec::new(),
+            logprobs: Vec::new(),
+            holders: Vec::new(),
             prompt_told: false,
             moves: 0,
             sender: Some(sender),
@@ -153,6 +173,24 @@ impl Ticket {
         let mut progress = self.lock();
         progress.epoch.0 += 1;
         progress.epoch
+    }
+
+    /// Says which place in the pool draws the tokens from now on.
+    pub fn held_by(&self, place: usize) {
+        let mut progress = self.lock();
+        let from = progress.tokens.len();
+        progress.holders.retain(|(first, _)| *first < from);
+        progress.holders.push((from, place));
+    }
+
+    /// What has been drawn so far, and by whom.
+    pub fn drawing(&self) -> Drawing {
+        let progress = self.lock();
+        Drawing {
+            tokens: progress.tokens.clone(),
+            logprobs: progress.logprobs.clone(),
+            holders: progress.holders.clone(),
+        }
     }
 
     /// Counts a move caused by a failure; gives how many there have been.
@@ -199,7 +237,10 @@ impl Ticket {
         }
         let Some(sender) = progress.sender.clone() else { return Wanted::No };
         match &event {
-            Event::Token(scored) => progress.tokens.push(scored.token),
+            Event::Token(scored) => {
+                progress.tokens.push(scored.token);
+                progress.logprobs.push(scored.logprob);
+            }
             Event::Prompt(_) => progress.prompt_told = true,
             Event::Finished(_) | Event::Failed(_) => progress.sender = None,
             Event::Started { .. } | Event::Embedding(_) => {}

@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use super::batch::Batch;
 use super::blocks::BlockPool;
-use super::device::{Device, DeviceOptions, Piece, PrefillHead, PrefillResult};
+use super::device::Device;
+use super::probe::Probe;
 use super::request::{Epoch, Ticket};
 use crate::error::ServeError;
 
@@ -53,8 +54,8 @@ pub struct Worker {
     pub step_began: Arc<Mutex<Option<Instant>>>,
     /// What its device calls the class of devices that give equal bits.
     pub numeric_class: Arc<str>,
-    /// What it scored the probe as, when it started.
-    pub probe: Arc<[f32]>,
+    /// What it computed of the probe when it started.
+    pub probe: Probe,
 }
 
 /// A worker's own half.
@@ -65,14 +66,11 @@ pub struct WorkerThread {
     step_began: Arc<Mutex<Option<Instant>>>,
 }
 
-/// Tokens of the probe: enough to run through every layer at several positions and blocks.
-const PROBE_TOKENS: usize = 40;
-
 impl Worker {
-    /// Makes both halves; scores the probe.
+    /// Makes both halves; runs the probe.
     pub fn new(mut device: Device) -> Result<(Worker, WorkerThread), ServeError> {
         let options = *device.options();
-        let probe = probe(&mut device, &options)?;
+        let probe = Probe::measure(&mut device)?;
         let (sender, receiver) = channel();
         let stats = Arc::new(Stats::default());
         stats.blocks.store(options.blocks as u64, Relaxed);
@@ -84,7 +82,7 @@ impl Worker {
             blocks: Arc::clone(&blocks),
             step_began: Arc::clone(&step_began),
             numeric_class: Arc::from(device.info().numeric_class.as_str()),
-            probe: Arc::from(probe),
+            probe,
         };
         let batch = Batch::new(device, blocks, Arc::clone(&stats));
         Ok((worker, WorkerThread { commands: receiver, batch, stats, step_began }))
@@ -129,23 +127,5 @@ impl WorkerThread {
 
     fn set_began(&self, began: Option<Instant>) {
         *self.step_began.lock().unwrap_or_else(PoisonError::into_inner) = began;
-    }
-}
-
-/// Scores a fixed text, by which devices are compared before they serve.
-fn probe(device: &mut Device, options: &DeviceOptions) -> Result<Vec<f32>, ServeError> {
-    let count = PROBE_TOKENS.min(options.context);
-    let stream = pontoon_ops::philox::Stream::new(1, 1);
-    let vocabulary = options.vocabulary as u64;
-    let tokens: Vec<u32> =
-        (0..count as u64).map(|at| stream.below(at, vocabulary) as u32).collect();
-    // The cache is empty and unused, so its first blocks are free to write into.
-    let blocks: Vec<u32> = (0..count.div_ceil(super::blocks::BLOCK) as u32).collect();
-    let (most, _) = device.prefill_limits(PrefillHead::Score);
-    let end = most.min(count - 1);
-    let piece = Piece { tokens: &tokens, start: 0, end, blocks: &blocks };
-    match device.prefill(&[piece], PrefillHead::Score)? {
-        PrefillResult::Scores(scores) => Ok(scores.iter().map(|one| one.logprob).collect()),
-        PrefillResult::Nothing | PrefillResult::Hidden(_) => Ok(Vec::new()),
     }
 }

@@ -17,6 +17,7 @@ use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
 use super::sse::{Left, Out, stream};
 use super::{body, formats, reply, usage_json};
 use crate::app::App;
+use crate::seats::Seat;
 use crate::text::grammar::Guide;
 use crate::text::splitter::{Part, Splitter};
 
@@ -34,6 +35,8 @@ pub struct Wanted {
     pub tools: bool,
     /// Likeliest tokens to tell; `None` for no log-probabilities.
     pub logprobs: Option<usize>,
+    /// Its place among the requests that are answered.
+    _seat: Seat,
 }
 
 /// The endpoint.
@@ -54,9 +57,11 @@ fn read(fields: &Fields<'_>, app: &App) -> Result<Wanted, ApiError> {
         Some(tokens) => Some(tokens),
         None => fields.whole("max_tokens", 1..=most)?,
     };
-    let logprobs = match fields.flag("logprobs")? {
-        Some(true) => Some(fields.whole("top_logprobs", 0..=TOP_LOGPROBS_MAX)?.unwrap_or(0)),
-        _ => None,
+    let top = fields.whole("top_logprobs", 0..=TOP_LOGPROBS_MAX)?;
+    let logprobs = match (fields.flag("logprobs")?, top) {
+        (Some(true), top) => Some(top.unwrap_or(0)),
+        (_, None | Some(0)) => None,
+        (_, Some(_)) => return Err(fields.wrong("logprobs", "true where `top_logprobs` is given")),
     };
     let logprobs = logprobs.map(|count| count as usize);
     let id = app.fresh_id("chatcmpl");
@@ -95,7 +100,8 @@ impl Wanted {
         let tools = !conversation.tools.is_empty();
         // The markers of calls are special tokens of some tokenizers.
         settings.skip_special &= !tools;
-        Ok(Wanted { id, prompt_text, prompt, settings, tools, logprobs })
+        let seat = app.seat()?;
+        Ok(Wanted { id, prompt_text, prompt, settings, tools, logprobs, _seat: seat })
     }
 
     /// Gives it to the pool.
@@ -177,8 +183,13 @@ impl Message {
         match part {
             Part::Reasoning(text) => self.reasoning += &text,
             Part::Content(text) => self.content += &text,
-            Part::ToolCall { name, arguments, .. } => {
-                self.calls.push((app.fresh_id("call"), name, arguments));
+            Part::CallBegin { name, .. } => {
+                self.calls.push((app.fresh_id("call"), name, String::new()));
+            }
+            Part::CallArguments { text, .. } => {
+                if let Some((_, _, arguments)) = self.calls.last_mut() {
+                    *arguments += &text;
+                }
             }
         }
     }
@@ -237,16 +248,17 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
         })
     };
     let thought = voices.iter().map(Voice::thought).sum();
-    Ok(reply(&json!({
+    let value = json!({
         "id": wanted.id,
         "object": "chat.completion",
         "created": app.now(),
         "model": app.model_name,
         "choices": (0..count).map(choice).collect::<Vec<_>>(),
         "usage": usage_json(flow.usage(), Some(thought)),
-        "system_fingerprint": flow.numeric_classes(),
+        "system_fingerprint": flow.classes(),
         "device": flow.devices(),
-    })))
+    });
+    Ok(reply(&value))
 }
 
 async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
@@ -288,7 +300,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
                 "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": null,
             });
             let mut value = chunk(json!([choice]));
-            value["system_fingerprint"] = flow.numeric_classes().into();
+            value["system_fingerprint"] = flow.classes().into();
             out.data(&value).await?;
         }
         if let Some(ended) = heard.ended {
@@ -311,11 +323,15 @@ fn delta(app: &App, part: Part) -> Value {
     match part {
         Part::Reasoning(text) => json!({ "reasoning": text, "reasoning_content": text }),
         Part::Content(text) => json!({ "content": text }),
-        Part::ToolCall { index, name, arguments } => json!({ "tool_calls": [{
+        Part::CallBegin { index, name } => json!({ "tool_calls": [{
             "index": index,
             "id": app.fresh_id("call"),
             "type": "function",
-            "function": { "name": name, "arguments": arguments },
+            "function": { "name": name, "arguments": "" },
+        }]}),
+        Part::CallArguments { index, text } => json!({ "tool_calls": [{
+            "index": index,
+            "function": { "arguments": text },
         }]}),
     }
 }

@@ -13,15 +13,19 @@ use super::errors::ApiError;
 use super::fields::{Fields, wrong};
 use super::flow::{Flow, Step};
 use super::logprobs::CompletionLogprobs;
-use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
+use super::settings::{Settings, TOP_LOGPROBS_MAX, Told, around};
 use super::sse::{Left, Out, stream};
 use super::{body, formats, reply, usage_json};
 use crate::app::App;
+use crate::seats::Seat;
 
 /// Tokens of a completion if the request does not say, as OpenAI has it.
 const TOKENS_DEFAULT: usize = 16;
 /// Prompts of one request at most.
 const PROMPTS_MAX: usize = 1024;
+
+/// Sequences of one request at most: each holds its prompt while it waits.
+const SEQUENCES_MAX: usize = 1024;
 
 /// A request as read.
 struct Wanted {
@@ -31,6 +35,8 @@ struct Wanted {
     echo: bool,
     /// Likeliest tokens to tell; `None` for no log-probabilities.
     logprobs: Option<usize>,
+    /// Its place among the requests that are answered.
+    _seat: Seat,
 }
 
 /// The endpoint.
@@ -67,7 +73,12 @@ impl Wanted {
         }
         let logprobs = fields.whole("logprobs", 0..=TOP_LOGPROBS_MAX)?;
         let logprobs = logprobs.map(|count| count as usize);
-        Ok(Wanted { id: app.fresh_id("cmpl"), prompts, settings, echo, logprobs })
+        if prompts.len() * settings.choices > SEQUENCES_MAX {
+            let want = format!("so few that all prompts have at most {SEQUENCES_MAX} choices");
+            return Err(fields.wrong("n", &want));
+        }
+        let id = app.fresh_id("cmpl");
+        Ok(Wanted { id, prompts, settings, echo, logprobs, _seat: app.seat()? })
     }
 
     fn start<'a>(&self, app: &'a App) -> Flow<'a> {
@@ -110,12 +121,13 @@ impl Wanted {
 /// The prompts: one or several texts or lists of token ids.
 pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>>, ApiError> {
     let value = fields.required(key, fields.get(key))?;
+    let around = around(fields)?;
     let token_list = |list: &[Value], name: &str| {
         let token = |(at, value): (usize, &Value)| app.token(value, &format!("{name}[{at}]"));
         list.iter().enumerate().map(token).collect::<Result<Vec<u32>, _>>()
     };
     let prompts = match value {
-        Value::String(text) => vec![app.encode(text, key)?],
+        Value::String(text) => vec![app.encode(text, key, around)?],
         Value::Array(list) if list.iter().all(Value::is_number) => {
             vec![token_list(list, key)?]
         }
@@ -123,7 +135,7 @@ pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>
             let prompt = |(at, value): (usize, &Value)| {
                 let name = format!("{key}[{at}]");
                 match value {
-                    Value::String(text) => app.encode(text, &name),
+                    Value::String(text) => app.encode(text, &name, around),
                     Value::Array(list) => token_list(list, &name),
                     other => Err(wrong(&name, "a text or a list of token ids", other)),
                 }
@@ -192,7 +204,7 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
     let choices: Value = answers.into_iter().enumerate().map(told).collect();
     let mut value = wanted.object(app, choices);
     value["usage"] = usage_json(flow.usage(), None);
-    value["system_fingerprint"] = flow.numeric_classes().into();
+    value["system_fingerprint"] = flow.classes().into();
     value["device"] = flow.devices().into();
     Ok(reply(&value))
 }
@@ -241,7 +253,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             "finish_reason": finish,
         });
         let mut value = wanted.object(app, json!([choice]));
-        value["system_fingerprint"] = flow.numeric_classes().into();
+        value["system_fingerprint"] = flow.classes().into();
         out.data(&value).await?;
     }
     if wanted.settings.stream_usage {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::errors::ApiError;
 use super::fields::{Fields, wrong};
 use crate::app::App;
-use crate::text::splitter::ToolFormat;
+use crate::text::tool_call::ToolFormat;
 
 /// Messages of one conversation at most.
 const MESSAGES_MAX: usize = 4096;

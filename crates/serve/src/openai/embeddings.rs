@@ -35,6 +35,7 @@ pub async fn embeddings(
     for input in &inputs {
         app.check_length(input.len(), "input", 0)?;
     }
+    let _seat = app.seat()?;
     let request = |prompt| EngineRequest { prompt, task: Task::Embed };
     let mut flow = Flow::start(&app, inputs.into_iter().map(request).collect(), &settings);
     let mut data: Vec<(usize, Value)> = Vec::new();
@@ -49,12 +50,15 @@ pub async fn embeddings(
     data.sort_by_key(|(index, _)| *index);
     let data: Vec<Value> = data.into_iter().map(|(_, entry)| entry).collect();
     let tokens = flow.usage().prompt;
-    Ok(reply(&json!({
+    let value = json!({
         "object": "list",
         "data": data,
         "model": app.model_name,
         "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
-    })))
+        "system_fingerprint": flow.classes(),
+        "device": flow.devices(),
+    });
+    Ok(reply(&value))
 }
 
 fn unit_length(values: Vec<f32>) -> Vec<f32> {

@@ -60,7 +60,7 @@ impl<'a> Fields<'a> {
     /// A whole number within a range.
     pub fn whole(&self, key: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, ApiError> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        match value.as_u64().filter(|number| range.contains(number)) {
+        match whole(value).filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),
             None => {
                 let want = if *range.end() == u64::MAX {
@@ -118,6 +118,15 @@ impl<'a> Fields<'a> {
     pub fn entries(&self) -> impl Iterator<Item = (&'a String, &'a Value)> {
         self.map.iter()
     }
+}
+
+/// A whole number, which JSON may write as `2.0` too.
+pub fn whole(value: &Value) -> Option<u64> {
+    let rounded = value.as_f64().filter(|number| {
+        // Beyond this not every whole number has a float of its own.
+        number.fract() == 0.0 && (0.0..=9.0e15).contains(number)
+    });
+    value.as_u64().or(rounded.map(|number| number as u64))
 }
 
 /// An error about a value that is not what was wanted.

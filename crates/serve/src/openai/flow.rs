@@ -14,6 +14,7 @@ use super::errors::ApiError;
 use super::settings::Settings;
 use crate::app::App;
 use crate::engine::request::{Event, Finish, Request, Scored, Ticket};
+use crate::metrics::Times;
 use crate::text::stops::{Passed, Stops};
 
 /// How a completion ended.
@@ -65,6 +66,7 @@ struct Choice<'a> {
     decoder: Option<StreamDecoder<'a>>,
     stops: Stops,
     end_tokens: Vec<u32>,
+    last_token: Option<Instant>,
     ended: bool,
 }
 
@@ -80,7 +82,9 @@ pub struct Flow<'a> {
     devices: Vec<Arc<str>>,
     classes: Vec<Arc<str>>,
     began: Instant,
-    last_token: Option<Instant>,
+    taken_up: Option<Instant>,
+    first_token: Option<Instant>,
+    failed: bool,
 }
 
 impl<'a> Flow<'a> {
@@ -92,6 +96,7 @@ impl<'a> Flow<'a> {
             decoder: Some(app.tokenizer.stream(special)),
             stops: Stops::new(settings.stops.clone(), settings.stop_text),
             end_tokens: settings.end_tokens.clone(),
+            last_token: None,
             ended: false,
         };
         let choices: Vec<Choice<'a>> = requests.iter().map(|_| choice()).collect();
@@ -112,7 +117,9 @@ impl<'a> Flow<'a> {
             devices: Vec::new(),
             classes: Vec::new(),
             began: Instant::now(),
-            last_token: None,
+            taken_up: None,
+            first_token: None,
+            failed: false,
         }
     }
 
@@ -127,12 +134,26 @@ impl<'a> Flow<'a> {
             if self.open == 0 {
                 return Ok(None);
             }
-            let Some((index, event)) = self.receiver.recv().await else {
-                let stopped = "the server stops before the answer is complete";
-                return Err(ApiError::status(StatusCode::SERVICE_UNAVAILABLE, stopped));
+            let limit = self.app.limits.answer_time;
+            let left = limit.saturating_sub(self.began.elapsed());
+            let received = tokio::time::timeout(left, self.receiver.recv()).await;
+            let taken = match received {
+                Ok(Some((index, _))) if self.choices[index].ended => Ok(()),
+                Ok(Some((index, event))) => self.take(index, event),
+                Ok(None) => {
+                    let stopped = "the server stops before the answer is complete";
+                    Err(ApiError::status(StatusCode::SERVICE_UNAVAILABLE, stopped))
+                }
+                Err(_) => {
+                    let late =
+                        format!("the answer takes longer than {limit:?}; ask for fewer tokens");
+                    Err(ApiError::status(StatusCode::GATEWAY_TIMEOUT, late).code("timeout"))
+                }
             };
-            if !self.choices[index].ended {
-                self.take(index, event)?;
+            if let Err(error) = taken {
+                self.failed = true;
+                self.app.metrics.failed();
+                return Err(error);
             }
         }
     }
@@ -148,13 +169,14 @@ impl<'a> Flow<'a> {
     }
 
     /// The classes of devices, within each of which bits are equal.
-    pub fn numeric_classes(&self) -> String {
+    pub fn classes(&self) -> String {
         self.classes.join(" + ")
     }
 
     fn take(&mut self, index: usize, event: Event) -> Result<(), ApiError> {
         match event {
             Event::Started { device, numeric_class, cached_tokens } => {
+                self.taken_up.get_or_insert_with(Instant::now);
                 self.usage.cached = self.usage.cached.max(cached_tokens);
                 add_new(&mut self.devices, device);
                 add_new(&mut self.classes, numeric_class);
@@ -171,7 +193,6 @@ impl<'a> Flow<'a> {
                 self.end(index, ended, text);
             }
             Event::Failed(reason) => {
-                self.app.metrics.failed();
                 return Err(ApiError::status(StatusCode::INTERNAL_SERVER_ERROR, reason));
             }
         }
@@ -181,11 +202,14 @@ impl<'a> Flow<'a> {
     fn token(&mut self, index: usize, scored: Scored) -> Result<(), ApiError> {
         self.usage.completion += 1;
         let now = Instant::now();
-        match self.last_token.replace(now) {
-            None => self.app.metrics.first_token(now - self.began),
-            Some(last) => self.app.metrics.next_token(now - last),
+        if self.first_token.is_none() {
+            self.first_token = Some(now);
+            self.app.metrics.first_token(now - self.began);
         }
         let choice = &mut self.choices[index];
+        if let Some(last) = choice.last_token.replace(now) {
+            self.app.metrics.next_token(now - last);
+        }
         let mut passed = Passed { text: String::new(), stop: None };
         if !choice.end_tokens.contains(&scored.token)
             && let Some(decoder) = &mut choice.decoder
@@ -216,9 +240,28 @@ impl<'a> Flow<'a> {
         self.open -= 1;
         self.app.metrics.ended(ended.name());
         if self.open == 0 {
-            self.app.metrics.answered(self.began.elapsed());
+            let now = Instant::now();
+            let taken_up = self.taken_up.unwrap_or(now);
+            let first = self.first_token.unwrap_or(now);
+            let times = Times {
+                queued: taken_up.saturating_duration_since(self.began),
+                prefill: first.saturating_duration_since(taken_up),
+                decode: now.saturating_duration_since(first),
+                whole: now.saturating_duration_since(self.began),
+            };
+            self.app.metrics.answered(&times, self.usage.prompt, self.usage.completion);
         }
         self.queue.push_back((index, Step::Ended(ended, text)));
+    }
+}
+
+impl Drop for Flow<'_> {
+    fn drop(&mut self) {
+        // Choices of one request that are given up for another one's end were not left by anybody.
+        if self.open > 0 && !self.failed {
+            self.app.metrics.aborted(self.open);
+        }
+        self.tickets.iter().for_each(|ticket| ticket.cancel());
     }
 }
 

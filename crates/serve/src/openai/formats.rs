@@ -10,6 +10,10 @@ use super::fields::Fields;
 use crate::app::App;
 use crate::text::grammar::{Guide, tool_call};
 
+/// White space between the symbols of JSON: as much as indenting takes, but not for ever, as a
+/// model that finds no next symbol would write it.
+const WHITE_SPACE: &str = r"[ \t\n\r]{0,16}";
+
 /// Reads what the answer must match and how long it may think.
 pub fn guide(fields: &Fields<'_>, app: &App) -> Result<Guide, ApiError> {
     let most = u64::from(u32::MAX);
@@ -93,7 +97,11 @@ fn extensions(fields: &Fields<'_>) -> Result<Option<TopLevelGrammar>, ApiError> 
     Ok(None)
 }
 
-fn schema(value: Value) -> TopLevelGrammar {
+fn schema(mut value: Value) -> TopLevelGrammar {
+    if let Value::Object(map) = &mut value {
+        let options = json!({ "whitespace_pattern": WHITE_SPACE });
+        map.entry("x-guidance").or_insert(options);
+    }
     TopLevelGrammar::from_json_schema(value)
 }
 

@@ -10,25 +10,20 @@ use crate::text::splitter::Part;
 /// An event: its name and what it says.
 pub type Event = (&'static str, Value);
 
-/// The kinds of items that grow piece by piece.
+/// The kinds of items, which all grow piece by piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Reasoning,
     Message,
+    Call,
 }
 
 impl Kind {
-    fn part_type(self) -> &'static str {
-        match self {
-            Kind::Reasoning => "reasoning_text",
-            Kind::Message => "output_text",
-        }
-    }
-
     fn delta(self) -> &'static str {
         match self {
             Kind::Reasoning => "response.reasoning_text.delta",
             Kind::Message => "response.output_text.delta",
+            Kind::Call => "response.function_call_arguments.delta",
         }
     }
 
@@ -36,15 +31,18 @@ impl Kind {
         match self {
             Kind::Reasoning => "response.reasoning_text.done",
             Kind::Message => "response.output_text.done",
+            Kind::Call => "response.function_call_arguments.done",
         }
     }
 
-    fn part(self, text: &str) -> Value {
+    /// The part of the item that the text is; calls have none.
+    fn part(self, text: &str) -> Option<Value> {
         match self {
-            Kind::Reasoning => json!({ "type": self.part_type(), "text": text }),
-            Kind::Message => {
-                json!({ "type": self.part_type(), "text": text, "annotations": [], "logprobs": [] })
-            }
+            Kind::Reasoning => Some(json!({ "type": "reasoning_text", "text": text })),
+            Kind::Message => Some(json!({
+                "type": "output_text", "text": text, "annotations": [], "logprobs": [],
+            })),
+            Kind::Call => None,
         }
     }
 }
@@ -84,49 +82,56 @@ impl Items {
         let (kind, text) = match part {
             Part::Reasoning(text) => (Kind::Reasoning, text),
             Part::Content(text) => (Kind::Message, text),
-            Part::ToolCall { name, arguments, .. } => return self.call(app, &name, &arguments),
+            Part::CallArguments { text, .. } => (Kind::Call, text),
+            Part::CallBegin { name, .. } => {
+                let mut events = self.close();
+                events.extend(self.begin(app, Kind::Call, &name));
+                return events;
+            }
         };
         let mut events = Vec::new();
         if self.open.as_ref().is_none_or(|(open, _)| *open != kind) {
             events.extend(self.close());
-            events.extend(self.begin(app, kind));
+            events.extend(self.begin(app, kind, ""));
         }
-        let (index, id) = self.last();
         if let Some((_, all)) = &mut self.open {
             all.push_str(&text);
         }
-        let delta = json!({
-            "item_id": id, "output_index": index, "content_index": 0, "delta": text, "logprobs": [],
-        });
-        events.push((kind.delta(), delta));
+        let mut value = json!({ "delta": text });
+        if kind != Kind::Call {
+            value["logprobs"] = json!([]);
+        }
+        events.push((kind.delta(), self.placed(kind, value)));
         events
     }
 
     /// Ends the item that grows.
     pub fn close(&mut self) -> Vec<Event> {
         let Some((kind, text)) = self.open.take() else { return Vec::new() };
-        let (index, id) = self.last();
-        let part = kind.part(&text);
+        let index = self.list.len() - 1;
+        let mut events = Vec::new();
         let item = &mut self.list[index];
         item["status"] = "completed".into();
-        item["content"] = json!([part]);
-        let place = |mut value: Value| {
-            value["item_id"] = id.clone();
-            value["output_index"] = index.into();
-            value["content_index"] = 0.into();
-            value
-        };
-        let done = place(json!({ "text": text, "logprobs": [] }));
-        let part_done = place(json!({ "part": part }));
-        let item_done = json!({ "output_index": index, "item": *item });
-        vec![
-            (kind.done(), done),
-            ("response.content_part.done", part_done),
-            ("response.output_item.done", item_done),
-        ]
+        match kind.part(&text) {
+            Some(part) => {
+                item["content"] = json!([part]);
+                let done = json!({ "text": text, "logprobs": [] });
+                events.push((kind.done(), self.placed(kind, done)));
+                let part_done = self.placed(kind, json!({ "part": part }));
+                events.push(("response.content_part.done", part_done));
+            }
+            None => {
+                item["arguments"] = text.as_str().into();
+                let done = json!({ "name": item["name"], "arguments": text });
+                events.push((kind.done(), self.placed(kind, done)));
+            }
+        }
+        let item_done = json!({ "output_index": index, "item": self.list[index] });
+        events.push(("response.output_item.done", item_done));
+        events
     }
 
-    fn begin(&mut self, app: &App, kind: Kind) -> Vec<Event> {
+    fn begin(&mut self, app: &App, kind: Kind, name: &str) -> Vec<Event> {
         let item = match kind {
             Kind::Reasoning => json!({
                 "id": app.fresh_id("rs"), "type": "reasoning", "status": "in_progress",
@@ -136,45 +141,30 @@ impl Items {
                 "id": app.fresh_id("msg"), "type": "message", "status": "in_progress",
                 "role": "assistant", "content": [],
             }),
+            Kind::Call => json!({
+                "id": app.fresh_id("fc"), "type": "function_call", "status": "in_progress",
+                "call_id": app.fresh_id("call"), "name": name, "arguments": "",
+            }),
         };
         self.list.push(item.clone());
         self.open = Some((kind, String::new()));
-        let (index, id) = self.last();
-        let part = json!({
-            "item_id": id, "output_index": index, "content_index": 0, "part": kind.part(""),
-        });
-        let added = json!({ "output_index": index, "item": item });
-        vec![("response.output_item.added", added), ("response.content_part.added", part)]
-    }
-
-    fn call(&mut self, app: &App, name: &str, arguments: &str) -> Vec<Event> {
-        let mut events = self.close();
-        let item = |status: &str, id: &str, call: &str, arguments: &str| {
-            json!({
-                "id": id, "type": "function_call", "status": status, "call_id": call,
-                "name": name, "arguments": arguments,
-            })
-        };
-        let (id, call) = (app.fresh_id("fc"), app.fresh_id("call"));
-        let whole = item("completed", &id, &call, arguments);
-        self.list.push(whole.clone());
-        let index = self.list.len() - 1;
-        let begun = item("in_progress", &id, &call, "");
-        events
-            .push(("response.output_item.added", json!({ "output_index": index, "item": begun })));
-        let delta = json!({ "item_id": id, "output_index": index, "delta": arguments });
-        events.push(("response.function_call_arguments.delta", delta));
-        let done = json!({
-            "item_id": id, "output_index": index, "name": name, "arguments": arguments,
-        });
-        events.push(("response.function_call_arguments.done", done));
-        events.push(("response.output_item.done", json!({ "output_index": index, "item": whole })));
+        let added = json!({ "output_index": self.list.len() - 1, "item": item });
+        let mut events = vec![("response.output_item.added", added)];
+        if let Some(part) = kind.part("") {
+            let value = self.placed(kind, json!({ "part": part }));
+            events.push(("response.content_part.added", value));
+        }
         events
     }
 
-    /// The last item's place and name.
-    fn last(&self) -> (usize, Value) {
+    /// An event about the last item.
+    fn placed(&self, kind: Kind, mut value: Value) -> Value {
         let index = self.list.len() - 1;
-        (index, self.list[index]["id"].clone())
+        value["item_id"] = self.list[index]["id"].clone();
+        value["output_index"] = index.into();
+        if kind != Kind::Call {
+            value["content_index"] = 0.into();
+        }
+        value
     }
 }

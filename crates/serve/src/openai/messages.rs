@@ -29,7 +29,10 @@ pub async fn messages(State(app): State<Arc<App>>, request: Request) -> Response
 pub async fn count_tokens(State(app): State<Arc<App>>, request: Request) -> Response {
     let count = async {
         let value = translated(&body(&app, request).await?)?;
-        let tokens = Conversation::read(&Fields::of(&value)?, &app)?.tokens(&app)?;
+        let fields = Fields::of(&value)?;
+        Settings::read(&fields, &app)?;
+        fields.whole("max_tokens", 1..=u64::from(u32::MAX))?;
+        let tokens = Conversation::read(&fields, &app)?.tokens(&app)?;
         Ok(reply(&json!({ "input_tokens": tokens.len() })))
     };
     count.await.unwrap_or_else(refused)
@@ -73,6 +76,7 @@ fn translated(value: &Value) -> Result<Value, ApiError> {
     let fields = Fields::of(value)?;
     let mut made = value.clone();
     let mut list = Vec::new();
+    fields.object("metadata")?;
     match fields.get("system") {
         None => {}
         Some(system) => list.push(json!({ "role": "system", "content": system })),
@@ -191,7 +195,7 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
         let input: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
         content.push(json!({ "type": "tool_use", "id": id, "name": name, "input": input }));
     }
-    Ok(reply(&json!({
+    let value = json!({
         "id": wanted.id,
         "type": "message",
         "role": "assistant",
@@ -200,7 +204,10 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
         "stop_reason": ended.0,
         "stop_sequence": ended.1,
         "usage": usage_json(flow.usage()),
-    })))
+        "system_fingerprint": flow.classes(),
+        "device": flow.devices(),
+    });
+    Ok(reply(&value))
 }
 
 /// The block that is being streamed.
@@ -208,6 +215,7 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
 enum Block {
     Thinking,
     Text,
+    Tool,
 }
 
 /// Tells blocks in order, opening and closing them.
@@ -223,21 +231,23 @@ impl Blocks {
                 (Block::Thinking, json!({ "type": "thinking_delta", "thinking": text }))
             }
             Part::Content(text) => (Block::Text, json!({ "type": "text_delta", "text": text })),
-            Part::ToolCall { name, arguments, .. } => {
+            Part::CallBegin { name, .. } => {
                 self.close(out).await?;
                 let id = app.fresh_id("toolu");
                 let begin = json!({ "type": "tool_use", "id": id, "name": name, "input": {} });
-                self.start(out, begin).await?;
-                let delta = json!({ "type": "input_json_delta", "partial_json": arguments });
-                self.delta(out, delta).await?;
-                return self.stop(out).await;
+                self.open = Some(Block::Tool);
+                return self.start(out, begin).await;
+            }
+            Part::CallArguments { text, .. } => {
+                let delta = json!({ "type": "input_json_delta", "partial_json": text });
+                return self.delta(out, delta).await;
             }
         };
         if self.open != Some(block) {
             self.close(out).await?;
             let begin = match block {
                 Block::Thinking => json!({ "type": "thinking", "thinking": "", "signature": "" }),
-                Block::Text => json!({ "type": "text", "text": "" }),
+                _ => json!({ "type": "text", "text": "" }),
             };
             self.start(out, begin).await?;
             self.open = Some(block);
@@ -246,10 +256,12 @@ impl Blocks {
     }
 
     async fn close(&mut self, out: &Out) -> Result<(), Left> {
-        match self.open.take() {
-            Some(_) => self.stop(out).await,
-            None => Ok(()),
+        let Some(block) = self.open.take() else { return Ok(()) };
+        if block == Block::Thinking {
+            // Thoughts are not signed here, but clients wait for the signature.
+            self.delta(out, json!({ "type": "signature_delta", "signature": "" })).await?;
         }
+        self.stop(out).await
     }
 
     async fn start(&self, out: &Out, block: Value) -> Result<(), Left> {
@@ -305,6 +317,8 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
         "type": "message_delta",
         "delta": { "stop_reason": ended.0, "stop_sequence": ended.1 },
         "usage": usage_json(flow.usage()),
+        "system_fingerprint": flow.classes(),
+        "device": flow.devices(),
     });
     out.named("message_delta", &value).await?;
     out.named("message_stop", &json!({ "type": "message_stop" })).await

@@ -22,8 +22,8 @@ pub mod sse;
 
 use axum::body::to_bytes;
 use axum::extract::Request;
-use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
@@ -53,9 +53,19 @@ pub async fn body(app: &App, request: Request) -> Result<Value, ApiError> {
     })
 }
 
-/// A JSON response.
+/// A JSON response; where it says which devices of which numeric classes made it, so does its head.
 pub fn reply(value: &Value) -> Response {
-    ([(CONTENT_TYPE, "application/json")], value.to_string()).into_response()
+    let body = value.to_string();
+    let mut response = ([(CONTENT_TYPE, "application/json")], body).into_response();
+    let told = [("x-pontoon-device", "device"), ("x-pontoon-numeric-class", "system_fingerprint")];
+    for (name, key) in told {
+        // A device's name may hold what a header cannot.
+        let text = value.get(key).and_then(Value::as_str).map(HeaderValue::from_str);
+        if let Some(Ok(text)) = text {
+            response.headers_mut().insert(name, text);
+        }
+    }
+    response
 }
 
 /// Counts as OpenAI tells them.

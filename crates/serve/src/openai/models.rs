@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::conversation::Conversation;
 use super::errors::ApiError;
 use super::fields::Fields;
-use super::settings::check_model;
+use super::settings::{around, check_model};
 use super::{body, reply};
 use crate::app::App;
 
@@ -43,6 +43,20 @@ pub async fn one(
     Err(ApiError::status(StatusCode::NOT_FOUND, message).code("model_not_found"))
 }
 
+/// The tokenizer's special tokens, under the names that its configuration has them.
+pub async fn tokenizer_info(State(app): State<Arc<App>>) -> Response {
+    let name = |token: Option<u32>| token.and_then(|token| app.tokenizer.token_name(token));
+    // What stands before a document is what the tokenizer puts there by itself.
+    let first = app.tokenizer.encode_as_document("").ok().and_then(|ids| ids.first().copied());
+    reply(&json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": app.context(),
+        "bos_token": name(first),
+        "eos_token": name(app.end_tokens.first().copied()),
+        "pad_token": null,
+    }))
+}
+
 /// A text or a conversation as tokens.
 pub async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let value = body(&app, request).await?;
@@ -52,7 +66,7 @@ pub async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<R
         Conversation::read(&fields, &app)?.tokens(&app)?
     } else {
         let text = fields.required("prompt", fields.text("prompt")?)?;
-        app.encode(text, "prompt")?
+        app.encode(text, "prompt", around(&fields)?)?
     };
     Ok(reply(&json!({
         "count": tokens.len(),

@@ -1,6 +1,9 @@
 //! /openapi.json: what can be asked here, for tools that read such documents.
 //!
-//! It names the fields that are read; others are passed over.
+//! It names the fields that are read, with what they may be; others are passed over. Schemas of
+//! requests are in `openapi/schemas.rs`.
+
+mod schemas;
 
 use axum::response::Response;
 use serde_json::{Map, Value, json};
@@ -14,125 +17,135 @@ pub async fn openapi() -> Response {
 
 fn document() -> Value {
     let mut paths = Map::new();
-    let gets = [
-        ("/v1/models", "The model that is served"),
-        ("/health", "Whether the process works"),
-        ("/ready", "Whether requests should be sent here"),
-        ("/metrics", "Counters for Prometheus"),
-    ];
-    for (path, summary) in gets {
-        paths.insert(path.to_owned(), json!({ "get": operation(summary, None) }));
-    }
-    for (path, summary, required, own) in posts() {
-        let mut properties = own;
-        if path.starts_with("/v1/") && path != "/v1/embeddings" {
-            extend(&mut properties, sampling());
+    for (path, summary, guarded) in GETS {
+        let mut get = operation(summary, guarded);
+        if path == "/metrics" || path == "/" {
+            let kind = if path == "/" { "text/html" } else { "text/plain" };
+            get["responses"]["200"]["content"] =
+                json!({ kind: { "schema": { "type": "string" } } });
         }
-        extend(&mut properties, json!({ "model": { "type": "string" } }));
-        let schema = json!({
-            "type": "object", "required": required, "properties": properties,
-        });
-        paths.insert(path.to_owned(), json!({ "post": operation(summary, Some(schema)) }));
+        if path == "/ready" {
+            get["responses"]["503"] = refused("It is stopping, or no device serves");
+        }
+        paths.insert(path.to_owned(), json!({ "get": get }));
     }
-    let id = json!([{
-        "name": "id", "in": "path", "required": true, "schema": { "type": "string" },
-    }]);
-    let mut get = operation("A response made before", None);
-    get["parameters"] = id.clone();
-    let mut delete = operation("Forgets a response", None);
-    delete["parameters"] = id.clone();
+    for (path, summary, schema) in schemas::posts() {
+        let mut post = operation(summary, Guarded::Yes);
+        post["requestBody"] = json!({
+            "required": true, "content": { "application/json": { "schema": schema } },
+        });
+        for (status, why) in POST_ERRORS {
+            post["responses"][status] = refused(why);
+        }
+        if schema["properties"].get("stream").is_some() {
+            post["responses"]["200"]["content"]["text/event-stream"] =
+                json!({ "schema": event_schema() });
+        }
+        paths.insert(path.to_owned(), json!({ "post": post }));
+    }
+    let model = with_parameter(operation("The model, if it has this name", Guarded::Yes), "model");
+    paths.insert("/v1/models/{model}".to_owned(), json!({ "get": model }));
+    let get = with_parameter(operation("A response made before", Guarded::Yes), "id");
+    let delete = with_parameter(operation("Forgets a response", Guarded::Yes), "id");
     paths.insert("/v1/responses/{id}".to_owned(), json!({ "get": get, "delete": delete }));
-    let mut cancel = operation("Gives up a response made in the background", None);
-    cancel["parameters"] = id;
-    paths.insert("/v1/responses/{id}/cancel".to_owned(), json!({ "post": cancel }));
+    let cancel = operation("Gives up a response made in the background", Guarded::Yes);
+    let cancel = json!({ "post": with_parameter(cancel, "id") });
+    paths.insert("/v1/responses/{id}/cancel".to_owned(), cancel);
+    let items = operation("What a response was asked", Guarded::Yes);
+    let items = json!({ "get": with_parameter(items, "id") });
+    paths.insert("/v1/responses/{id}/input_items".to_owned(), items);
     json!({
         "openapi": "3.1.0",
         "info": { "title": "Pontoon", "version": env!("CARGO_PKG_VERSION") },
         "paths": paths,
-        "components": { "securitySchemes": { "key": { "type": "http", "scheme": "bearer" } } },
-        "security": [{}, { "key": [] }],
+        "components": {
+            "securitySchemes": { "key": { "type": "http", "scheme": "bearer" } },
+            "schemas": { "Error": error_schema() },
+        },
     })
 }
 
-fn extend(object: &mut Value, more: Value) {
-    if let (Value::Object(object), Value::Object(more)) = (object, more) {
-        object.extend(more);
-    }
+/// Whether a key is asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Guarded {
+    Yes,
+    No,
 }
 
-fn operation(summary: &str, schema: Option<Value>) -> Value {
-    let error = json!({ "description": "What is wrong, and with which field" });
+/// Paths without parameters.
+const GETS: [(&str, &str, Guarded); 8] = [
+    ("/v1/models", "The model that is served", Guarded::Yes),
+    ("/tokenizer_info", "The special tokens", Guarded::Yes),
+    ("/events", "What has happened to devices lately", Guarded::Yes),
+    ("/health", "Whether the process works", Guarded::No),
+    ("/ready", "Whether requests should be sent here", Guarded::No),
+    ("/metrics", "Counters for Prometheus", Guarded::No),
+    ("/openapi.json", "This document", Guarded::No),
+    ("/", "A page to chat with the model", Guarded::No),
+];
+
+/// What may be wrong with any request that has a body.
+const POST_ERRORS: [(&str, &str); 7] = [
+    ("400", "A field is wrong"),
+    ("404", "There is no such model or response"),
+    ("408", "The body took too long to arrive"),
+    ("413", "The body is too large"),
+    ("429", "Too many requests are being answered"),
+    ("503", "The server is stopping"),
+    ("504", "The answer takes too long"),
+];
+
+fn operation(summary: &str, guarded: Guarded) -> Value {
     let mut value = json!({
         "summary": summary,
-        "responses": { "200": { "description": "The answer" }, "4XX": error, "5XX": error },
+        "responses": { "200": {
+            "description": "The answer",
+            "content": { "application/json": { "schema": { "type": "object" } } },
+        }},
     });
-    if let Some(schema) = schema {
-        value["requestBody"] = json!({
-            "required": true, "content": { "application/json": { "schema": schema } },
-        });
+    if guarded == Guarded::Yes {
+        value["security"] = json!([{}, { "key": [] }]);
+        value["responses"]["401"] = refused("No valid key came");
     }
     value
 }
 
-fn posts() -> [(&'static str, &'static str, Value, Value); 8] {
-    let text = || json!({ "type": "string" });
-    let list = || json!({ "type": "array", "items": { "type": "object" } });
-    let whole = || json!({ "type": "integer", "minimum": 1 });
-    let texts = || {
-        json!({ "anyOf": [
-            { "type": "string" },
-            { "type": "array", "items": { "type": "string" } },
-            { "type": "array", "items": { "type": "integer" } },
-            { "type": "array", "items": { "type": "array", "items": { "type": "integer" } } },
-        ]})
-    };
-    let chat = json!({ "messages": list(), "tools": list(), "max_completion_tokens": whole(),
-        "logprobs": { "type": "boolean" }, "top_logprobs": { "type": "integer" },
-        "response_format": { "type": "object" } });
-    let completion = json!({ "prompt": texts(), "max_tokens": { "type": "integer", "minimum": 0 },
-        "echo": { "type": "boolean" }, "logprobs": { "type": "integer" } });
-    let input = json!({ "anyOf": [{ "type": "string" }, list()] });
-    let response = json!({ "input": input, "instructions": text(), "max_output_tokens": whole(),
-        "previous_response_id": text(), "store": { "type": "boolean" },
-        "background": { "type": "boolean" }, "tools": list() });
-    let messages = json!({ "messages": list(), "max_tokens": whole(), "tools": list() });
-    [
-        ("/v1/chat/completions", "Answers a conversation", json!(["messages"]), chat),
-        ("/v1/completions", "Continues prompts", json!(["prompt"]), completion),
-        ("/v1/responses", "Answers, with items", json!(["input"]), response),
-        ("/v1/messages", "Anthropic's API", json!(["messages", "max_tokens"]), messages.clone()),
-        ("/v1/messages/count_tokens", "Counts tokens", json!(["messages"]), messages),
-        ("/v1/embeddings", "Embeds texts", json!(["input"]), json!({ "input": texts() })),
-        (
-            "/tokenize",
-            "A text's tokens",
-            json!([]),
-            json!({ "prompt": text(), "messages": list() }),
-        ),
-        (
-            "/detokenize",
-            "The text of tokens",
-            json!(["tokens"]),
-            json!({ "tokens": { "type": "array", "items": { "type": "integer" } } }),
-        ),
-    ]
+fn with_parameter(mut operation: Value, name: &str) -> Value {
+    operation["parameters"] = json!([{
+        "name": name, "in": "path", "required": true,
+        "schema": { "type": "string", "minLength": 1 },
+    }]);
+    operation["responses"]["404"] = refused("There is none of this name");
+    operation
 }
 
-fn sampling() -> Value {
+fn refused(why: &str) -> Value {
+    let schema = json!({ "$ref": "#/components/schemas/Error" });
+    json!({ "description": why, "content": { "application/json": { "schema": schema } } })
+}
+
+/// One event of a stream, as tools that know server-sent events see it.
+fn event_schema() -> Value {
     json!({
-        "temperature": { "type": "number", "minimum": 0, "maximum": 100 },
-        "top_p": { "type": "number", "minimum": 0, "maximum": 1 },
-        "top_k": { "type": "integer", "minimum": -1 },
-        "min_p": { "type": "number", "minimum": 0, "maximum": 1 },
-        "repetition_penalty": { "type": "number", "minimum": 0.01, "maximum": 100 },
-        "presence_penalty": { "type": "number", "minimum": -2, "maximum": 2 },
-        "frequency_penalty": { "type": "number", "minimum": -2, "maximum": 2 },
-        "seed": { "type": "integer" },
-        "n": { "type": "integer", "minimum": 1, "maximum": 64 },
-        "stop": { "anyOf": [
-            { "type": "string" }, { "type": "array", "items": { "type": "string" } },
-        ]},
-        "logit_bias": { "type": "object", "additionalProperties": { "type": "number" } },
-        "stream": { "type": "boolean" },
+        "type": "object",
+        "required": ["data"],
+        "properties": { "event": { "type": "string" }, "data": { "type": "string" } },
+    })
+}
+
+fn error_schema() -> Value {
+    json!({
+        "type": "object",
+        "required": ["error"],
+        "properties": { "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {
+                "message": { "type": "string" },
+                "type": { "type": "string" },
+                "param": { "type": ["string", "null"] },
+                "code": { "type": ["string", "null"] },
+            },
+        }},
     })
 }

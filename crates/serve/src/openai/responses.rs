@@ -25,6 +25,8 @@ use crate::app::App;
 
 /// Responses kept for retrieval; the oldest goes first.
 const KEPT_MAX: usize = 1024;
+/// Bytes that they hold at most, about: a long conversation is repeated in each of its responses.
+const KEPT_BYTES_MAX: usize = 64 << 20;
 
 /// The responses that can be retrieved.
 #[derive(Default)]
@@ -32,11 +34,27 @@ pub struct Kept {
     list: Mutex<VecDeque<Record>>,
 }
 
+/// What a request said, to be told again, and its conversation in the terms of the chat API.
+#[derive(Clone)]
+struct Said {
+    items: Vec<Value>,
+    messages: Vec<Value>,
+}
+
 struct Record {
     response: Value,
-    /// The conversation with its answer, in the terms of the chat API.
-    messages: Vec<Value>,
+    /// The conversation, with its answer once there is one.
+    said: Said,
     work: Option<AbortHandle>,
+    bytes: usize,
+}
+
+impl Record {
+    fn new(response: Value, said: Said) -> Record {
+        let texts = said.items.iter().chain(&said.messages).chain([&response]);
+        let bytes = texts.map(|value| value.to_string().len()).sum();
+        Record { response, said, work: None, bytes }
+    }
 }
 
 impl Kept {
@@ -44,8 +62,9 @@ impl Kept {
         let mut list = self.lock();
         list.retain(|one| one.response["id"] != record.response["id"]);
         list.push_back(record);
-        if list.len() > KEPT_MAX {
-            list.pop_front();
+        let mut bytes: usize = list.iter().map(|record| record.bytes).sum();
+        while list.len() > KEPT_MAX || (bytes > KEPT_BYTES_MAX && list.len() > 1) {
+            bytes -= list.pop_front().map_or(0, |record| record.bytes);
         }
     }
 
@@ -70,26 +89,31 @@ struct Job {
     wanted: Wanted,
     /// The request's own words that the response repeats.
     frame: Value,
-    messages: Vec<Value>,
+    said: Said,
     store: bool,
 }
 
 /// The endpoint.
 pub async fn create(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let value = body(&app, request).await?;
-    let background = Fields::of(&value)?.flag("background")?.unwrap_or(false);
+    let fields = Fields::of(&value)?;
+    let background = fields.flag("background")?.unwrap_or(false);
+    if background && fields.flag("stream")? == Some(true) {
+        return Err(fields.wrong("stream", "false where `background` is true"));
+    }
+    if background && fields.flag("store")? == Some(false) {
+        return Err(fields.wrong("store", "true where `background` is true"));
+    }
     let job = Job::read(&value, &app)?;
     if background {
         let response = job.response("in_progress", &[], Value::Null);
         let (worker, id) = (Arc::clone(&app), job.wanted.id.clone());
-        let messages = job.messages.clone();
-        app.responses.put(Record { response: response.clone(), messages, work: None });
+        app.responses.put(Record::new(response.clone(), job.said.clone()));
         let task = tokio::spawn(async move {
             if let Err(error) = whole(&worker, &job).await {
                 let mut failed = job.response("failed", &[], Value::Null);
                 failed["error"] = json!({ "code": "server_error", "message": error.message });
-                let messages = job.messages.clone();
-                worker.responses.put(Record { response: failed, messages, work: None });
+                worker.responses.put(Record::new(failed, job.said.clone()));
             }
         });
         // It may have ended already; then its record has no need of the handle.
@@ -112,6 +136,19 @@ pub async fn retrieve(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     app.responses.with(&id, |record| reply(&record.response))
+}
+
+/// What a response was asked.
+pub async fn input_items(
+    State(app): State<Arc<App>>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let items = app.responses.with(&id, |record| record.said.items.clone())?;
+    let id = |item: Option<&Value>| item.map_or(Value::Null, |item| item["id"].clone());
+    let (first, last) = (id(items.first()), id(items.last()));
+    Ok(reply(&json!({
+        "object": "list", "data": items, "first_id": first, "last_id": last, "has_more": false,
+    })))
 }
 
 /// Forgets a response.
@@ -145,9 +182,10 @@ impl Job {
         let given = Fields::of(value)?;
         let mut before = Vec::new();
         if let Some(id) = given.text("previous_response_id")? {
-            before = app.responses.with(id, |record| record.messages.clone()).map_err(|error| {
-                ApiError { param: Some("previous_response_id".to_owned()), ..error }
-            })?;
+            before =
+                app.responses.with(id, |record| record.said.messages.clone()).map_err(|error| {
+                    ApiError { param: Some("previous_response_id".to_owned()), ..error }
+                })?;
         }
         let translated = translated(&given, value, before)?;
         // What is wrong with a message is said of the field that the client sent.
@@ -168,25 +206,33 @@ impl Job {
             "error": null, "incomplete_details": null,
             "instructions": given.get("instructions"),
             "max_output_tokens": tokens_max,
-            "metadata": given.get("metadata").cloned().unwrap_or_else(|| json!({})),
+            "background": given.flag("background")?.unwrap_or(false),
+            "metadata": given.object("metadata")?.is_some().then(|| &value["metadata"]).cloned().unwrap_or_else(|| json!({})),
             "parallel_tool_calls": given.flag("parallel_tool_calls")?.unwrap_or(true),
             "previous_response_id": given.get("previous_response_id"),
             "temperature": settings.sampling.temperature,
             "top_p": settings.sampling.top_p,
             "tool_choice": given.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
             "tools": given.list("tools")?.unwrap_or_default(),
+            "text": given.get("text").cloned().unwrap_or_else(
+                || json!({ "format": { "type": "text" } }),
+            ),
+            "reasoning": given.get("reasoning"),
+            "truncation": "disabled",
+            "user": given.text("user")?,
         });
         let conversation = Conversation::read(&fields, app).map_err(renamed)?;
         let messages = translated["messages"].as_array().cloned().unwrap_or_default();
         // Instructions hold for one answer only.
         let instructed = given.get("instructions").is_some();
         let messages = messages.into_iter().skip(usize::from(instructed)).collect();
+        let said = Said { items: items_of(&given, app), messages };
         let guide = formats::guide(&fields, app)?;
         let tokens_max = tokens_max.map(|tokens| tokens as usize);
         let asked = Asked { id, conversation, settings, guide, tokens_max, logprobs: None };
         let wanted = Wanted::new(app, asked).map_err(renamed)?;
         let store = given.flag("store")?.unwrap_or(true);
-        Ok(Job { wanted, frame, messages, store })
+        Ok(Job { wanted, frame, said, store })
     }
 
     fn response(&self, status: &str, output: &[Value], usage: Value) -> Value {
@@ -213,11 +259,12 @@ impl Job {
         if length {
             value["incomplete_details"] = json!({ "reason": "max_output_tokens" });
         }
+        value["system_fingerprint"] = flow.classes().into();
         value["device"] = flow.devices().into();
         if self.store {
-            let mut messages = self.messages.clone();
-            messages.push(heard.items.message());
-            app.responses.put(Record { response: value.clone(), messages, work: None });
+            let mut said = self.said.clone();
+            said.messages.push(heard.items.message());
+            app.responses.put(Record::new(value.clone(), said));
         }
         value
     }
@@ -277,6 +324,28 @@ fn translated(fields: &Fields<'_>, value: &Value, before: Vec<Value>) -> Result<
         made["reasoning_effort"] = effort.into();
     }
     Ok(made)
+}
+
+/// The request's items as clients list them, each with a name.
+fn items_of(fields: &Fields<'_>, app: &App) -> Vec<Value> {
+    let named = |item: &Value| {
+        let mut item = item.clone();
+        if item.get("type").is_none_or(Value::is_null) {
+            item["type"] = "message".into();
+        }
+        if let Some(text) = item.get("content").and_then(Value::as_str) {
+            item["content"] = json!([{ "type": "input_text", "text": text }]);
+        }
+        if item.get("id").is_none_or(Value::is_null) {
+            item["id"] = app.fresh_id("item").into();
+        }
+        item
+    };
+    match fields.get("input") {
+        Some(Value::Array(list)) => list.iter().map(named).collect(),
+        Some(text) => vec![named(&json!({ "role": "user", "content": text }))],
+        None => Vec::new(),
+    }
 }
 
 fn translated_item(item: &Fields<'_>) -> Result<Option<Value>, ApiError> {

@@ -14,11 +14,11 @@ use crate::engine::request::{ConstraintSource, Generate, Request, Task};
 use crate::text::stops::StopText;
 
 /// Choices of one prompt at most: each takes a place in the batch.
-const CHOICES_MAX: u64 = 64;
+pub const CHOICES_MAX: u64 = 64;
 /// Likeliest tokens told per token at most, as OpenAI allows.
 pub const TOP_LOGPROBS_MAX: u64 = 20;
 /// Stop texts of one request at most; every piece of text is searched for each.
-const STOPS_MAX: usize = 16;
+pub const STOPS_MAX: usize = 16;
 /// Entries of `logit_bias` at most, as OpenAI allows about.
 const BIASES_MAX: usize = 1024;
 
@@ -89,7 +89,13 @@ impl Settings {
             end_tokens.push(app.token(token, &format!("stop_token_ids[{at}]"))?);
         }
         let shown = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
+        // Who asks is none of the server's business, but a wrong type is a mistake.
+        fields.text("user")?;
+        let stream = fields.flag("stream")?.unwrap_or(false);
         let options = fields.object("stream_options")?;
+        if options.is_some() && !stream {
+            return Err(fields.wrong("stream_options", "absent where `stream` is not true"));
+        }
         let usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten();
         Ok(Settings {
             sampling,
@@ -100,7 +106,7 @@ impl Settings {
             tokens_min: fields.whole("min_tokens", 0..=u64::from(u32::MAX))?.unwrap_or(0) as usize,
             logit_bias: logit_bias(fields, app)?,
             skip_special: fields.flag("skip_special_tokens")?.unwrap_or(true),
-            stream: fields.flag("stream")?.unwrap_or(false),
+            stream,
             stream_usage: usage.unwrap_or(false),
             constraint: None,
         })
@@ -131,6 +137,23 @@ pub struct Told {
     pub top_logprobs: usize,
     /// Of the prompt's tokens, with so many of the likeliest.
     pub prompt_logprobs: Option<usize>,
+}
+
+/// What the tokenizer puts around a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Around {
+    /// What stands around a document.
+    Document,
+    /// Nothing.
+    Nothing,
+}
+
+/// Reads `add_special_tokens`.
+pub fn around(fields: &Fields<'_>) -> Result<Around, ApiError> {
+    Ok(match fields.flag("add_special_tokens")? {
+        Some(false) => Around::Nothing,
+        Some(true) | None => Around::Document,
+    })
 }
 
 /// The model that is served is the only one there is.

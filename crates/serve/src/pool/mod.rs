@@ -2,11 +2,16 @@
 //!
 //! A device that dies or hangs loses its requests to the others; they go on from their tokens so
 //! far, and its client notices a pause. The device is opened again and, before it serves, must
-//! score a probe as the others do. Read `placement.rs` for who gets a request, `supervisor.rs` for
-//! what happens after a failure.
+//! compute a probe as the others do. While it serves, a sample of its requests is scored again on
+//! another device, and one that drifts leaves. Read `placement.rs` for who gets a request,
+//! `supervisor.rs` for what happens after a failure, `audit.rs` for the second opinions.
 
+pub mod agreement;
+mod audit;
+pub mod events;
 pub mod placement;
 mod supervisor;
+mod verdict;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -20,6 +25,10 @@ use crate::engine::device::{Device, DeviceOptions};
 use crate::engine::request::{Event, Ticket};
 use crate::engine::worker::{Command, Stats, Worker};
 use crate::error::ServeError;
+use agreement::{LimitsOf, Reference};
+pub use audit::AuditCounts;
+use audit::Chosen;
+use events::{Events, OnEvent, PoolEvent};
 use placement::{Candidate, place};
 
 /// Opens a device by its name.
@@ -43,6 +52,12 @@ pub struct PoolParts {
     pub options: DeviceOptions,
     /// How long a device that failed is left alone before it is opened again.
     pub rejoin_after: Duration,
+    /// How far devices of different numeric classes may be apart.
+    pub limits: Arc<LimitsOf>,
+    /// The share of requests that is scored again on another device.
+    pub audit_share: f64,
+    /// Is told what happens to devices.
+    pub on_event: Option<Arc<OnEvent>>,
 }
 
 /// All devices of a server.
@@ -57,14 +72,14 @@ struct Shared {
     notices: Mutex<Sender<Notice>>,
     /// Requests that wait for any device.
     parked: Mutex<Vec<Arc<Ticket>>>,
-    /// The probe's scores by the first device that served, and its class.
+    /// What the first device that served computed of the probe.
     reference: Mutex<Option<Reference>>,
+    chosen: Chosen,
+    events: Events,
     moved: AtomicU64,
+    joins: AtomicU64,
     stopping: AtomicBool,
 }
-
-/// What the probe scores as, and on which class of devices.
-type Reference = (Arc<str>, Arc<[f32]>);
 
 /// A device's place in the pool.
 struct Slot {
@@ -77,6 +92,10 @@ struct SlotState {
     /// Which start of the device this is; notices of earlier ones are not heard.
     generation: u64,
     failures: u32,
+    /// How often it was caught computing something wrong.
+    drifts: u32,
+    /// Its turn among all that joined; the latest start counts.
+    joined: u64,
     /// What it runs. Held here too, as those that its thread holds go when it panics.
     tickets: Vec<Arc<Ticket>>,
 }
@@ -104,6 +123,10 @@ pub struct DeviceState {
     pub reason: String,
     /// How often it has failed.
     pub failures: u32,
+    /// How often it was caught computing something wrong.
+    pub drifts: u32,
+    /// The class within which devices give equal bits; empty while it does not serve.
+    pub numeric_class: String,
     /// Its counts, while it serves.
     pub stats: Option<Arc<Stats>>,
 }
@@ -117,17 +140,22 @@ impl Pool {
         let (sender, receiver) = channel();
         let slot = |name: &String| {
             let (phase, tickets) = (Phase::Starting, Vec::new());
-            let state = SlotState { phase, generation: 0, failures: 0, tickets };
+            let state =
+                SlotState { phase, generation: 0, failures: 0, drifts: 0, joined: 0, tickets };
             Slot { name: name.clone(), inner: Mutex::new(state) }
         };
         let slots = parts.devices.iter().map(slot).collect();
+        let events = Events::new(parts.on_event.clone());
         let shared = Arc::new(Shared {
             parts,
             slots,
             notices: Mutex::new(sender),
             parked: Mutex::new(Vec::new()),
             reference: Mutex::new(None),
+            chosen: Chosen::default(),
+            events,
             moved: AtomicU64::new(0),
+            joins: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
         });
         for slot in 0..shared.slots.len() {
@@ -141,6 +169,7 @@ impl Pool {
 
     /// Gives a request to a device, now or as soon as there is one.
     pub fn submit(&self, ticket: Arc<Ticket>) {
+        self.shared.chosen.consider(&ticket, self.shared.parts.audit_share);
         self.shared.dispatch(ticket);
     }
 
@@ -148,14 +177,28 @@ impl Pool {
     pub fn devices(&self) -> Vec<DeviceState> {
         let state = |slot: &Slot| {
             let state = slot.lock();
-            let (phase, reason, stats) = match &state.phase {
-                Phase::Starting => ("starting", String::new(), None),
-                Phase::Serving(worker) => {
-                    ("serving", String::new(), Some(Arc::clone(&worker.stats)))
-                }
-                Phase::Down { reason, .. } => ("down", reason.clone(), None),
+            let mut told = DeviceState {
+                name: slot.name.clone(),
+                phase: "starting",
+                reason: String::new(),
+                failures: state.failures,
+                drifts: state.drifts,
+                numeric_class: String::new(),
+                stats: None,
             };
-            DeviceState { name: slot.name.clone(), phase, reason, failures: state.failures, stats }
+            match &state.phase {
+                Phase::Starting => {}
+                Phase::Serving(worker) => {
+                    told.phase = "serving";
+                    told.numeric_class = worker.numeric_class.to_string();
+                    told.stats = Some(Arc::clone(&worker.stats));
+                }
+                Phase::Down { reason, .. } => {
+                    told.phase = "down";
+                    told.reason.clone_from(reason);
+                }
+            }
+            told
         };
         self.shared.slots.iter().map(state).collect()
     }
@@ -163,6 +206,16 @@ impl Pool {
     /// Requests that were moved from a failed device to another.
     pub fn moved(&self) -> u64 {
         self.shared.moved.load(Relaxed)
+    }
+
+    /// What second opinions have come to.
+    pub fn audits(&self) -> &AuditCounts {
+        &self.shared.chosen.counts
+    }
+
+    /// What has happened to devices lately, oldest first.
+    pub fn events(&self) -> Vec<PoolEvent> {
+        self.shared.events.list()
     }
 
     /// What the devices are loaded for.
@@ -239,6 +292,7 @@ impl Shared {
             let mut state = self.slots[slot].lock();
             let Phase::Serving(worker) = &state.phase else { continue };
             let epoch = ticket.hand_over();
+            ticket.held_by(slot);
             let sent = worker.commands.send(Command::Run(Arc::clone(&ticket), epoch));
             worker.stats.waiting.fetch_add(1, Relaxed);
             state.tickets.retain(|ticket| ticket.open());

@@ -3,13 +3,16 @@
 //!
 //! Read next: `mod.rs`.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use pontoon_ops::DeviceErrorKind;
 
+use super::agreement::{Reference, compare, finite, spread};
+use super::audit::Audit;
+use super::events::{EventKind, Happened};
 use super::{Notice, Notices, Phase, Shared};
 use crate::engine::worker::{Command, Worker};
 use crate::error::ServeError;
@@ -18,9 +21,6 @@ use crate::error::ServeError;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Starts in a row that may fail before a device is left alone: its trouble is not passing.
 const FAILURES_MAX: u32 = 1000;
-/// How far two classes of devices may differ in the probe's log-probabilities: the rounding of
-/// bf16 through some dozens of layers stays below it, a wrong kernel does not.
-const PROBE_LIMIT: f32 = 0.25;
 /// A hang is declared this much after the backend's own deadline should have ended the step.
 const HANG_GRACE: Duration = Duration::from_secs(1);
 
@@ -31,13 +31,17 @@ impl Shared {
         while reasons.len() < self.slots.len() {
             match notices.recv() {
                 Ok(Notice::Ready { slot, generation, worker }) => {
-                    self.let_in(slot, generation, worker);
-                    return Ok(());
+                    match self.let_in(slot, generation, worker) {
+                        Ok(()) => return Ok(()),
+                        Err(reason) => reasons.push(reason),
+                    }
                 }
-                Ok(Notice::Ended { slot, error, .. }) => {
-                    let reason = error.map_or_else(|| "it ended".to_owned(), |e| e.to_string());
-                    self.take_out(slot, &reason, None);
-                    reasons.push(reason);
+                Ok(Notice::Ended { slot, generation, error }) => {
+                    if self.slots[slot].lock().generation == generation {
+                        let reason = error.map_or_else(|| "it ended".to_owned(), |e| e.to_string());
+                        self.take_out(slot, EventKind::Crash, &reason, None);
+                        reasons.push(reason);
+                    }
                 }
                 Ok(Notice::Stop) | Err(_) => break,
             }
@@ -46,10 +50,12 @@ impl Shared {
     }
 
     pub(super) fn supervise(self: Arc<Self>, notices: &Notices) {
+        let mut audits: Vec<Audit> = Vec::new();
         loop {
             match notices.recv_timeout(LOOK_EVERY) {
                 Ok(Notice::Ready { slot, generation, worker }) => {
-                    self.let_in(slot, generation, worker);
+                    // One that is refused has been told of.
+                    let _ = self.let_in(slot, generation, worker);
                 }
                 Ok(Notice::Ended { slot, generation, error }) => {
                     self.ended(slot, generation, error.as_ref());
@@ -61,64 +67,83 @@ impl Shared {
                 return;
             }
             self.look(Instant::now());
+            self.audit(&mut audits);
         }
     }
 
-    /// Lets a device serve if it agrees with the others.
-    fn let_in(self: &Arc<Self>, slot: usize, generation: u64, worker: Worker) {
-        if let Err(evidence) = self.agrees(&worker) {
+    /// Lets a device serve if it agrees with the first; an error says how it does not.
+    fn let_in(&self, slot: usize, generation: u64, worker: Worker) -> Result<(), String> {
+        let device = self.slots[slot].name.clone();
+        if let Err(evidence) = self.agrees(&device, &worker) {
             let _ = worker.commands.send(Command::Stop);
-            let device = self.slots[slot].name.clone();
             let error = ServeError::Disagrees { device, evidence };
-            eprintln!("{error}");
             self.slots[slot].lock().generation += 1;
-            self.take_out(slot, &error.to_string(), None);
-            return;
+            self.take_out(slot, EventKind::Refused, &error.to_string(), None);
+            return Err(error.to_string());
         }
+        {
+            let mut state = self.slots[slot].lock();
+            if state.generation != generation {
+                return Ok(());
+            }
+            state.joined = self.joins.fetch_add(1, Relaxed);
+            state.phase = Phase::Serving(worker);
+        }
+        let kind = EventKind::Joined;
+        self.events.tell(Happened { kind, device: &device, cause: "", action: "serves", moved: 0 });
+        self.unpark();
+        Ok(())
+    }
+
+    /// Gives requests that waited for any device to those that serve.
+    fn unpark(&self) {
+        let parked = {
+            let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *parked)
+        };
+        parked.into_iter().filter(|ticket| ticket.open()).for_each(|ticket| self.dispatch(ticket));
+    }
+
+    /// Compares what it computed of the probe with the first device's; the first one sets it.
+    fn agrees(&self, device: &str, worker: &Worker) -> Result<(), String> {
+        let mut reference = self.reference.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reference) = &*reference {
+            let limits = &*self.parts.limits;
+            return compare(reference, &worker.numeric_class, &worker.probe, limits);
+        }
+        if !finite(&worker.probe) {
+            return Err("it scores a probe as NaN; the weights or the device are bad".to_owned());
+        }
+        *reference = Some(Reference {
+            device: device.to_owned(),
+            class: worker.numeric_class.to_string(),
+            probe: worker.probe.clone(),
+        });
+        Ok(())
+    }
+
+    /// How far two classes' scores of a token may be apart.
+    pub(super) fn score_limit(&self) -> f64 {
+        let reference = self.reference.lock().unwrap_or_else(PoisonError::into_inner);
+        let spread = reference.as_ref().map_or(0.0, |reference| spread(&reference.probe));
+        2.0 * (self.parts.limits)(spread).worst
+    }
+
+    /// Takes a device out for good that computed something wrong.
+    pub(super) fn evict(&self, slot: usize, generation: u64, evidence: &str) {
         {
             let mut state = self.slots[slot].lock();
             if state.generation != generation {
                 return;
             }
-            state.phase = Phase::Serving(worker);
-        }
-        eprintln!("device `{}` serves", self.slots[slot].name);
-        let parked = {
-            let mut parked = self.parked.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            std::mem::take(&mut *parked)
-        };
-        parked.into_iter().for_each(|ticket| self.dispatch(ticket));
-    }
-
-    /// Compares the probe's scores with the first device's; the first one sets them.
-    fn agrees(&self, worker: &Worker) -> Result<(), String> {
-        let mut reference =
-            self.reference.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let Some((class, scores)) = &*reference else {
-            let finite = worker.probe.iter().all(|score| score.is_finite());
-            if finite {
-                *reference = Some((Arc::clone(&worker.numeric_class), Arc::clone(&worker.probe)));
-                return Ok(());
+            state.generation += 1;
+            state.drifts += 1;
+            if let Phase::Serving(worker) = &state.phase {
+                // One that has ended needs no telling.
+                let _ = worker.commands.send(Command::Stop);
             }
-            return Err("it scores a probe as NaN; the weights or the device are bad".to_owned());
-        };
-        let same_bits = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
-        if *class == worker.numeric_class {
-            return match scores.iter().zip(&*worker.probe).position(|pair| !same_bits(pair)) {
-                None => Ok(()),
-                Some(at) => Err(format!(
-                    "token {at} of the probe scores {} instead of {} on the same kind of device",
-                    worker.probe[at], scores[at]
-                )),
-            };
         }
-        let far = |(a, b): (&f32, &f32)| (a - b).abs();
-        let worst = scores.iter().zip(&*worker.probe).map(far).fold(0.0_f32, f32::max);
-        // A comparison with NaN is false, so it is written to let only the good through.
-        if worst <= PROBE_LIMIT && worker.probe.iter().all(|score| score.is_finite()) {
-            return Ok(());
-        }
-        Err(format!("the probe's log-probabilities differ by {worst}, more than {PROBE_LIMIT}"))
+        self.take_out(slot, EventKind::Corrupt, evidence, None);
     }
 
     fn ended(self: &Arc<Self>, slot: usize, generation: u64, error: Option<&ServeError>) {
@@ -130,24 +155,29 @@ impl Shared {
         let hopeless =
             matches!(error.and_then(ServeError::kind), Some(DeviceErrorKind::Unsupported));
         let retry = (!hopeless).then(|| Instant::now() + self.parts.rejoin_after);
-        self.take_out(slot, &reason, retry);
+        self.take_out(slot, EventKind::Crash, &reason, retry);
     }
 
     /// Marks a device as down and moves what it ran.
-    fn take_out(&self, slot: usize, reason: &str, retry_at: Option<Instant>) {
-        eprintln!("device `{}` is down: {reason}", self.slots[slot].name);
-        let tickets = {
+    fn take_out(&self, slot: usize, kind: EventKind, reason: &str, retry_at: Option<Instant>) {
+        let (tickets, action) = {
             let mut state = self.slots[slot].lock();
             state.failures += 1;
             let retry_at = retry_at.filter(|_| state.failures < FAILURES_MAX);
+            let action = if retry_at.is_some() { "to be opened again" } else { "left out" };
             state.phase = Phase::Down { reason: reason.to_owned(), retry_at };
-            std::mem::take(&mut state.tickets)
+            (std::mem::take(&mut state.tickets), action)
         };
+        let moved = tickets.iter().filter(|ticket| ticket.open()).count();
+        let device = &self.slots[slot].name;
+        self.events.tell(Happened { kind, device, cause: reason, action, moved });
         self.move_requests(tickets);
     }
 
     /// Declares hangs and opens devices again whose time has come.
     fn look(self: &Arc<Self>, now: Instant) {
+        // One may have been parked at the very moment when a device came in.
+        self.unpark();
         let hang_after = self.parts.options.step_deadline + HANG_GRACE;
         for slot in 0..self.slots.len() {
             let state = self.slots[slot].lock();
@@ -159,7 +189,8 @@ impl Shared {
                         // Its thread may come back one day; nothing it says counts then.
                         self.slots[slot].lock().generation += 1;
                         let reason = format!("a step has taken more than {hang_after:?}");
-                        self.take_out(slot, &reason, Some(now + self.parts.rejoin_after));
+                        let retry = Some(now + self.parts.rejoin_after);
+                        self.take_out(slot, EventKind::Hang, &reason, retry);
                     }
                 }
                 Phase::Down { retry_at: Some(at), .. } if now >= *at => {

@@ -11,8 +11,8 @@ use llguidance::{Matcher, ParserFactory};
 use pontoon_models::{SpecialTokens, Tokenizer};
 use serde_json::{Value, json};
 
-use super::splitter::ToolFormat;
 use super::token_bytes::TokenBytes;
+use super::tool_call::ToolFormat;
 use crate::engine::request::{Constraint, ConstraintSource};
 
 /// The parsers of one tokenizer, prepared when the first grammar comes.

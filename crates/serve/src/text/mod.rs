@@ -6,3 +6,4 @@ pub mod grammar;
 pub mod splitter;
 pub mod stops;
 pub mod token_bytes;
+pub mod tool_call;

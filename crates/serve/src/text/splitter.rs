@@ -1,86 +1,13 @@
 //! Parts a chat answer into reasoning, content and tool calls, as text comes.
 //!
-//! Two formats of tool calls are known: Qwen's, a JSON object between `<tool_call>` tags, and
-//! DeepSeek's, with its own markers. What looks like a call but cannot be read stays content.
-
-use serde_json::Value;
+//! A call's name is told as soon as it is known, then its arguments as they come. What looks like
+//! a call but cannot be read stays content. Read next: `tool_call.rs`.
 
 use super::stops::overlap;
+use super::tool_call::{Head, ObjectEnd, ToolFormat};
 
 const THINK: &str = "<think>";
 const THINK_END: &str = "</think>";
-
-/// How a model writes tool calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ToolFormat {
-    /// `<tool_call>{"name": ..., "arguments": ...}</tool_call>`.
-    Qwen,
-    /// Markers around a name and arguments.
-    DeepSeek,
-}
-
-/// Markers of DeepSeek's tool calls.
-mod deepseek {
-    pub const CALLS: &str = "<｜tool▁calls▁begin｜>";
-    pub const CALLS_END: &str = "<｜tool▁calls▁end｜>";
-    pub const CALL: &str = "<｜tool▁call▁begin｜>";
-    pub const CALL_END: &str = "<｜tool▁call▁end｜>";
-    pub const SEPARATOR: &str = "<｜tool▁sep｜>";
-}
-
-impl ToolFormat {
-    /// The token that a tokenizer with this format has.
-    pub const DEEPSEEK_TOKEN: &str = deepseek::CALLS;
-
-    fn begin(self) -> &'static str {
-        match self {
-            ToolFormat::Qwen => "<tool_call>",
-            ToolFormat::DeepSeek => deepseek::CALL,
-        }
-    }
-
-    fn end(self) -> &'static str {
-        match self {
-            ToolFormat::Qwen => "</tool_call>",
-            ToolFormat::DeepSeek => deepseek::CALL_END,
-        }
-    }
-
-    /// Markers that stand around calls and mean nothing by themselves.
-    fn dropped(self) -> &'static [&'static str] {
-        match self {
-            ToolFormat::Qwen => &[],
-            ToolFormat::DeepSeek => &[deepseek::CALLS, deepseek::CALLS_END],
-        }
-    }
-
-    /// Name and arguments of the text between the markers.
-    fn read(self, text: &str) -> Option<(String, String)> {
-        match self {
-            ToolFormat::Qwen => {
-                let call: Value = serde_json::from_str(text.trim()).ok()?;
-                let name = call.get("name")?.as_str()?.to_owned();
-                let arguments = match call.get("arguments").or_else(|| call.get("parameters")) {
-                    Some(Value::String(text)) => text.clone(),
-                    Some(value) => value.to_string(),
-                    None => "{}".to_owned(),
-                };
-                Some((name, arguments))
-            }
-            ToolFormat::DeepSeek => {
-                let (before, after) = text.split_once(deepseek::SEPARATOR)?;
-                // V3 and R1 write `function`, a separator, the name and fenced JSON; V3.1 writes
-                // the name, a separator and bare JSON.
-                let (name, arguments) = match after.split_once("```json") {
-                    Some((name, fenced)) => (name, fenced.rsplit_once("```")?.0),
-                    None => (before, after),
-                };
-                let value: Value = serde_json::from_str(arguments.trim()).ok()?;
-                Some((name.trim().to_owned(), value.to_string()))
-            }
-        }
-    }
-}
 
 /// A piece of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,14 +16,19 @@ pub enum Part {
     Reasoning(String),
     /// The model answers.
     Content(String),
-    /// The model calls a tool.
-    ToolCall {
+    /// The model begins to call a tool.
+    CallBegin {
         /// Its place among the answer's calls.
         index: usize,
         /// The tool.
         name: String,
-        /// Its arguments as JSON text.
-        arguments: String,
+    },
+    /// More of a call's arguments, which are JSON in the end.
+    CallArguments {
+        /// Its place among the answer's calls.
+        index: usize,
+        /// The next piece.
+        text: String,
     },
 }
 
@@ -118,6 +50,8 @@ pub struct Splitter {
     mode: Mode,
     held: String,
     calls: usize,
+    /// The arguments that are coming; `None` until a call's name is known.
+    arguments: Option<ObjectEnd>,
 }
 
 impl Splitter {
@@ -125,7 +59,7 @@ impl Splitter {
     pub fn new(prompt: &str, tools: Option<ToolFormat>) -> Splitter {
         let thinking = prompt.trim_end().ends_with(THINK);
         let mode = if thinking { Mode::Reasoning } else { Mode::Beginning };
-        Splitter { tools, mode, held: String::new(), calls: 0 }
+        Splitter { tools, mode, held: String::new(), calls: 0, arguments: None }
     }
 
     /// Whether the model thinks at this moment.
@@ -151,8 +85,14 @@ impl Splitter {
         let rest = std::mem::take(&mut self.held);
         let part = match (self.mode, self.tools) {
             (Mode::Reasoning, _) => Part::Reasoning(rest),
-            // Stopped within the markers, a whole call may stand there all the same.
-            (Mode::Tool, Some(format)) => return vec![self.call(format, &rest)],
+            (Mode::Tool, Some(format)) => match &mut self.arguments {
+                Some(arguments) => {
+                    let text = rest[..arguments.take(&rest)].to_owned();
+                    Part::CallArguments { index: self.calls - 1, text }
+                }
+                // Stopped within the markers, a whole call may stand there all the same.
+                None => return self.whole_call(format, &rest),
+            },
             _ => Part::Content(rest),
         };
         non_empty(part).into_iter().collect()
@@ -180,14 +120,46 @@ impl Splitter {
                 ready
             }
             Mode::Content => self.content(parts),
-            Mode::Tool => {
-                let Some(format) = self.tools else { return false };
-                let Some(end) = self.held.find(format.end()) else { return false };
-                let text: String = self.held.drain(..end + format.end().len()).collect();
-                let part = self.call(format, &text[..end]);
-                parts.push(part);
+            Mode::Tool => match self.tools {
+                Some(format) => self.tool(format, parts),
+                None => false,
+            },
+        }
+    }
+
+    /// Goes on within a call.
+    fn tool(&mut self, format: ToolFormat, parts: &mut Vec<Part>) -> bool {
+        let end = self.held.find(format.end());
+        // What may be the beginning of the end marker waits.
+        let certain = end.unwrap_or(self.held.len() - overlap(&self.held, format.end()));
+        let Some(arguments) = &mut self.arguments else {
+            if let Head::Ready { name, at } = format.head(&self.held[..certain]) {
+                parts.push(Part::CallBegin { index: self.calls, name });
+                self.calls += 1;
+                self.arguments = Some(ObjectEnd::default());
+                self.held.drain(..at);
+                return true;
+            }
+            let Some(end) = end else { return false };
+            let text: String = self.held.drain(..end + format.end().len()).collect();
+            parts.extend(self.whole_call(format, &text[..end]));
+            self.mode = Mode::AfterReasoning;
+            return true;
+        };
+        let taken = arguments.take(&self.held[..certain]);
+        let text = self.held[..taken].to_owned();
+        parts.extend(non_empty(Part::CallArguments { index: self.calls - 1, text }));
+        // What stands between the arguments and the end marker closes the call and says nothing.
+        match end {
+            Some(end) => {
+                self.held.drain(..end + format.end().len());
+                self.arguments = None;
                 self.mode = Mode::AfterReasoning;
                 true
+            }
+            None => {
+                self.held.drain(..certain);
+                false
             }
         }
     }
@@ -221,13 +193,18 @@ impl Splitter {
         found.marker.is_some()
     }
 
-    fn call(&mut self, format: ToolFormat, text: &str) -> Part {
+    /// The parts of a call that is read as a whole.
+    fn whole_call(&mut self, format: ToolFormat, text: &str) -> Vec<Part> {
         match format.read(text) {
             Some((name, arguments)) => {
+                let index = self.calls;
                 self.calls += 1;
-                Part::ToolCall { index: self.calls - 1, name, arguments }
+                vec![
+                    Part::CallBegin { index, name },
+                    Part::CallArguments { index, text: arguments },
+                ]
             }
-            None => Part::Content(format!("{}{text}{}", format.begin(), format.end())),
+            None => vec![Part::Content(format!("{}{text}{}", format.begin(), format.end()))],
         }
     }
 
@@ -252,8 +229,10 @@ struct Until<'m> {
 
 fn non_empty(part: Part) -> Option<Part> {
     let empty = match &part {
-        Part::Reasoning(text) | Part::Content(text) => text.is_empty(),
-        Part::ToolCall { .. } => false,
+        Part::Reasoning(text) | Part::Content(text) | Part::CallArguments { text, .. } => {
+            text.is_empty()
+        }
+        Part::CallBegin { .. } => false,
     };
     (!empty).then_some(part)
 }
@@ -274,6 +253,10 @@ mod tests {
             match (parts.last_mut(), part) {
                 (Some(Part::Reasoning(text)), Part::Reasoning(more)) => text.push_str(&more),
                 (Some(Part::Content(text)), Part::Content(more)) => text.push_str(&more),
+                (
+                    Some(Part::CallArguments { index: of, text }),
+                    Part::CallArguments { index, text: more },
+                ) if *of == index => text.push_str(&more),
                 (_, part) => parts.push(part),
             }
         }
@@ -288,8 +271,9 @@ mod tests {
         Part::Content(text.to_owned())
     }
 
-    fn call(index: usize, name: &str, arguments: &str) -> Part {
-        Part::ToolCall { index, name: name.to_owned(), arguments: arguments.to_owned() }
+    fn call(index: usize, name: &str, arguments: &str) -> [Part; 2] {
+        let (name, text) = (name.to_owned(), arguments.to_owned());
+        [Part::CallBegin { index, name }, Part::CallArguments { index, text }]
     }
 
     #[test]
@@ -307,8 +291,9 @@ mod tests {
         let text = "Let me see.\n<tool_call>\n{\"name\": \"add\", \"arguments\": {\"a\": 1}}\n\
                     </tool_call>\n<tool_call>\n{\"name\": \"add\"}\n</tool_call>";
         for size in 1..12 {
-            let want =
-                [content("Let me see.\n"), call(0, "add", "{\"a\":1}"), call(1, "add", "{}")];
+            let mut want = vec![content("Let me see.\n")];
+            want.extend(call(0, "add", "{\"a\": 1}"));
+            want.extend(call(1, "add", "{}"));
             assert_eq!(split("", Some(ToolFormat::Qwen), text, size), want);
             let broken = "<tool_call>{]</tool_call>";
             assert_eq!(split("", Some(ToolFormat::Qwen), broken, size), [content(broken)]);
@@ -324,8 +309,24 @@ mod tests {
         for size in 1..12 {
             for text in [older, newer] {
                 let told = split("", Some(ToolFormat::DeepSeek), text, size);
-                assert_eq!(told, [call(0, "add", "{\"a\":1}")], "{text}");
+                assert_eq!(told, call(0, "add", "{\"a\": 1}"), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn arguments_come_as_they_are_written() {
+        let mut splitter = Splitter::new("", Some(ToolFormat::Qwen));
+        let mut told = splitter.push("<tool_call>{\"name\": \"go\", \"arguments\": {\"a\": [1");
+        told.extend(splitter.push(", 2]}"));
+        let piece = |text: &str| Part::CallArguments { index: 0, text: text.to_owned() };
+        let begin = Part::CallBegin { index: 0, name: "go".to_owned() };
+        assert_eq!(told, [begin, piece("{\"a\": [1"), piece(", 2]}")]);
+        assert_eq!(splitter.push("}\n</tool_call>"), []);
+        assert_eq!(splitter.finish(), []);
+        assert_eq!(splitter.calls(), 1);
+        let mut cut = Splitter::new("", Some(ToolFormat::Qwen));
+        cut.push("<tool_call>{\"name\": \"go\", \"arguments\": {\"a\": \"b</tool");
+        assert_eq!(cut.finish(), [piece("</tool")]);
     }
 }

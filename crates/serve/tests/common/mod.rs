@@ -11,13 +11,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering::SeqCst};
 use std::time::Duration;
 
+use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{ChatTemplate, HostWeights, Model, SamplingSettings, Tokenizer, preset};
 use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support,
+    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName, Support,
 };
 use pontoon_serve::engine::device::DeviceOptions;
 use pontoon_serve::engine::request::{Event, Generate, Request, Scored, Task, Ticket};
+use pontoon_serve::pool::agreement::Distance;
 use pontoon_serve::pool::{Pool, PoolParts};
 use pontoon_serve::{App, AppParts, Limits, ServerOptions, serve};
 use serde_json::Value;
@@ -28,6 +30,10 @@ pub struct Small {
     pub tokenizer: Tokenizer,
     pub model: Arc<Model>,
     pub weights: Arc<HostWeights>,
+    /// The share of requests that its pools score again.
+    pub audit_share: f64,
+    /// Origins whose pages may ask its servers.
+    pub cors_origins: Vec<String>,
 }
 
 impl Small {
@@ -39,7 +45,7 @@ impl Small {
         let config = preset("qwen3-1m").unwrap().with_vocab_size(tokenizer.vocab_size());
         let model = Arc::new(Model::new(config).unwrap());
         let weights = Arc::new(model.initialise(7));
-        Small { tokenizer, model, weights }
+        Small { tokenizer, model, weights, audit_share: 0.05, cors_origins: Vec::new() }
     }
 
     pub fn options(&self) -> DeviceOptions {
@@ -57,7 +63,9 @@ impl Small {
     pub fn pool(&self, devices: &[&str], options: DeviceOptions, faults: &Arc<Faults>) -> Pool {
         let faults = Arc::clone(faults);
         let open = move |name: &str| -> Result<Box<dyn Backend>, String> {
-            let options = CpuOptions { threads: Some(1), ..CpuOptions::default() };
+            // A name may say another instruction set, which is another numeric class.
+            let isa = name.ends_with("/portable").then_some(Isa::PORTABLE);
+            let options = CpuOptions { threads: Some(1), isa };
             let inner = CpuBackend::new(options).map_err(|error| error.to_string())?;
             let mut info = inner.info().clone();
             info.device = name.to_owned();
@@ -70,6 +78,13 @@ impl Small {
             weights: Arc::clone(&self.weights),
             options,
             rejoin_after: Duration::from_millis(20),
+            limits: Arc::new(|spread| Distance {
+                worst: 1e-4 * spread,
+                typical: 1e-5 * spread,
+                divergence: 1e-9,
+            }),
+            audit_share: self.audit_share,
+            on_event: None,
         })
         .unwrap()
     }
@@ -88,6 +103,7 @@ impl Small {
             api_keys,
             limits,
             sampling_defaults: SamplingSettings::default(),
+            cors_origins: self.cors_origins.clone(),
         });
         let (sender, receiver) = std::sync::mpsc::channel();
         let on_listening = Box::new(move |listening| sender.send(listening).unwrap());
@@ -119,6 +135,8 @@ pub enum Failure {
     Panic,
     /// It does not come back for a long time.
     Hang,
+    /// From here on, one bit of a product in every list of operations is wrong.
+    Lie,
 }
 
 impl Faults {
@@ -132,10 +150,16 @@ impl Faults {
         self.launches.lock().unwrap().push((device.to_owned(), counter, failure));
     }
 
+    /// Lets devices fail no more.
+    pub fn clear(&self) {
+        self.launches.lock().unwrap().clear();
+    }
+
     fn hit(&self, device: &str) -> Option<Failure> {
         let list = self.launches.lock().unwrap();
         let counts = |entry: &&(String, Arc<AtomicI64>, Failure)| {
-            entry.0 == device && entry.1.fetch_sub(1, SeqCst) == 0
+            let left = if entry.0 == device { entry.1.fetch_sub(1, SeqCst) } else { 1 };
+            left == 0 || (left < 0 && entry.2 == Failure::Lie)
         };
         list.iter().find(counts).map(|entry| entry.2)
     }
@@ -145,6 +169,23 @@ struct Faulty {
     inner: CpuBackend,
     info: DeviceInfo,
     faults: Arc<Faults>,
+}
+
+impl Faulty {
+    /// Flips a bit in the first number of the last product but one.
+    fn lie(&mut self, ops: &[Op]) -> Result<(), DeviceError> {
+        let products = ops.iter().enumerate().filter(|(_, op)| op.name() == OpName::Matmul);
+        let at = products.map(|(at, _)| at).nth_back(1).unwrap_or(0);
+        let (before, after) = ops.split_at(at + 1);
+        self.inner.launch_all(before)?;
+        let operands = before[at].operands();
+        let written = operands.iter().find(|operand| operand.access.writes()).unwrap();
+        let mut bytes = [0_u8; 4];
+        self.inner.download(written.view.buffer, written.view.byte_offset, &mut bytes)?;
+        bytes[2] ^= 0x40;
+        self.inner.upload(written.view.buffer, written.view.byte_offset, &bytes)?;
+        self.inner.launch_all(after)
+    }
 }
 
 impl Backend for Faulty {
@@ -192,6 +233,7 @@ impl Backend for Faulty {
                 std::thread::park_timeout(Duration::from_secs(3600));
                 self.inner.launch_all(ops)
             }
+            Some(Failure::Lie) => self.lie(ops),
         }
     }
 
@@ -272,6 +314,16 @@ impl Server {
         // A server that refuses early closes before all is sent.
         let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes()));
         stream
+    }
+
+    /// The head of a response in small letters, and its status.
+    pub fn head(&self, method: &str, path: &str, headers: &[&str]) -> (String, u16) {
+        let mut stream = self.send(method, path, headers, "");
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        let text = String::from_utf8_lossy(&bytes).to_lowercase();
+        let head = text.split("\r\n\r\n").next().unwrap().to_owned();
+        (head, parse(&bytes).0)
     }
 
     pub fn get(&self, path: &str) -> (u16, String) {

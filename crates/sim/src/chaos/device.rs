@@ -10,6 +10,7 @@ use std::time::Duration;
 use pontoon_fleet::protocol::Report;
 use pontoon_fleet::worker::Reports;
 use pontoon_fleet::world::Clock;
+use pontoon_ops::sums::{Ask, Sums};
 use pontoon_ops::{
     Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
 };
@@ -193,18 +194,36 @@ impl<'a> ChaosDevice<'a> {
         self.inner.upload(view.buffer, at, &bytes)
     }
 
-    fn launch_slowly(&mut self, op: &Op) -> Result<(), DeviceError> {
+    fn launch_with<T>(
+        &mut self,
+        op: &Op,
+        launch: impl FnOnce(&mut dyn Backend) -> Result<T, DeviceError>,
+    ) -> Result<T, DeviceError> {
+        let step = self.injector.place.step.load(Ordering::Relaxed);
+        self.place = if self.place.0 == step { (step, self.place.1 + 1) } else { (step, 0) };
+        if self.slow.as_ref().is_some_and(|slow| step > slow.last_step) {
+            self.slow = None;
+        }
+        self.before(op)?;
         let begun = self.injector.clock.now();
-        self.inner.launch(op)?;
-        self.inner.wait(PATIENCE)?;
-        let took = self.injector.clock.now().duration_since(begun);
+        let result = launch(&mut *self.inner)?;
+        if self.slow.is_some() {
+            self.inner.wait(PATIENCE)?;
+            self.dawdle(self.injector.clock.now().duration_since(begun));
+        }
+        self.learn(op);
+        self.after(op)?;
+        Ok(result)
+    }
+
+    /// Makes what took so long take longer, in naps.
+    fn dawdle(&mut self, took: Duration) {
         if let Some(slow) = &mut self.slow {
             slow.owed += took.mul_f64(slow.factor - 1.0);
             if slow.owed >= NAP {
                 std::thread::sleep(std::mem::take(&mut slow.owed));
             }
         }
-        Ok(())
     }
 }
 
@@ -242,20 +261,20 @@ impl Backend for ChaosDevice<'_> {
         self.inner.supports(op)
     }
 
+    fn sums_in_place(&self) -> bool {
+        self.inner.sums_in_place()
+    }
+
+    fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
+        self.inner.sums(views)
+    }
+
+    fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
+        self.launch_with(op, |inner| inner.launch_summed(op, ask))
+    }
+
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
-        let step = self.injector.place.step.load(Ordering::Relaxed);
-        self.place = if self.place.0 == step { (step, self.place.1 + 1) } else { (step, 0) };
-        if self.slow.as_ref().is_some_and(|slow| step > slow.last_step) {
-            self.slow = None;
-        }
-        self.before(op)?;
-        if self.slow.is_some() {
-            self.launch_slowly(op)?;
-        } else {
-            self.inner.launch(op)?;
-        }
-        self.learn(op);
-        self.after(op)
+        self.launch_with(op, |inner| inner.launch(op))
     }
 
     fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {

@@ -1,0 +1,78 @@
+//! What checks cost a product: plain and checked in turns, on the shapes of a small model's step.
+
+use std::time::Instant;
+
+use half::bf16;
+use pontoon_cpu::gemm::{
+    Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm, gemm_checked,
+};
+use pontoon_cpu::pool::Pool;
+use pontoon_cpu::scratch::Scratch;
+use pontoon_cpu::simd::Isa;
+
+fn main() {
+    let isa = Isa::detect().expect("a known set");
+    let pool = Pool::new(2);
+    let mut scratch = Scratch::new();
+    let shapes = [
+        (Layout::Nt, 2048, 512, 512),
+        (Layout::Nt, 2048, 1376, 512),
+        (Layout::Nt, 2048, 512, 1376),
+        (Layout::Nn, 2048, 512, 512),
+        (Layout::Nn, 2048, 512, 1376),
+        (Layout::Nn, 2048, 1376, 512),
+        (Layout::Tn, 512, 512, 2048),
+        (Layout::Tn, 1376, 512, 2048),
+        (Layout::Tn, 512, 1376, 2048),
+    ];
+    for (layout, m, n, k) in shapes {
+        let a: Vec<bf16> =
+            (0..m * k).map(|i| bf16::from_f32((i % 97) as f32 / 50.0 - 1.0)).collect();
+        let b: Vec<bf16> =
+            (0..n * k).map(|i| bf16::from_f32((i % 89) as f32 / 50.0 - 1.0)).collect();
+        let mut c16 = vec![bf16::ZERO; m * n];
+        let mut c32 = vec![0.0_f32; m * n];
+        let (a_stride, b_stride) = match layout {
+            Layout::Nt => (k, k),
+            Layout::Nn => (k, n),
+            Layout::Tn => (m, n),
+        };
+        let mut times = [Vec::new(), Vec::new()];
+        for round in 0..60 {
+            let args = GemmArgs {
+                layout,
+                m,
+                n,
+                k,
+                a: Matrix { data: Data::Bf16(&a), row_stride: a_stride },
+                b: Matrix { data: Data::Bf16(&b), row_stride: b_stride },
+                bias: None,
+                c: MatrixMut {
+                    data: if layout == Layout::Tn {
+                        DataMut::F32(&mut c32)
+                    } else {
+                        DataMut::Bf16(&mut c16)
+                    },
+                    row_stride: n,
+                },
+                store: Store::Overwrite,
+            };
+            let begun = Instant::now();
+            match round % 2 {
+                0 => gemm(&pool, isa, &mut scratch, args),
+                _ => drop(gemm_checked(&pool, isa, &mut scratch, args, None)),
+            }
+            times[round % 2].push(begun.elapsed().as_secs_f64() * 1e3);
+        }
+        let median = |times: &mut Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        let [mut plain, mut checked] = times;
+        let (plain, checked) = (median(&mut plain), median(&mut checked));
+        println!(
+            "{layout:?} {m}x{n}x{k}: {plain:.3} ms, checked {checked:.3} ms, {:+.1}%",
+            100.0 * (checked / plain - 1.0)
+        );
+    }
+}

@@ -1,0 +1,416 @@
+//! Whether a product's f32 sums add up, checked while it is computed.
+//!
+//! For `C = A B` the sum of column j of C must be the vector of A's column sums times column j of
+//! B. The left side is added up tile by tile while the sums are in the nearest cache; the right one
+//! is one more row through the packed operand. The two are rounded in different orders, so they
+//! differ a little: a column beyond [`limit`] is computed once more, and as an element's bits depend
+//! on nothing but its row and column, an honest column then gives the same sums to the last bit. So
+//! a check can cost time but never accuses an honest product.
+//!
+//! The tile loop owns the memory and calls this file; `kernels/watched.rs` decides what is checked.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::pack::{Source, row_units};
+use super::tile::TILE_ROWS;
+use super::{DataMut, GemmArgs, Layout, Matrix, MatrixMut, Product, Store, Unit};
+use crate::ffi::{PARTS_MAX, Parts};
+use crate::pool::Pool;
+use crate::scratch::Scratch;
+use crate::simd::micro::{LeftUnits, load_units};
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+
+/// A flipped bit in a product's f32 sums before they are stored, to try the check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flip {
+    /// Row of C.
+    pub row: usize,
+    /// Column of C.
+    pub column: usize,
+    /// Bit of the f32.
+    pub bit: u32,
+}
+
+/// The word sums of a checked product's result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProductSums {
+    /// Before, where it is added to.
+    pub before: u32,
+    /// After.
+    pub stored: u32,
+}
+
+/// A column whose sums are not those of its operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrongColumn(pub usize);
+
+/// What a product tells while it is computed.
+#[derive(Default)]
+pub(crate) struct Watch {
+    /// Of the words of C that were there before, where they are added to.
+    pub(super) before: AtomicU32,
+    /// Of the words that were stored.
+    pub(super) stored: AtomicU32,
+    pub(super) flip: Option<Flip>,
+    /// Columns whose two sums are too far apart, with their sums within each row of tiles.
+    pub(super) suspects: Vec<(usize, Vec<u32>)>,
+}
+
+/// Rows of the weights' three parts: together they are an f32 to the last bit.
+const SPLITS: usize = 3;
+/// Vectors of units that are summed down the rows at a time.
+const STRIP: usize = 4;
+/// Rows of the left operand that one task sums at least.
+const ROWS_PER_TASK: usize = 32;
+/// Panels that one task checks.
+const PANELS_PER_TASK: usize = 4;
+
+/// Working memory of a check, all of it overwritten.
+pub(super) struct Work<'a> {
+    /// Sums of C's columns within each row of tiles, `[row tiles, n]`.
+    pub columns: &'a mut [f32],
+    /// Sums of A's elements over rows within each row of tiles: `[row tiles, elements]`.
+    pub left: &'a mut [f32],
+    /// Sums of A's squares within each row of tiles.
+    pub squares: &'a mut [f32],
+    /// What each column's sum should be, and the squares of B's column: `[2, n]`.
+    pub expected: &'a mut [f32],
+    /// A's sums as rows of units.
+    pub weights: &'a mut [u32],
+}
+
+/// Words of working memory, in the order of [`Work`].
+pub(super) fn work_words<T>(product: &Product<'_, T>) -> [usize; 5] {
+    let tiles = product.m.div_ceil(TILE_ROWS);
+    // The transposed operand is summed as a whole.
+    let parts = if product.layout == Layout::Tn { 1 } else { tiles };
+    let elements = elements(product);
+    [tiles * product.n, parts * elements, parts, 2 * product.n, SPLITS * product.units]
+}
+
+/// Elements of the chain, a missing half of a last pair included.
+pub(super) fn elements<T>(product: &Product<'_, T>) -> usize {
+    if product.dot { 2 * product.units } else { product.units }
+}
+
+/// Sums rows of units down the rows: one sum for each element of the chain. Pairs give the sums of
+/// even elements in the first half of `to`, those of odd ones in the second. Returns the squares.
+#[inline(always)]
+pub(super) fn sum_down<S: Simd, const DOT: bool>(
+    simd: S,
+    left: LeftUnits<'_>,
+    rows: usize,
+    to: &mut [f32],
+) -> f32 {
+    let units = if DOT { to.len() / 2 } else { to.len() };
+    let (even, odd) = to.split_at_mut(units);
+    let [first, second] = [0x3f80_u32, 0x3f80 << 16].map(|ones| simd.splat(f32::from_bits(ones)));
+    let mut squares = simd.zero();
+    let mut unit = 0;
+    while unit < units {
+        let vectors = (units - unit).div_ceil(S::LANES).min(STRIP);
+        let mut sums = [[simd.zero(); 2]; STRIP];
+        for row in 0..rows {
+            let start = left.start + row * left.row_bytes + 4 * unit;
+            let bytes = &left.bytes[start..][..4 * (units - unit).min(STRIP * S::LANES)];
+            for (vector, sums) in sums.iter_mut().enumerate().take(vectors) {
+                let value = load_units(simd, bytes, vector * S::LANES);
+                if DOT {
+                    sums[0] = simd.dot_pairs(sums[0], value, first);
+                    sums[1] = simd.dot_pairs(sums[1], value, second);
+                    squares = simd.dot_pairs(squares, value, value);
+                } else {
+                    sums[0] = simd.add(sums[0], value);
+                    squares = simd.fma(value, value, squares);
+                }
+            }
+        }
+        for (vector, sums) in sums.iter().enumerate().take(vectors) {
+            let (at, end) = (unit + vector * S::LANES, units.min(unit + (vector + 1) * S::LANES));
+            simd.store(sums[0], &mut even[at..end]);
+            if DOT {
+                simd.store(sums[1], &mut odd[at..end]);
+            }
+        }
+        unit += vectors * S::LANES;
+    }
+    simd.reduce_sum(squares)
+}
+
+/// The sum of each row of a left operand whose rows are the chain's elements (the transposed one),
+/// and all squares.
+struct SumRows<'a, T> {
+    from: Source<'a, T>,
+    sums: &'a mut [f32],
+}
+
+impl<T: Unit> Kernel for SumRows<'_, T> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        if S::BF16_DOT && self.from.dot {
+            self.sum::<S, true>(simd)
+        } else {
+            self.sum::<S, false>(simd)
+        }
+    }
+}
+
+impl<T: Unit> SumRows<'_, T> {
+    #[inline(always)]
+    fn sum<S: Simd, const DOT: bool>(self, simd: S) -> f32 {
+        let ones = simd.splat(f32::from_bits(0x3f80_3f80));
+        let per_vector = if DOT { 2 * S::LANES } else { S::LANES };
+        let mut all_squares = simd.zero();
+        for (index, to) in self.sums.iter_mut().enumerate() {
+            let row = &self.from.data[(self.from.first + index) * self.from.stride..];
+            let row = &row[..self.from.k];
+            let (mut sums, mut squares) = ([simd.zero(); 2], [simd.zero(), all_squares]);
+            for (place, values) in row.chunks(per_vector).enumerate() {
+                let (sum, square) = (&mut sums[place % 2], &mut squares[place % 2]);
+                let value = row_units::<S, T, DOT>(simd, values, 0);
+                if DOT {
+                    *sum = simd.dot_pairs(*sum, value, ones);
+                    *square = simd.dot_pairs(*square, value, value);
+                } else {
+                    *sum = simd.add(*sum, value);
+                    *square = simd.fma(value, value, *square);
+                }
+            }
+            *to = simd.reduce_sum(simd.add(sums[0], sums[1]));
+            all_squares = simd.add(squares[0], squares[1]);
+        }
+        simd.reduce_sum(all_squares)
+    }
+}
+
+/// Sums the rows of a transposed left operand into the first row of tiles of `work`.
+pub(super) fn sum_left_rows<T: Unit>(
+    (pool, isa): (&Pool, Isa),
+    product: &Product<'_, T>,
+    work: &mut Work<'_>,
+) {
+    let (k, m) = (product.k, product.m);
+    work.left.fill(0.0);
+    work.squares.fill(0.0);
+    let mut sums = vec![0.0_f32; k];
+    let per_task = ROWS_PER_TASK.max(k.div_ceil(PARTS_MAX));
+    let mut squares = vec![0.0_f32; k.div_ceil(per_task)];
+    if k == 0 {
+        return;
+    }
+    let (parts, of_parts) = (Parts::new(&mut sums, per_task), Parts::new(&mut squares, 1));
+    pool.run(parts.count(), |task| {
+        let sums = parts.take(task);
+        let from = Source {
+            data: product.a,
+            stride: product.a_stride,
+            first: task * per_task,
+            count: sums.len(),
+            k: m,
+            units: m,
+            dot: product.dot,
+        };
+        of_parts.take(task)[0] = dispatch(isa, SumRows { from, sums });
+    });
+    work.squares[0] = squares.iter().sum();
+    let units = product.units;
+    for (element, sum) in sums.iter().enumerate() {
+        let place = if product.dot { element % 2 * units + element / 2 } else { element };
+        work.left[place] = *sum;
+    }
+}
+
+/// Adds up A's sums over all rows of tiles and writes them as rows of units.
+pub(super) fn weigh<T>(product: &Product<'_, T>, work: &mut Work<'_>) {
+    let (elements, units) = (elements(product), product.units);
+    if units == 0 {
+        return;
+    }
+    let (sums, rest) = work.left.split_at_mut(elements);
+    for part in rest.chunks_exact(elements) {
+        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    if !product.dot {
+        work.weights[..units].copy_from_slice(bytemuck::cast_slice(&sums[..units]));
+        return;
+    }
+    let (even, odd) = sums.split_at(units);
+    // The upper halves of what is left are exact to subtract.
+    let cut = |rest: &mut f32| {
+        let high = rest.to_bits() & 0xffff_0000;
+        *rest -= f32::from_bits(high);
+        high
+    };
+    for (unit, (even, odd)) in even.iter().zip(odd).enumerate() {
+        let (mut even, mut odd) = (*even, *odd);
+        for split in 0..SPLITS {
+            work.weights[split * units + unit] = cut(&mut odd) | cut(&mut even) >> 16;
+        }
+    }
+}
+
+/// Panels of the packed right operand, times A's sums.
+struct Weighted<'a> {
+    right: &'a [u32],
+    weights: &'a [u32],
+    units: usize,
+    dot: bool,
+    sums: &'a mut [f32],
+    squares: &'a mut [f32],
+}
+
+impl Kernel for Weighted<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        if S::BF16_DOT && self.dot { self.sum::<S, true>(simd) } else { self.sum::<S, false>(simd) }
+    }
+}
+
+impl Weighted<'_> {
+    #[inline(always)]
+    fn sum<S: Simd, const DOT: bool>(self, simd: S) {
+        let width = 2 * S::LANES;
+        let weights: &[f32] = bytemuck::cast_slice(self.weights);
+        let right: &[f32] = bytemuck::cast_slice(self.right);
+        let panels = right.chunks_exact((self.units * width).max(1));
+        let results = self.sums.chunks_mut(width).zip(self.squares.chunks_mut(width));
+        for (panel, (to_sums, to_squares)) in panels.zip(results) {
+            let mut sums = [[simd.zero(); 2]; SPLITS];
+            let mut squares = [simd.zero(); 2];
+            for (unit, values) in panel.chunks_exact(width).enumerate() {
+                let values = [simd.load(&values[..S::LANES]), simd.load(&values[S::LANES..])];
+                for (half, value) in values.into_iter().enumerate() {
+                    if !DOT {
+                        let weight = simd.splat(weights[unit]);
+                        sums[0][half] = simd.fma(weight, value, sums[0][half]);
+                        squares[half] = simd.fma(value, value, squares[half]);
+                        continue;
+                    }
+                    for (split, sums) in sums.iter_mut().enumerate() {
+                        let weight = simd.splat(weights[split * self.units + unit]);
+                        sums[half] = simd.dot_pairs(sums[half], weight, value);
+                    }
+                    squares[half] = simd.dot_pairs(squares[half], value, value);
+                }
+            }
+            for half in 0..2 {
+                let at = (half * S::LANES).min(to_sums.len());
+                let end = (at + S::LANES).min(to_sums.len());
+                // The smallest part first.
+                let low = simd.add(sums[2][half], sums[1][half]);
+                simd.store(simd.add(low, sums[0][half]), &mut to_sums[at..end]);
+                simd.store(squares[half], &mut to_squares[at..end]);
+            }
+        }
+    }
+}
+
+/// Computes what the sums of columns `first..first + count` should be from their packed panels.
+pub(super) fn expect<T>(
+    (pool, isa): (&Pool, Isa),
+    product: &Product<'_, T>,
+    right: &[u32],
+    (first, count): (usize, usize),
+    work: &mut Work<'_>,
+) {
+    let width = isa.geometry().micro_columns;
+    let (sums, squares) = work.expected.split_at_mut(product.n);
+    let (sums, squares) = (&mut sums[first..][..count], &mut squares[first..][..count]);
+    if product.units == 0 {
+        sums.fill(0.0);
+        squares.fill(0.0);
+        return;
+    }
+    let per_task = PANELS_PER_TASK.max(count.div_ceil(width * PARTS_MAX));
+    let (sums, squares) =
+        (Parts::new(sums, per_task * width), Parts::new(squares, per_task * width));
+    let panel_words = product.units * width;
+    let (weights, units, dot) = (&*work.weights, product.units, product.dot);
+    pool.run(sums.count(), |task| {
+        let (sums, squares) = (sums.take(task), squares.take(task));
+        let words = sums.len().div_ceil(width) * panel_words;
+        let right = &right[task * per_task * panel_words..][..words];
+        dispatch(isa, Weighted { right, weights, units, dot, sums, squares });
+    });
+}
+
+/// How far a column's two sums may be apart before it is computed again: the spread of rounding
+/// errors of chains of k, none larger than half a unit of |row of A| |column of B|, over m rows.
+fn limit(k: usize, m: usize, left_squares: f64, column_squares: f32) -> f64 {
+    const UNIT: f64 = 0.29 * f32::EPSILON as f64;
+    let chain = (k as f64).sqrt() + (m as f64).sqrt();
+    // Products below the smallest normal number may be taken as zero.
+    let floor = f64::from(f32::MIN_POSITIVE) * (k * m) as f64;
+    UNIT * chain * (f64::from(column_squares) * left_squares).sqrt() + floor
+}
+
+/// Compares the sums of all columns with what they should be.
+pub(super) fn compare<T>(product: &Product<'_, T>, work: &mut Work<'_>, watch: &mut Watch) {
+    let (n, m, k) = (product.n, product.m, product.k);
+    let left_squares: f64 = work.squares.iter().map(|square| f64::from(*square)).sum();
+    // Operands that are not finite are someone else's finding: nothing can be said of them.
+    if !left_squares.is_finite() {
+        return;
+    }
+    let mut sums = work.columns[..n].to_vec();
+    for part in work.columns[n..].chunks_exact(n) {
+        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+    let (expected, squares) = work.expected.split_at(n);
+    for (column, ((sum, expected), squares)) in sums.iter().zip(expected).zip(squares).enumerate() {
+        let knows = squares.is_finite() && expected.is_finite();
+        let apart = (f64::from(*sum) - f64::from(*expected)).abs();
+        let fits = apart <= limit(k, m, left_squares, *squares);
+        if knows && !fits {
+            let parts = work.columns[column..].iter().step_by(n).map(|part| part.to_bits());
+            watch.suspects.push((column, parts.collect()));
+        }
+    }
+}
+
+/// The operands of a product.
+#[derive(Clone, Copy)]
+pub(super) struct Operands<'a> {
+    pub layout: Layout,
+    pub m: usize,
+    pub k: usize,
+    pub a: Matrix<'a>,
+    pub b: Matrix<'a>,
+}
+
+/// Computes the suspected columns once more; gives the first that has other sums than before.
+pub(super) fn confirm(
+    (pool, isa): (&Pool, Isa),
+    scratch: &mut Scratch,
+    product: &Operands<'_>,
+    watch: &Watch,
+) -> Result<ProductSums, WrongColumn> {
+    let Operands { layout, m, k, a, b } = *product;
+    let mut result = vec![0.0_f32; if watch.suspects.is_empty() { 0 } else { m }];
+    for (column, parts) in &watch.suspects {
+        let start = if layout == Layout::Nt { column * b.row_stride } else { *column };
+        let args = GemmArgs {
+            layout,
+            m,
+            n: 1,
+            k,
+            a,
+            b: Matrix { data: b.data.from(start), row_stride: b.row_stride },
+            bias: None,
+            c: MatrixMut { data: DataMut::F32(&mut result), row_stride: 1 },
+            store: Store::Overwrite,
+        };
+        // The result is the f32 sums themselves; a column's tiles add them in this order.
+        super::gemm(pool, isa, scratch, args);
+        let again = result
+            .chunks(TILE_ROWS)
+            .map(|rows| rows.iter().fold(0.0_f32, |sum, value| sum + value).to_bits());
+        if !again.eq(parts.iter().copied()) {
+            return Err(WrongColumn(*column));
+        }
+    }
+    let load = |of: &AtomicU32| of.load(Ordering::Relaxed);
+    Ok(ProductSums { before: load(&watch.before), stored: load(&watch.stored) })
+}

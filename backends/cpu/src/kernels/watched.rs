@@ -1,0 +1,119 @@
+//! Operations launched with checks: products are verified as they are computed, and operands are
+//! summed by whoever has them in hand.
+//!
+//! What no kernel sums by itself is summed in a pass before or after. Read next: `gemm/verify.rs`.
+
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked};
+use pontoon_ops::{DeviceError, DeviceErrorKind, Op, OpName, View};
+
+use super::Context;
+use crate::gemm::{
+    Flip, GemmArgs, GroupedGemmArgs, ProductSums, WrongColumn, gemm, gemm_checked, grouped_gemm,
+    grouped_gemm_checked,
+};
+
+/// What is checked while an operation runs, and what came of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Checks {
+    /// Whether products are checked.
+    pub on: bool,
+    /// Spoils the next product on purpose.
+    pub flip: Option<Flip>,
+    /// The sums that the kernel formed itself.
+    pub sums: Sums,
+}
+
+impl Checks {
+    /// Notes the sum of an operand as it was read.
+    pub fn read(&mut self, operand: usize, sum: u32) {
+        self.sums.read[operand] = sum;
+    }
+
+    /// Notes the sum of an operand as it was written.
+    pub fn written(&mut self, operand: usize, sum: u32) {
+        self.sums.written[operand] = sum;
+    }
+
+    /// The operands whose sums are asked for and not formed by the operation's kernel.
+    pub fn left(op: &Op, ask: Ask) -> Ask {
+        let formed = formed_by(op);
+        Ask { read: ask.read & !formed.read, written: ask.written & !formed.written }
+    }
+}
+
+/// The operands that the kernel of an operation sums itself.
+fn formed_by(op: &Op) -> Ask {
+    match op {
+        Op::Matmul(product) => {
+            let c = 2 + usize::from(product.bias.is_some());
+            let reads = op.operands()[c].access.reads();
+            Ask { read: if reads { 1 << c } else { 0 }, written: 1 << c }
+        }
+        Op::CrossEntropyBwd(_) | Op::TokenLogProbBwd(_) => {
+            let dhead = op.operands().len() - 1;
+            let reads = op.operands()[dhead].access.reads();
+            let before = if reads { 1 << dhead } else { 0 };
+            Ask { read: before, written: 0b11 << (dhead - 1) }
+        }
+        Op::Add(_) if super::handles_in_place(op) => Ask { read: 0b11, written: 0b100 },
+        _ => Ask::default(),
+    }
+}
+
+impl Context<'_> {
+    /// Computes a product, checked where that is asked for; the sums mean nothing otherwise.
+    pub(crate) fn product(
+        &mut self,
+        (op, result): (OpName, &str),
+        args: GemmArgs<'_>,
+    ) -> Result<ProductSums, DeviceError> {
+        if !self.checks.on {
+            gemm(self.pool, self.isa, self.gemm_scratch, args);
+            return Ok(ProductSums::default());
+        }
+        let flip = self.checks.flip.take();
+        let sums = gemm_checked(self.pool, self.isa, self.gemm_scratch, args, flip);
+        sums.map_err(|column| wrong(op, result, column))
+    }
+
+    /// The same for the products of all groups.
+    pub(crate) fn grouped_product(
+        &mut self,
+        (op, result): (OpName, &str),
+        args: GroupedGemmArgs<'_>,
+    ) -> Result<(), DeviceError> {
+        if !self.checks.on {
+            grouped_gemm(self.pool, self.isa, self.gemm_scratch, args);
+            return Ok(());
+        }
+        let done = grouped_gemm_checked(self.pool, self.isa, self.gemm_scratch, args);
+        done.map_err(|column| wrong(op, result, column))
+    }
+}
+
+fn wrong(op: OpName, result: &str, WrongColumn(column): WrongColumn) -> DeviceError {
+    let text = format!("{op:?}: column {column} of `{result}` does not add up to its operands");
+    DeviceError::new(DeviceErrorKind::Corrupt, text)
+}
+
+/// A tensor inside an operation that is not what was stored.
+pub(crate) fn changed(op: OpName, what: &str) -> DeviceError {
+    let text = format!("{op:?}: {what} changed in memory while it ran");
+    DeviceError::new(DeviceErrorKind::Corrupt, text)
+}
+
+/// Puts the sums of a pass where they belong.
+pub(crate) fn fill(
+    op: &Op,
+    mask: u32,
+    to: &mut [u32; OPERANDS_MAX],
+    mut pass: impl FnMut(&[View]) -> Result<Vec<u32>, DeviceError>,
+) -> Result<(), DeviceError> {
+    if mask == 0 {
+        return Ok(());
+    }
+    let operands = op.operands();
+    let (places, views): (Vec<usize>, Vec<View>) = asked(&operands, mask).unzip();
+    places.iter().zip(pass(&views)?).for_each(|(place, sum)| to[*place] = sum);
+    Ok(())
+}
