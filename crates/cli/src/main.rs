@@ -46,7 +46,7 @@ enum Command {
     /// Makes tokenizers.
     #[command(
         subcommand,
-        after_help = "Example:\n  pontoon tokenizer train corpus/ --vocab 8192 --out tokenizer.json"
+        after_help = "Example:\n  pontoon tokenizer train corpus/ --vocab 8192 --out t.json"
     )]
     Tokenizer(tokenizer::Command),
     /// Writes a run.toml to edit.

@@ -42,6 +42,15 @@ impl Bits {
     }
 }
 
+/// What an update was done with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rates {
+    /// The learning rate.
+    pub lr: f64,
+    /// By what share of the mean load the busiest expert was above it, where experts are balanced.
+    pub imbalance: Option<f64>,
+}
+
 /// The digests of a replica's state: what is exported, and the weights it computes with.
 pub type StateDigest = [u64; 2];
 
@@ -266,8 +275,8 @@ pub enum Report {
     Applied {
         /// The step.
         step: u64,
-        /// The learning rate.
-        lr: f64,
+        /// With what.
+        rates: Rates,
         /// Of the state after it.
         after: StateDigest,
     },

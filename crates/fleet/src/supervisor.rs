@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::policy::HangAfter;
-use crate::protocol::{Area, Command, Report, Source, StateDigest};
+use crate::protocol::{Area, Command, Rates, Report, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 pub use classes::Tolerance;
@@ -184,8 +184,8 @@ pub struct StepDone {
     pub losses: Vec<f64>,
     /// The gradient's norm.
     pub norm: f64,
-    /// The learning rate.
-    pub lr: f64,
+    /// What it was applied with.
+    pub rates: Rates,
     /// The time it took.
     pub wall: Duration,
     /// The time lost in it.
@@ -471,8 +471,8 @@ impl Supervisor {
                 let combined = round::Combined { before, nodes, gradient, norm };
                 self.round.combined.insert(worker, combined);
             }
-            Report::Applied { step: of, lr, after } if of == step => {
-                self.round.applied.insert(worker, (lr, after));
+            Report::Applied { step: of, rates, after } if of == step => {
+                self.round.applied.insert(worker, (rates, after));
             }
             Report::Exported { step, area, digest } => self.exported(worker, step, area, digest),
             Report::Scored { step, loss } if step == self.step => {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::protocol::{Against, Apart, Area, Source, StateDigest, Trouble, VERSION};
+use crate::protocol::{Against, Apart, Area, Rates, Source, StateDigest, Trouble, VERSION};
 use crate::protocol::{Bits, Command, DeviceFacts, Node, Publish, Report};
 
 /// Why a replica could not do something.
@@ -79,8 +79,8 @@ pub trait Replica {
     fn check(&mut self) -> Result<StateDigest, Fault>;
     /// Sums subtrees.
     fn combine(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, Fault>;
-    /// Applies the sum: the learning rate and the new state's digest.
-    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault>;
+    /// Applies the sum: with what, and the new state's digest.
+    fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault>;
     /// Copies the state out: its digest.
     fn export(&mut self, area: Area) -> Result<u64, Fault>;
     /// Scores the validation data.
@@ -199,7 +199,7 @@ fn obey(
             Report::Combined { step, before, nodes, gradient, norm: norm.into() }
         }),
         Command::Apply { step } => {
-            replica.apply(step).map(|(lr, after)| Report::Applied { step, lr, after })
+            replica.apply(step).map(|(rates, after)| Report::Applied { step, rates, after })
         }
         Command::Export { step, area } => {
             replica.export(area).map(|digest| Report::Exported { step, area, digest })

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::protocol::{
-    Against, Apart, Area, DeviceFacts, Node, Publish, Source, StateDigest, Trouble,
+    Against, Apart, Area, DeviceFacts, Node, Publish, Rates, Source, StateDigest, Trouble,
 };
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
 use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replayed, Replica};
@@ -355,10 +355,10 @@ impl Replica for TrainingReplica<'_> {
         self.sum_up(nodes).map_err(fault)
     }
 
-    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault> {
+    fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault> {
         let state = loaded(&mut self.state);
-        let lr = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
-        Ok((lr, self.digest_state().map_err(fault)?))
+        let rates = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
+        Ok((rates, self.digest_state().map_err(fault)?))
     }
 
     fn export(&mut self, area: Area) -> Result<u64, Fault> {

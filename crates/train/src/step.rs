@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use pontoon_fleet::protocol::Rates;
 use pontoon_fleet::snapshot::{ElementType, TensorRef};
 use pontoon_fleet::world::Clock;
 use pontoon_models::{BatchShape, HostWeights, Model};
@@ -18,7 +19,7 @@ use crate::config::{RunConfig, TrainSection};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
-use crate::optimizer::{Applied, FIRST, GRADIENT, Optimizer, SECOND, changed, download};
+use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, changed, download};
 
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
@@ -210,8 +211,7 @@ impl TrainingState {
         let loss = finite("the loss", loss)?;
         let norm = self.optimizer.gradient_norm(backend)?;
         let gradient_norm = finite("the gradient's norm", norm)?;
-        let sum = self.gradient_sum();
-        let Applied { lr, imbalance } = self.optimizer.apply(backend, step, gradient_norm, sum)?;
+        let Rates { lr, imbalance } = self.apply(backend, step, gradient_norm)?;
         Ok(StepResult { loss, gradient_norm, lr, imbalance })
     }
 
@@ -358,15 +358,14 @@ impl TrainingState {
         self.optimizer.gradient_norm(backend)
     }
 
-    /// Applies the sum; returns the learning rate.
+    /// Applies the sum.
     pub(crate) fn apply(
         &mut self,
         backend: &mut dyn Backend,
         step: u64,
         norm: f64,
-    ) -> Result<f64, TrainError> {
-        let sum = self.gradient_sum();
-        Ok(self.optimizer.apply(backend, step, norm, sum)?.lr)
+    ) -> Result<Rates, TrainError> {
+        self.optimizer.apply(backend, step, norm, self.gradient_sum())
     }
 
     /// The buffers of the state that outlives a step, in the order in which it is copied, and

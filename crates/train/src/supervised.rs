@@ -445,7 +445,7 @@ impl Driver<'_> {
             tokens: step.step * tokens,
             loss: step.losses.iter().sum::<f64>() / valid.max(1) as f64,
             grad_norm: step.norm,
-            lr: step.lr,
+            lr: step.rates.lr,
             tokens_per_s: tokens as f64 / seconds.max(1e-9),
             step_ms: seconds * 1e3,
             mfu: self.run.peak_flops.map(|peak| self.flops / seconds.max(1e-9) / peak),
@@ -453,7 +453,7 @@ impl Driver<'_> {
             workers: step.workers,
             classes: step.classes.clone(),
             class_error: step.apart,
-            imbalance: None,
+            imbalance: step.rates.imbalance,
             valid_loss: step.valid_loss,
         };
         let mut classes = self.saver.classes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -472,6 +472,7 @@ impl Driver<'_> {
             ("speed/tokens_per_s", metrics.tokens_per_s),
             ("speed/goodput", metrics.goodput),
         ];
+        scalars.extend(metrics.imbalance.map(|share| ("train/imbalance", share)));
         scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
         let unix = self.run.clock.unix_time().as_secs_f64();
         self.board.scalars(unix, metrics.step, &scalars)?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::policy::{Verdict, apart, assign, is_audited, slow, verdict};
-use crate::protocol::{Area, Command, Node, Publish, StateDigest};
+use crate::protocol::{Area, Command, Node, Publish, Rates, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 use super::losing::Loss;
@@ -273,7 +273,7 @@ impl Supervisor {
         self.ledger.lose("audit", checking);
         let lost = self.ledger.step(self.step, wall.as_secs_f64() - checking, cause);
         self.round.begun = self.now;
-        let lr = self.round.applied.values().next().map_or(0.0, |(lr, _)| *lr);
+        let rates = self.round.applied.values().next().map_or(Rates::default(), |of| of.0);
         let norm = self.round.combined.values().next().map_or(f64::NAN, |of| of.norm);
         let losses = self.round.losses();
         self.ledger.last_losses(&losses);
@@ -281,7 +281,7 @@ impl Supervisor {
             step: self.step,
             losses,
             norm,
-            lr,
+            rates,
             wall,
             lost: Duration::from_secs_f64(lost + checking),
             goodput: self.ledger.goodput(self.now),

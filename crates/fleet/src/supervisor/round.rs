@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::policy::{Verdict, verdict};
-use crate::protocol::{Apart, Node, Publish, StateDigest};
+use crate::protocol::{Apart, Node, Publish, Rates, StateDigest};
 
 /// A computed subtree.
 #[derive(Clone, Debug)]
@@ -102,7 +102,7 @@ pub(super) struct Round {
     pub spikes: Vec<u32>,
     pub combined: BTreeMap<usize, Combined>,
     pub recombined: bool,
-    pub applied: BTreeMap<usize, (f64, StateDigest)>,
+    pub applied: BTreeMap<usize, (Rates, StateDigest)>,
     /// Those that were told to apply the sum.
     pub told: BTreeSet<usize>,
     /// The state after the step, as all that applied it agree.

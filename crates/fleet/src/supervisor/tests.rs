@@ -6,7 +6,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use super::*;
-use crate::protocol::{Against, Apart, Bits, DeviceFacts, Node, Trouble};
+use crate::protocol::{Against, Apart, Bits, DeviceFacts, Node, Rates, Trouble};
+
+const RATES: Rates = Rates { lr: 0.1, imbalance: None };
 
 const LEAVES: u32 = 8;
 const STEPS: u64 = 6;
@@ -257,7 +259,7 @@ impl World {
                     return self.gone((worker, incarnation));
                 }
                 self.applied.push((step, worker));
-                say(self, Report::Applied { step, lr: 0.1, after: self.state(step) });
+                say(self, Report::Applied { step, rates: RATES, after: self.state(step) });
             }
             Command::Export { step, area } => {
                 if area == Area::Step && self.is_wrong(worker, step, Wrong::HandOn) {

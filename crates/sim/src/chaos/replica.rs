@@ -5,7 +5,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pontoon_fleet::protocol::{Against, Area, DeviceFacts, Node, Publish, Source, StateDigest};
+use pontoon_fleet::protocol::{
+    Against, Area, DeviceFacts, Node, Publish, Rates, Source, StateDigest,
+};
 use pontoon_fleet::worker::{Combined, Computed, Fault, Replayed, Replica};
 
 /// Where a run is, for the device below a replica.
@@ -72,7 +74,7 @@ impl<R: Replica> Replica for ChaosReplica<R> {
         self.at(step).combine(step, nodes)
     }
 
-    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault> {
+    fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault> {
         self.at(step).apply(step)
     }
 

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use pontoon_fleet::protocol::{
-    Area, Command, DeviceFacts, Node, Publish, Report, Source, StateDigest, Trouble, VERSION,
+    Area, Command, DeviceFacts, Node, Publish, Rates, Report, Source, StateDigest, Trouble, VERSION,
 };
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
 use pontoon_fleet::supervisor::Input;
@@ -242,7 +242,11 @@ impl Fleet {
                     self.workers[worker].tainted = true;
                 }
                 self.workers[worker].take_state(state);
-                Report::Applied { step, lr: 1e-3, after: self.workers[worker].digest() }
+                Report::Applied {
+                    step,
+                    rates: Rates::default(),
+                    after: self.workers[worker].digest(),
+                }
             }
             Command::Export { step, area } => {
                 let mut state = self.workers[worker].state.unwrap_or(0);
