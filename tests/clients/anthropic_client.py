@@ -72,9 +72,8 @@ try:
 except anthropic.BadRequestError as error:
     assert "messages" in str(error), error
 try:
-    anthropic.Anthropic(base_url=os.environ["BASE_URL"], api_key="no", max_retries=0).messages.create(
-        model=model, messages=messages, max_tokens=2
-    )
+    stranger = client.with_options(api_key="no")
+    stranger.messages.create(model=model, messages=messages, max_tokens=2)
     raise SystemExit("a wrong key was taken")
 except anthropic.AuthenticationError:
     pass

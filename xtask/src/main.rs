@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: cargo xtask COMMAND
 
-  tidy                 check the rules marked [t] in the style guide and the directions between crates
+  tidy                 check the rules marked [t] in the style guide, directions between crates
   test                 formatting, clippy, tidy, then every test; ends with `N passed, N failed`
   ascend-abi HEADERS   compare the Ascend backend's table of symbols with a tree of CANN's headers";
 

@@ -92,11 +92,10 @@ pub const CODES: &[Code] = &[
     code(561_112, Unsupported, "the kernel package is not installed"),
 ];
 
-/// Texts that say more than a general code does.
+/// Texts that say more than a general code does; whole words, so that the name of a call is none.
 const TEXTS: &[(&str, DeviceErrorKind)] = &[
-    ("reason=[link error]", LinkDown),
     ("link error", LinkDown),
-    ("multi-bit ecc", MemoryFault),
+    ("multi bit ecc", MemoryFault),
     ("hbm", MemoryFault),
     ("lost heartbeat", Lost),
     ("timeout", Hang),
@@ -110,8 +109,11 @@ const GENERAL: [i32; 9] =
 
 /// The kind of a code with the text that came with it, and its meaning in words.
 pub fn judge(number: i32, text: &str) -> (DeviceErrorKind, &'static str) {
-    let lower = text.to_lowercase();
-    let told = || TEXTS.iter().find(|(part, _)| lower.contains(part)).map(|(_, kind)| *kind);
+    let words: Vec<String> =
+        text.split(|c: char| !c.is_alphanumeric()).map(str::to_lowercase).collect();
+    let words = format!(" {} ", words.join(" "));
+    let says = |part: &str| words.contains(&format!(" {part} "));
+    let told = || TEXTS.iter().find(|(part, _)| says(part)).map(|(_, kind)| *kind);
     let known = CODES.iter().find(|code| code.number == number);
     match known {
         Some(code) if GENERAL.contains(&number) => (told().unwrap_or(code.kind), code.meaning),
@@ -182,6 +184,8 @@ mod tests {
         assert_eq!(judge(507_054, "link error").0, MemoryFault);
         assert_eq!(judge(599_999, "kernel timeout").0, Hang);
         assert_eq!(judge(199_999, "").0, BadArgument);
+        let call = "aclrtSynchronizeStreamWithTimeout: reason=[aicore exception]";
+        assert_eq!(judge(507_015, call).0, MemoryFault);
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub struct Core {
     pub constants: Constants,
     /// Pinned memory for copies.
     pub staging: Staging,
+    /// The attention's triangular mask, once it was asked for.
+    mask: Option<Tensor>,
     /// This member's handle of group 0, where the device was opened as one of several.
     pub communicator: Option<Communicator>,
 }
@@ -63,6 +65,7 @@ impl Core {
             scratch: Scratch::default(),
             constants: Constants::default(),
             staging: Staging::default(),
+            mask: None,
             communicator: None,
         }
     }
@@ -76,7 +79,8 @@ impl Core {
 
     /// Bytes held on the device beside the waist's buffers.
     pub fn own_bytes(&self) -> usize {
-        self.scratch.bytes() + self.constants.bytes() + self.operators.workspace_bytes()
+        let mask = self.mask.map_or(0, |mask| mask.elements());
+        mask + self.scratch.bytes() + self.constants.bytes() + self.operators.workspace_bytes()
     }
 
     /// Gives everything back. Tasks must have ended, or the stream is dropped by force.
@@ -86,6 +90,10 @@ impl Core {
             self.session.drop_communicator(communicator);
         }
         self.operators.close(&mut self.session);
+        if let Some(mask) = self.mask.take() {
+            // Nothing can be done about a failure here either.
+            let _ = self.session.free(mask.address);
+        }
         self.scratch.close(&mut self.session);
         self.constants.close(&mut self.session);
         self.staging.close(&mut self.session);
@@ -117,6 +125,21 @@ impl Core {
         assert_eq!(wanted, content.len(), "a table of {dims:?}");
         let address = self.constants.place(&mut self.session, &mut self.staging, content)?;
         Ok(Tensor::contiguous(address, kind, dims))
+    }
+
+    /// The mask that the vendor's causal modes want: true above the diagonal. It is large and
+    /// always the same, so it is kept.
+    pub fn causal_mask(&mut self, extent: usize) -> Result<Tensor, DeviceError> {
+        if let Some(mask) = self.mask {
+            return Ok(mask);
+        }
+        let above = |at: usize| u8::from(at % extent > at / extent);
+        let content: Vec<u8> = (0..extent * extent).map(above).collect();
+        let address = self.session.malloc(content.len())?;
+        let mask = Tensor::contiguous(address, Kind::Bool, &[extent, extent]);
+        self.mask = Some(mask);
+        self.staging.up(&mut self.session, address, &content)?;
+        Ok(mask)
     }
 
     /// Host integers as a tensor.

@@ -181,7 +181,7 @@ impl Backend for AscendBackend {
         match needs::limits(op) {
             Some(reason) => Support::No(reason),
             None if needs::is_exchange(op) && self.core.communicator.is_none() => {
-                Support::No("the device was opened alone, not as a member of a group")
+                Support::No(&needs::waiver(needs::When::Alone).reason)
             }
             None => Support::Yes,
         }

@@ -25,7 +25,7 @@ const STAGING_BYTES: usize = 8 << 20;
 /// Bytes of the pieces that constants are placed in: most are far smaller than a page.
 const CONSTANT_BLOCK_BYTES: usize = 4 << 20;
 /// Bytes of constants after which all are given back.
-const CONSTANT_BYTES_MAX: usize = 256 << 20;
+const CONSTANT_BYTES_MAX: usize = 64 << 20;
 
 /// One buffer.
 struct Buffer {
@@ -283,7 +283,7 @@ impl Scratch {
         let bytes = (elements * kind.bytes()).max(1).next_multiple_of(ALIGNMENT);
         let room = self.blocks.last().map_or(0, |(_, size)| size - self.used);
         if room < bytes {
-            let size = bytes.max(2 * self.bytes()).max(1 << 20);
+            let size = bytes.max(self.bytes() / 2).max(1 << 20);
             self.blocks.push((session.malloc(size)?, size));
             self.used = 0;
         }

@@ -4,193 +4,93 @@
 //! Reasons stand in `waivers.toml`. Read next: `ops.rs`.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use pontoon_ops::{Op, OpName};
 
-use crate::ffi::table::Operator::{self, *};
+use crate::ffi::table::Operator::{
+    self, FlashAttentionUnpaddingScoreGrad, FlashAttentionUnpaddingScoreGradV2,
+    FlashAttentionVarLenScore, FlashAttentionVarLenScoreV2, GroupedMatmulV4, GroupedMatmulV5,
+};
 
 /// The waivers as they are published.
-const WAIVERS: &str = include_str!("../waivers.toml");
+const PUBLISHED: &str = include_str!("../waivers.toml");
 
 /// Heads and widths that the vendor's attention takes.
 const HEADS_MAX: usize = 256;
 const WIDTH_MAX: usize = 768;
 
-/// The operators an operation may call. Of versions that stand for one another, one is enough:
-/// they are listed under [`VERSIONS`].
+/// For each operation the operators it may call. Of versions that stand for one another, one is
+/// enough: they are listed under [`VERSIONS`].
+const CALLS: &str = "\
+Copy: InplaceCopy
+Cast: Cast InplaceCopy
+Fill: InplaceFillScalar
+Add: Add InplaceCopy
+Scale: Muls
+Embed: IndexSelect LtScalar GeScalar LogicalOr SWhere InplaceMaskedFillScalar InplaceCopy
+EmbedBwd: IndexPutImpl InplaceZero Cast LtScalar GeScalar LogicalOr SWhere
+    InplaceMaskedFillScalar InplaceCopy
+RmsNorm: RmsNorm InplaceCopy
+RmsNormBwd: RmsNormGrad Add InplaceCopy
+AddRmsNorm: Add RmsNorm InplaceCopy
+AddRmsNormBwd: RmsNormGrad Add Cast InplaceCopy
+Matmul: Matmul Add InplaceCopy InplaceZero
+MatmulQuant: Cast IndexSelect Mul Matmul Add InplaceCopy
+GroupedMatmul: GroupedMatmulV4 GroupedMatmulAdd Cast Add InplaceCopy InplaceZero
+Rope: IndexSelect Mul Sub Add LtScalar GeScalar LogicalOr SWhere InplaceMaskedFillScalar
+Attention: FlashAttentionVarLenScore Log Add InplaceCopy InplaceZero
+AttentionBwd: FlashAttentionUnpaddingScoreGrad InplaceFillScalar InplaceCopy InplaceZero
+PagedAttention: IndexSelect FlashAttentionVarLenScore InplaceCopy InplaceZero
+KvWrite: ScatterNdUpdate IndexSelect InplaceCopy
+SwiGlu: Silu Mul
+SwiGluBwd: SwiGluGrad InplaceCopy
+RouterTopK: NeTensor Cast ReduceSum GtScalar InplaceMaskedFillScalar Softmax Sigmoid Add Sort
+    InplaceScatter EqScalar Gather Adds Div Muls SWhere InplaceCopy InplaceZero
+    InplaceFillScalar
+RouterTopKBwd: Softmax Sigmoid Cast Gather ReduceSum Adds Mul Div Sub Muls InplaceScatter
+    SoftmaxBackward SigmoidBackward InplaceZero InplaceCopy
+Permute: LtScalar GeScalar LogicalOr SWhere Cast Sort IndexSelect LtTensor ReduceSum InplaceCopy
+PermuteBwd: IndexSelect Cast ReduceSum InplaceCopy
+Unpermute: IndexSelect Mul ReduceSum InplaceCopy
+UnpermuteBwd: Mul ScatterNdUpdate IndexSelect Cast ReduceSum InplaceCopy
+CrossEntropy TokenLogProb CrossEntropyBwd TokenLogProbBwd: Matmul Muls Amax Sub Exp ReduceSum
+    Log Add Gather Cast Mul Div InplaceScatter InplaceCopy InplaceZero LtScalar GeScalar
+    EqScalar LogicalOr SWhere InplaceMaskedFillScalar IndexSelect
+AdamW: ApplyAdamWV2 Muls Cast
+Muon: Muls Add LinalgVectorNorm Adds Div Matmul Sub Cast
+SumSquares: LinalgVectorNorm Mul InplaceZero
+ReduceTree: Cast Add InplaceCopy
+Sample: InplaceCopy IndexSelect Div Mul GtScalar SWhere Sub ScatterNdUpdate Add IsFinite Cast
+    ReduceSum EqScalar NeTensor InplaceMaskedFillScalar ArgMax Amax Exp Sort Cumsum LeTensor
+    LtTensor InplaceScatter Gather Log
+AllReduce ReduceScatter: Cast Add InplaceCopy
+AllGather:
+";
+
+/// The operators an operation may call.
 pub fn operators(op: OpName) -> &'static [Operator] {
-    match op {
-        OpName::Copy => &[InplaceCopy],
-        OpName::Cast => &[Cast, InplaceCopy],
-        OpName::Fill => &[InplaceFillScalar],
-        OpName::Add => &[Add, InplaceCopy],
-        OpName::Scale => &[Muls],
-        OpName::Embed => &[
-            IndexSelect,
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            InplaceMaskedFillScalar,
-            InplaceCopy,
-        ],
-        OpName::EmbedBwd => &[
-            IndexPutImpl,
-            InplaceZero,
-            Cast,
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            InplaceMaskedFillScalar,
-            InplaceCopy,
-        ],
-        OpName::RmsNorm => &[RmsNorm, InplaceCopy],
-        OpName::RmsNormBwd => &[RmsNormGrad, Add, InplaceCopy],
-        OpName::AddRmsNorm => &[Add, RmsNorm, InplaceCopy],
-        OpName::AddRmsNormBwd => &[RmsNormGrad, Add, Cast, InplaceCopy],
-        OpName::Matmul => &[Matmul, Add, InplaceCopy, InplaceZero],
-        OpName::MatmulQuant => &[Cast, IndexSelect, Mul, Matmul, InplaceCopy],
-        OpName::GroupedMatmul => {
-            &[GroupedMatmulV4, GroupedMatmulAdd, Cast, Add, InplaceCopy, InplaceZero]
-        }
-        OpName::Rope => &[
-            IndexSelect,
-            Mul,
-            Sub,
-            Add,
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            InplaceMaskedFillScalar,
-        ],
-        OpName::Attention => &[FlashAttentionVarLenScore, Log, Add, InplaceCopy, InplaceZero],
-        OpName::AttentionBwd => {
-            &[FlashAttentionUnpaddingScoreGrad, InplaceFillScalar, InplaceCopy, InplaceZero]
-        }
-        OpName::PagedAttention => {
-            &[IndexSelect, FlashAttentionVarLenScore, InplaceCopy, InplaceZero]
-        }
-        OpName::KvWrite => &[ScatterNdUpdate, IndexSelect, InplaceCopy],
-        OpName::SwiGlu => &[Silu, Mul],
-        OpName::SwiGluBwd => &[SwiGluGrad, InplaceCopy],
-        OpName::RouterTopK => &[
-            NeTensor,
-            Cast,
-            ReduceSum,
-            GtScalar,
-            InplaceMaskedFillScalar,
-            Softmax,
-            Sigmoid,
-            Add,
-            Sort,
-            InplaceScatter,
-            EqScalar,
-            Gather,
-            Adds,
-            Div,
-            Muls,
-            SWhere,
-            InplaceCopy,
-            InplaceZero,
-            InplaceFillScalar,
-        ],
-        OpName::RouterTopKBwd => &[
-            Softmax,
-            Sigmoid,
-            Cast,
-            Gather,
-            ReduceSum,
-            Adds,
-            Mul,
-            Div,
-            Sub,
-            Muls,
-            InplaceScatter,
-            SoftmaxBackward,
-            SigmoidBackward,
-            InplaceZero,
-            InplaceCopy,
-        ],
-        OpName::Permute => &[
-            LtScalar,
-            GeScalar,
-            LogicalOr,
-            SWhere,
-            Cast,
-            Sort,
-            IndexSelect,
-            LtTensor,
-            ReduceSum,
-            InplaceCopy,
-        ],
-        OpName::PermuteBwd => &[IndexSelect, Cast, ReduceSum, InplaceCopy],
-        OpName::Unpermute => &[IndexSelect, Mul, ReduceSum, InplaceCopy],
-        OpName::UnpermuteBwd => &[Mul, ScatterNdUpdate, IndexSelect, Cast, ReduceSum, InplaceCopy],
-        OpName::CrossEntropy => LOSS,
-        OpName::TokenLogProb => LOSS,
-        OpName::CrossEntropyBwd => LOSS,
-        OpName::TokenLogProbBwd => LOSS,
-        OpName::AdamW => &[ApplyAdamWV2, Muls, Cast],
-        OpName::Muon => &[Muls, Add, LinalgVectorNorm, Adds, Div, Matmul, Sub, Cast],
-        OpName::SumSquares => &[LinalgVectorNorm, Mul, InplaceZero],
-        OpName::ReduceTree => &[Cast, Add, InplaceCopy],
-        OpName::Sample => &[
-            InplaceCopy,
-            IndexSelect,
-            Div,
-            Mul,
-            GtScalar,
-            SWhere,
-            Sub,
-            ScatterNdUpdate,
-            Add,
-            IsFinite,
-            Cast,
-            ReduceSum,
-            EqScalar,
-            NeTensor,
-            InplaceMaskedFillScalar,
-            ArgMax,
-            Amax,
-            Exp,
-            Sort,
-            Cumsum,
-            LeTensor,
-            LtTensor,
-            InplaceScatter,
-            Gather,
-            Log,
-        ],
-        OpName::AllReduce | OpName::ReduceScatter => &[Cast, Add, InplaceCopy],
-        OpName::AllGather => &[],
-    }
+    static TABLE: OnceLock<BTreeMap<OpName, Vec<Operator>>> = OnceLock::new();
+    TABLE.get_or_init(table).get(&op).map_or(&[], Vec::as_slice)
 }
 
-const LOSS: &[Operator] = &[
-    Matmul,
-    Muls,
-    Amax,
-    Sub,
-    Exp,
-    ReduceSum,
-    Log,
-    Add,
-    Gather,
-    Cast,
-    Mul,
-    Div,
-    InplaceScatter,
-    InplaceCopy,
-    InplaceZero,
-    LtScalar,
-    GeScalar,
-    EqScalar,
-    LogicalOr,
-    SWhere,
-    InplaceMaskedFillScalar,
-];
+fn table() -> BTreeMap<OpName, Vec<Operator>> {
+    let operator = |name: &str| {
+        let mut all = Operator::ALL.iter().copied();
+        let found = all.find(|one| one.symbol().trim_start_matches("aclnn") == name);
+        found.expect("a test reads every line of the table")
+    };
+    let mut table: BTreeMap<OpName, Vec<Operator>> = BTreeMap::new();
+    for entry in CALLS.replace("\n    ", " ").lines() {
+        let (names, calls) = entry.split_once(':').unwrap_or((entry, ""));
+        for name in names.split_whitespace() {
+            let op = OpName::ALL.iter().find(|op| op.name() == name);
+            let op = op.expect("a test reads every line of the table");
+            table.insert(*op, calls.split_whitespace().map(operator).collect());
+        }
+    }
+    table
+}
 
 /// Newer versions that may stand for the operator that is listed.
 pub const VERSIONS: [(Operator, Operator); 3] = [
@@ -199,9 +99,58 @@ pub const VERSIONS: [(Operator, Operator); 3] = [
     (FlashAttentionUnpaddingScoreGrad, FlashAttentionUnpaddingScoreGradV2),
 ];
 
-/// Operations whose calls have fixed bits only in deterministic mode, by the vendor's docs.
-const NEED_DETERMINISM: [OpName; 4] =
-    [OpName::EmbedBwd, OpName::RmsNormBwd, OpName::AddRmsNormBwd, OpName::AttentionBwd];
+/// When something cannot be done, as `waivers.toml` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// The library refuses deterministic mode.
+    NoDeterministicMode,
+    /// The library lacks an operator.
+    MissingOperator,
+    /// More query heads than the vendor's attention takes.
+    ManyHeads,
+    /// Wider heads than the vendor's attention takes.
+    WideHeads,
+    /// The device is no member of a group.
+    Alone,
+}
+
+/// One entry of `waivers.toml`.
+#[derive(Debug)]
+pub struct Waiver {
+    /// Operations by name.
+    pub ops: Vec<String>,
+    /// Why.
+    pub reason: String,
+}
+
+/// The published waiver for a condition.
+pub fn waiver(when: When) -> &'static Waiver {
+    static WAIVERS: OnceLock<BTreeMap<String, Waiver>> = OnceLock::new();
+    let name = match when {
+        When::NoDeterministicMode => "no-deterministic-mode",
+        When::MissingOperator => "missing-operator",
+        When::ManyHeads => "many-heads",
+        When::WideHeads => "wide-heads",
+        When::Alone => "alone",
+    };
+    let all = WAIVERS.get_or_init(|| published().expect("the file is part of the crate"));
+    all.get(name).expect("a test looks every condition up")
+}
+
+fn published() -> Result<BTreeMap<String, Waiver>, String> {
+    let table: toml::Table = PUBLISHED.parse().map_err(|error| format!("waivers.toml: {error}"))?;
+    let entries = table.get("waiver").and_then(toml::Value::as_array).cloned().unwrap_or_default();
+    let text = |value: Option<&toml::Value>| {
+        let text = value.and_then(toml::Value::as_str).map(str::to_owned);
+        text.ok_or_else(|| "waivers.toml: an entry lacks a text".to_owned())
+    };
+    let one = |entry: &toml::Value| {
+        let ops = entry.get("ops").and_then(toml::Value::as_array).cloned().unwrap_or_default();
+        let ops = ops.iter().map(|op| text(Some(op))).collect::<Result<_, _>>()?;
+        Ok((text(entry.get("when"))?, Waiver { ops, reason: text(entry.get("reason"))? }))
+    };
+    entries.iter().map(one).collect()
+}
 
 /// The operations a device cannot do: `has` tells which operators its library has.
 pub fn waived(has: &dyn Fn(Operator) -> bool, determinism: i64) -> BTreeMap<OpName, &'static str> {
@@ -209,13 +158,14 @@ pub fn waived(has: &dyn Fn(Operator) -> bool, determinism: i64) -> BTreeMap<OpNa
         let newer = VERSIONS.iter().find(|(listed, _)| *listed == operator);
         has(operator) || newer.is_some_and(|(_, newer)| has(*newer))
     };
+    let varying = waiver(When::NoDeterministicMode);
     let mut all = BTreeMap::new();
     for &op in OpName::ALL {
-        if determinism == 0 && NEED_DETERMINISM.contains(&op) {
-            all.insert(op, "the library refuses deterministic mode, without which bits vary");
+        if determinism == 0 && varying.ops.iter().any(|name| name == op.name()) {
+            all.insert(op, varying.reason.as_str());
         }
         if operators(op).iter().any(|&operator| !there(operator)) {
-            all.insert(op, "the installed library lacks an operator this needs; see `devices`");
+            all.insert(op, waiver(When::MissingOperator).reason.as_str());
         }
     }
     all
@@ -235,22 +185,12 @@ pub fn limits(op: &Op) -> Option<&'static str> {
         _ => return None,
     };
     let width = q.dim(2).max(v.dim(v.shape.rank() - 1));
-    match () {
-        () if q.dim(1) > HEADS_MAX => Some("attention takes at most 256 query heads"),
-        () if width > WIDTH_MAX => Some("attention takes heads of at most 768 elements"),
-        () => None,
-    }
-}
-
-/// The published waivers: operation and reason.
-pub fn published() -> Result<Vec<(String, String)>, String> {
-    let table: toml::Table = WAIVERS.parse().map_err(|error| format!("waivers.toml: {error}"))?;
-    let entries = table.get("waiver").and_then(toml::Value::as_array).cloned().unwrap_or_default();
-    let text = |entry: &toml::Value, key: &str| {
-        let value = entry.get(key).and_then(toml::Value::as_str);
-        value.map(str::to_owned).ok_or_else(|| format!("waivers.toml: an entry has no `{key}`"))
+    let when = match () {
+        () if q.dim(1) > HEADS_MAX => When::ManyHeads,
+        () if width > WIDTH_MAX => When::WideHeads,
+        () => return None,
     };
-    entries.iter().map(|entry| Ok((text(entry, "op")?, text(entry, "reason")?))).collect()
+    Some(waiver(when).reason.as_str())
 }
 
 #[cfg(test)]
@@ -258,8 +198,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_table_has_a_line_for_every_operation() {
+        let table = table();
+        OpName::ALL.iter().for_each(|op| assert!(table.contains_key(op), "{op:?}"));
+    }
+
+    #[test]
     fn a_missing_operator_waives_what_calls_it_and_nothing_else() {
-        let waived = waived(&|operator| operator != Silu, 1);
+        let waived = waived(&|operator| operator != Operator::Silu, 1);
         assert_eq!(waived.keys().collect::<Vec<_>>(), [&OpName::SwiGlu]);
     }
 
@@ -272,7 +218,8 @@ mod tests {
 
     #[test]
     fn without_deterministic_mode_no_gradient_with_varying_bits_is_offered() {
-        assert_eq!(waived(&|_| true, 0).len(), NEED_DETERMINISM.len());
+        let refused: Vec<&str> = waived(&|_| true, 0).keys().map(|op| op.name()).collect();
+        assert_eq!(refused, ["EmbedBwd", "RmsNormBwd", "AddRmsNormBwd", "AttentionBwd"]);
     }
 
     #[test]
@@ -287,10 +234,28 @@ mod tests {
     }
 
     #[test]
-    fn published_waivers_name_operations_of_the_waist() {
-        for (op, reason) in published().unwrap() {
-            assert!(OpName::ALL.iter().any(|known| known.name() == op), "{op}");
-            assert!(!reason.is_empty(), "{op}");
+    fn every_condition_has_its_published_waiver_and_names_operations_of_the_waist() {
+        let known = |name: &String| OpName::ALL.iter().any(|op| op.name() == *name);
+        let all = [When::NoDeterministicMode, When::ManyHeads, When::WideHeads, When::Alone];
+        for when in all {
+            assert!(waiver(when).ops.iter().all(known), "{when:?}");
+            assert!(!waiver(when).reason.is_empty());
         }
+        assert!(waiver(When::MissingOperator).reason.contains("lacks"));
+    }
+
+    #[test]
+    fn heads_beyond_the_vendors_limits_are_refused() {
+        use pontoon_ops::{Attention, BufferId, DType, View};
+        let view = |dims: [usize; 3]| View::contiguous(BufferId(0), DType::F16, dims);
+        let op = |heads: usize, width: usize| {
+            let documents = View::contiguous(BufferId(1), DType::I32, [2]);
+            let lse = View::contiguous(BufferId(2), DType::F32, [4, heads]);
+            let (q, k) = (view([4, heads, width]), view([4, 1, width]));
+            Op::from(Attention { q, k, v: k, documents, scale: 1.0, out: q, lse })
+        };
+        assert_eq!(limits(&op(256, 768)), None);
+        assert!(limits(&op(257, 64)).is_some_and(|reason| reason.contains("256")));
+        assert!(limits(&op(4, 800)).is_some_and(|reason| reason.contains("768")));
     }
 }

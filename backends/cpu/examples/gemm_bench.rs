@@ -1,14 +1,17 @@
 //! Prints the speed of matrix products against the machine's measured peaks.
 //!
 //! Run with `cargo run --release -p pontoon-cpu --example gemm_bench [-- MODE [THREADS]]`, MODE one
-//! of `all`, `gemm`, `gemv`, `pool`. Times are the best of many runs, because others may share the
-//! cores. Results are not checked here: `gemm/tests.rs` does that.
+//! of `all`, `gemm`, `gemv`, `quant`, `pool`. Times are the best of many runs, because others may
+//! share the cores. Results are not checked here: `gemm/tests.rs` does that.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use half::bf16;
-use pontoon_cpu::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
+use pontoon_cpu::gemm::{
+    Data, DataMut, GemmArgs, Integers, Layout, Matrix, MatrixMut, QuantArgs, Store, gemm,
+    quant_gemm,
+};
 use pontoon_cpu::peak::{PeakType, measure_bandwidth, measure_peak};
 use pontoon_cpu::pool::Pool;
 use pontoon_cpu::scratch::Scratch;
@@ -25,6 +28,8 @@ const SHAPES: [(Layout, [Shape; 4]); 3] = [
 ];
 /// Weight shapes (n, k) of a decode step.
 const VECTOR_SHAPES: [(usize, usize); 4] = [(512, 1376), (1376, 512), (2048, 2048), (8192, 512)];
+/// Sequences decoded together, and the tokens of a prompt.
+const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 65, 512];
 /// Time spent on each shape.
 const TIME_PER_SHAPE: Duration = Duration::from_millis(350);
 /// Weights to rotate over, so that they come from memory.
@@ -106,6 +111,38 @@ impl Bench {
         (count * n * k * 2) as f64 / time.as_secs_f64()
     }
 
+    /// The same with integers of 8 or 4 bits and a scale per group.
+    fn quant(&mut self, rows: usize, (n, k): (usize, usize), integers: Integers) -> f64 {
+        let (block, row_bytes) = match integers {
+            Integers::Bytes => (64, k),
+            Integers::HalfBytes => (32, k / 2),
+        };
+        let scale_bytes = n * k.div_ceil(block) * 4;
+        let matrix_bytes = n * row_bytes + scale_bytes;
+        let count = ROTATED_BYTES / matrix_bytes;
+        let mut c = vec![bf16::ZERO; rows * n];
+        let memory: Vec<u8> = (0..ROTATED_BYTES).map(|index| (index % 251) as u8 / 2).collect();
+        let time = self.best(|bench| {
+            for index in 0..count {
+                let here = &memory[index * matrix_bytes / 4 * 4..];
+                let args = QuantArgs {
+                    m: rows,
+                    n,
+                    k,
+                    x: Matrix { data: Data::Bf16(&bench.brains), row_stride: k },
+                    integers,
+                    weight: &here[..n * row_bytes],
+                    scales: bytemuck::cast_slice(&here[n * row_bytes..][..scale_bytes]),
+                    block,
+                    bias: None,
+                    c: MatrixMut { data: DataMut::Bf16(&mut c), row_stride: n },
+                };
+                quant_gemm(&bench.pool, bench.isa, &mut bench.scratch, args);
+            }
+        });
+        (count * matrix_bytes) as f64 / time.as_secs_f64()
+    }
+
     fn print_gemm(&mut self) {
         for kind in [PeakType::F32, PeakType::Bf16] {
             let peak = measure_peak(&self.pool, self.isa, kind);
@@ -129,16 +166,24 @@ impl Bench {
     fn print_gemv(&mut self) {
         let peak = measure_bandwidth(&self.pool, self.isa);
         println!("read bandwidth {:.1} GB/s", peak / 1e9);
-        for rows in [1, 2, 4, 8] {
+        for rows in ROWS {
             for shape in VECTOR_SHAPES {
                 let speed = self.gemv(rows, shape);
-                println!(
-                    "  bf16 m {rows} n {:5} k {:5}  {:6.1} GB/s  {:5.1}%",
-                    shape.0,
-                    shape.1,
-                    speed / 1e9,
-                    100.0 * speed / peak
-                );
+                print_vector("bf16", rows, shape, (speed, peak), 2.0);
+            }
+        }
+    }
+
+    fn print_quant(&mut self) {
+        let peak = measure_bandwidth(&self.pool, self.isa);
+        println!("read bandwidth {:.1} GB/s", peak / 1e9);
+        let widths = [(Integers::Bytes, 1.0625, "int8"), (Integers::HalfBytes, 0.625, "int4")];
+        for (integers, bytes, name) in widths {
+            for rows in ROWS {
+                for shape in VECTOR_SHAPES {
+                    let speed = self.quant(rows, shape, integers);
+                    print_vector(name, rows, shape, (speed, peak), bytes);
+                }
             }
         }
     }
@@ -165,6 +210,24 @@ impl Bench {
     }
 }
 
+/// One line: bytes of weights per second, and the arithmetic that is done with them.
+fn print_vector(
+    name: &str,
+    rows: usize,
+    shape: (usize, usize),
+    (speed, peak): (f64, f64),
+    element_bytes: f64,
+) {
+    println!(
+        "  {name} m {rows:3} n {:5} k {:5}  {:6.1} GB/s  {:5.1}%  {:7.1} GFLOP/s",
+        shape.0,
+        shape.1,
+        speed / 1e9,
+        100.0 * speed / peak,
+        2.0 * rows as f64 * speed / element_bytes / 1e9,
+    );
+}
+
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let mode = arguments.next().unwrap_or_else(|| "all".to_owned());
@@ -189,5 +252,8 @@ fn main() {
     }
     if mode == "all" || mode == "gemv" {
         bench.print_gemv();
+    }
+    if mode == "all" || mode == "quant" {
+        bench.print_quant();
     }
 }

@@ -33,10 +33,10 @@ use crate::kernels::watched::{Checks, fill};
 use crate::memory::{Buffers, Operands};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::Isa;
+use crate::simd::{ISA_VARIABLE, Isa};
 
 /// How to open the device.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuOptions {
     /// Threads that work on one operation; all cores if absent.
     pub threads: Option<usize>,
@@ -65,7 +65,8 @@ impl CpuBackend {
         let isa = match options.isa {
             Some(isa) => isa,
             None => Isa::detect()
-                .map_err(|e| DeviceError::new(DeviceErrorKind::BadArgument, e.to_string()))?,
+                .map_err(|e| format!("{ISA_VARIABLE}: {e}"))
+                .map_err(|text| DeviceError::new(DeviceErrorKind::BadArgument, text))?,
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = options.threads.unwrap_or(cores);
@@ -165,8 +166,8 @@ impl CpuBackend {
         Ok(buffer)
     }
 
-    /// Flips a bit in the f32 sums of the next product that is launched with checks, before they are
-    /// stored: to try whether the check finds it.
+    /// Flips a bit in the f32 sums of the next product that is launched with checks, before they
+    /// are stored: to try whether the check finds it.
     pub fn spoil_next_product(&mut self, flip: Flip) {
         self.flip = Some(flip);
     }

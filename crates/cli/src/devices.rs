@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use pontoon_ascend::{AscendBackend, Library};
 use pontoon_cpu::peak::{PeakType, measure_bandwidth, measure_peak};
+use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_ops::{Accumulate, Backend, Copy, DType, DeviceInfo, Layout, Matmul, Op, View};
 
@@ -21,7 +22,7 @@ const MEASURE_TIMES: u32 = 4;
 /// A device as its name says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Name {
-    Cpu { threads: Option<usize> },
+    Cpu(CpuOptions),
     Ascend { ordinal: i32 },
     EmulatedAscend { ordinal: i32 },
 }
@@ -53,11 +54,21 @@ pub fn survey() -> Vec<Found> {
     names.into_iter().map(look).collect()
 }
 
-/// Opens a device by its name, such as `cpu`, `cpu:threads=1` or `ascend:0`.
+/// An emulated chip that every build of this program has.
+pub fn emulated() -> &'static str {
+    "emu-ascend:0"
+}
+
+/// Where a run goes that leaves its chips: two workers on the CPU.
+pub fn destination() -> Vec<String> {
+    vec!["cpu".to_owned(); 2]
+}
+
+/// Opens a device by its name, such as `cpu`, `cpu:threads=1,isa=avx2` or `ascend:0`.
 pub fn open(name: &str) -> Result<Box<dyn Backend>> {
     let with_name = || format!("device `{name}` cannot be used");
     match parse(name)? {
-        Name::Cpu { threads } => Ok(Box::new(open_cpu(threads).with_context(with_name)?)),
+        Name::Cpu(options) => Ok(Box::new(open_cpu(options).with_context(with_name)?)),
         Name::Ascend { ordinal } => {
             let library = ascend_library().with_context(with_name)?;
             let opened = AscendBackend::open(&library, name, ordinal);
@@ -70,30 +81,54 @@ pub fn open(name: &str) -> Result<Box<dyn Backend>> {
     }
 }
 
-/// The device of each worker. Workers on the same CPU share its cores. Devices whose library is a
-/// vendor's are not opened here: that happens in the workers, which may be lost.
+/// Names with commas between them, where a comma may also stand before an option of a name.
+pub fn listed(given: &[String]) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for part in given.iter().flat_map(|text| text.split(',')) {
+        let is_option = part.contains('=') && !part.contains(':');
+        match names.last_mut().filter(|_| is_option) {
+            Some(name) => *name += &format!(",{part}"),
+            None => names.push(part.to_owned()),
+        }
+    }
+    names
+}
+
+/// The device of each worker. Workers on the same CPU share its cores, unless their names say how
+/// many threads they have. Devices whose library is a vendor's are not opened here: that happens in
+/// the workers, which may be lost.
 pub fn dealt(names: &[String], workers: usize) -> Result<Vec<String>> {
     let dealt: Vec<&String> = names.iter().cycle().take(workers).collect();
-    let of_cpu = dealt.iter().filter(|name| ["cpu", "cpu:0"].contains(&name.as_str())).count();
+    let shares =
+        |name: &str| matches!(parse(name), Ok(Name::Cpu(CpuOptions { threads: None, .. })));
+    let sharing = dealt.iter().filter(|name| shares(name)).count();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (cores / of_cpu.max(1)).max(1);
-    let named = |name: &&String| match name.as_str() {
-        "cpu" | "cpu:0" => format!("cpu:threads={threads}"),
-        other => other.to_owned(),
+    let threads = (cores / sharing.max(1)).max(1);
+    let named = |name: &&String| match shares(name) {
+        true => with_threads(name, threads),
+        false => (*name).clone(),
     };
     let dealt: Vec<String> = dealt.iter().map(named).collect();
     dealt.iter().try_for_each(|name| match parse(name)? {
         Name::Ascend { .. } => Ok(()),
-        Name::Cpu { .. } | Name::EmulatedAscend { .. } => open(name).map(drop),
+        Name::Cpu(_) | Name::EmulatedAscend { .. } => open(name).map(drop),
     })?;
     Ok(dealt)
+}
+
+/// The name of the same CPU device with a number of threads.
+fn with_threads(name: &str, threads: usize) -> String {
+    match name.split_once(':') {
+        Some((cpu, options)) if options != "0" => format!("{cpu}:threads={threads},{options}"),
+        _ => format!("cpu:threads={threads}"),
+    }
 }
 
 /// Floating-point operations per second of matrix products, measured now: in about 0.1 s on a CPU,
 /// by a few products elsewhere.
 pub fn peak_flops(name: &str, dtype: DType) -> Result<f64> {
-    if let Name::Cpu { threads } = parse(name)? {
-        let cpu = open_cpu(threads)?;
+    if let Name::Cpu(options) = parse(name)? {
+        let cpu = open_cpu(options)?;
         let kind = if dtype == DType::F32 { PeakType::F32 } else { PeakType::Bf16 };
         return Ok(measure_peak(cpu.pool(), cpu.isa(), kind));
     }
@@ -111,8 +146,8 @@ pub fn peak_flops(name: &str, dtype: DType) -> Result<f64> {
 
 /// Bytes per second read from memory, measured now, in about a second.
 pub fn bandwidth(name: &str) -> Result<f64> {
-    if let Name::Cpu { threads } = parse(name)? {
-        let cpu = open_cpu(threads)?;
+    if let Name::Cpu(options) = parse(name)? {
+        let cpu = open_cpu(options)?;
         return Ok(measure_bandwidth(cpu.pool(), cpu.isa()));
     }
     let mut backend = open(name)?;
@@ -168,21 +203,36 @@ fn parse(name: &str) -> Result<Name> {
         number.ok_or_else(|| anyhow!("device `{name}`: write {kind}:N, N the device's number"))
     };
     match (kind, option) {
-        ("cpu", None | Some("0")) => Ok(Name::Cpu { threads: None }),
-        ("cpu", Some(option)) => match option.strip_prefix("threads=").map(str::parse::<usize>) {
-            Some(Ok(threads)) if (1..=1024).contains(&threads) => {
-                Ok(Name::Cpu { threads: Some(threads) })
-            }
-            _ => bail!("device `{name}`: write cpu or cpu:threads=N, with N from 1 to 1024"),
-        },
+        ("cpu", None | Some("0")) => Ok(Name::Cpu(CpuOptions::default())),
+        ("cpu", Some(given)) => Ok(Name::Cpu(cpu_options(name, given)?)),
         ("ascend", _) => Ok(Name::Ascend { ordinal: ordinal()? }),
         ("emu-ascend", _) => Ok(Name::EmulatedAscend { ordinal: ordinal()? }),
         _ => Err(unknown()),
     }
 }
 
-fn open_cpu(threads: Option<usize>) -> Result<CpuBackend> {
-    Ok(CpuBackend::new(CpuOptions { threads, ..CpuOptions::default() })?)
+/// The options of a CPU's name: `threads=N` and `isa=NAME`, with a comma between.
+fn cpu_options(name: &str, given: &str) -> Result<CpuOptions> {
+    let mut options = CpuOptions::default();
+    for option in given.split(',') {
+        let number = |text: &str| text.parse().ok().filter(|count| (1..=1024).contains(count));
+        match option.split_once('=') {
+            Some(("threads", count)) if number(count).is_some() => options.threads = number(count),
+            Some(("isa", set)) => {
+                let isa = Isa::from_name(set).with_context(|| format!("device `{name}`"))?;
+                options.isa = Some(isa);
+            }
+            _ => bail!(
+                "device `{name}`: write cpu, cpu:threads=N with N from 1 to 1024, cpu:isa=NAME, \
+                 or both with a comma between"
+            ),
+        }
+    }
+    Ok(options)
+}
+
+fn open_cpu(options: CpuOptions) -> Result<CpuBackend> {
+    Ok(CpuBackend::new(options)?)
 }
 
 #[cfg(test)]
@@ -190,8 +240,46 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_cpu_can_be_named_with_threads_and_an_instruction_set_in_any_order() {
+        for name in ["cpu:threads=1,isa=portable", "cpu:isa=portable,threads=1"] {
+            let info = open(name).unwrap().info().clone();
+            assert_eq!((info.numeric_class.as_str(), info.compute_units), ("cpu/portable", 1));
+        }
+        for (name, want) in [
+            ("cpu:isa=abacus", "unknown instruction set `abacus`"),
+            ("cpu:threads=0", "threads=N with N from 1 to 1024"),
+            ("cpu:2", "cpu:isa=NAME"),
+            ("chip:0", "no device `chip:0`"),
+        ] {
+            let error = format!("{:#}", open(name).err().unwrap());
+            assert!(error.contains(want), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_comma_before_an_option_belongs_to_the_name() {
+        let given = ["cpu,cpu:isa=avx2,threads=1,cpu:0".to_owned(), "chip:1".to_owned()];
+        let want = ["cpu", "cpu:isa=avx2,threads=1", "cpu:0", "chip:1"];
+        assert_eq!(listed(&given), want);
+    }
+
+    #[test]
+    fn workers_that_name_no_threads_share_the_cores() {
+        let names = ["cpu", "cpu:isa=portable", "cpu:threads=1"].map(str::to_owned);
+        let dealt = dealt(&names, 3).unwrap();
+        let threads = (std::thread::available_parallelism().unwrap().get() / 2).max(1);
+        let want = [
+            format!("cpu:threads={threads}"),
+            format!("cpu:threads={threads},isa=portable"),
+            "cpu:threads=1".to_owned(),
+        ];
+        assert_eq!(dealt, want);
+    }
+
+    #[test]
     fn names_are_parsed_and_wrong_ones_say_how_to_write_them() {
-        assert_eq!(parse("cpu:threads=3").unwrap(), Name::Cpu { threads: Some(3) });
+        let threads = CpuOptions { threads: Some(3), ..CpuOptions::default() };
+        assert_eq!(parse("cpu:threads=3").unwrap(), Name::Cpu(threads));
         assert_eq!(parse("ascend:7").unwrap(), Name::Ascend { ordinal: 7 });
         assert_eq!(parse("emu-ascend:0").unwrap(), Name::EmulatedAscend { ordinal: 0 });
         for (name, hint) in

@@ -3,7 +3,7 @@
 //! Serves nobody over a network. Read next: `commands/generate.rs`, `commands/eval.rs`.
 
 use anyhow::{Result, bail};
-use pontoon_models::{Generator, GeneratorOptions, HostWeights, Model};
+use pontoon_models::{Generator, GeneratorOptions, HostWeights, Model, TensorSource, WeightFormat};
 use pontoon_ops::{Backend, DType};
 use pontoon_program::Memory;
 
@@ -30,6 +30,31 @@ impl Engine {
         weights.upload(backend.as_mut(), &mut memory, options.dtype)?;
         let generator = Generator::new(backend.as_mut(), &mut memory, model, options)?;
         Ok(Engine { backend, generator })
+    }
+
+    /// The same with weights that go to the device tensor by tensor, in the model's format.
+    pub fn load_from(
+        device: &str,
+        model: &Model,
+        source: &dyn TensorSource,
+        options: GeneratorOptions,
+    ) -> Result<Engine> {
+        let mut backend = devices::open(device)?;
+        let mut memory = Memory::new();
+        model.upload(source, backend.as_mut(), &mut memory, options.dtype)?;
+        let generator = Generator::new(backend.as_mut(), &mut memory, model, options)?;
+        Ok(Engine { backend, generator })
+    }
+}
+
+/// How weights are stored, by the name on the command line: integers, or what is computed in.
+pub fn weight_format(name: Option<&str>, dtype: &str) -> Result<WeightFormat> {
+    match name {
+        None => Ok(WeightFormat::Float),
+        Some(name) if name == dtype => Ok(WeightFormat::Float),
+        Some("int8") => Ok(WeightFormat::Int8),
+        Some("int4") => Ok(WeightFormat::Int4),
+        Some(name) => bail!("--weights should be {dtype}, int8 or int4 but is `{name}`"),
     }
 }
 

@@ -16,7 +16,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    bench, bisect, compare, data, demo, eval, export, generate, new, qualify, score, serve,
+    bench, bisect, compare, data, demo, eval, export, generate, moving, new, qualify, score, serve,
     simulate, status, stop, tokenizer, train,
 };
 
@@ -45,7 +45,7 @@ enum Command {
     /// Makes tokenizers.
     #[command(
         subcommand,
-        after_help = "Example:\n  pontoon tokenizer train corpus/ --vocab 8192 --out t.json"
+        after_help = "Example:\n  pontoon tokenizer train corpus/ --vocab 8192 --out tokenizer.json"
     )]
     Tokenizer(tokenizer::Command),
     /// Writes a run.toml to edit.
@@ -57,6 +57,9 @@ enum Command {
     /// Shows where a run stands.
     #[command(after_help = "Example:\n  pontoon status my-run/run --watch")]
     Status(status::Arguments),
+    /// Moves a live run to other devices at the next step boundary, once they are seen to agree.
+    #[command(after_help = "Example:\n  pontoon move my-run/run --to cpu:isa=avx2,cpu:isa=avx2")]
+    Move(moving::Arguments),
     /// Has a live run save its state at the next step and end.
     #[command(after_help = "Example:\n  pontoon stop my-run/run")]
     Stop(stop::Arguments),
@@ -134,6 +137,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         Command::New(arguments) => new::run(arguments),
         Command::Train(arguments) => train::run(arguments),
         Command::Status(arguments) => status::run(arguments),
+        Command::Move(arguments) => moving::run(arguments),
         Command::Stop(arguments) => stop::run(arguments),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Score(arguments) => score::run(arguments),

@@ -8,7 +8,8 @@ use anyhow::{Result, bail};
 use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, is_url, place, read_folder};
 use pontoon_fleet::world::{Clock, RealDisk, SystemClock};
 use pontoon_models::{
-    ChatRequest, ChatTemplate, HostWeights, Model, ModelConfig, ModelError, Tokenizer, Weights,
+    ChatRequest, ChatTemplate, ExtraLayer, HostWeights, Model, ModelConfig, ModelError, Tokenizer,
+    WeightFormat, Weights,
 };
 use pontoon_train::RunConfig;
 use serde_json::{Map, json};
@@ -43,6 +44,16 @@ impl ModelSource {
     /// Reads the weights.
     pub fn weights(&self) -> Result<HostWeights> {
         Ok(self.model.load(&Weights::open(&self.folder)?)?)
+    }
+
+    /// Opens the weights, to be read tensor by tensor.
+    pub fn tensors(&self) -> Result<Weights> {
+        Ok(Weights::open(&self.folder)?)
+    }
+
+    /// The same model with its matrices stored in a format.
+    pub fn stored(&self, format: WeightFormat) -> Result<Model> {
+        Ok(Model::stored(self.model.config.clone(), format, ExtraLayer::Absent)?)
     }
 
     /// Reads the tokenizer, which must fit the model.

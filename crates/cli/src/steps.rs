@@ -14,6 +14,7 @@ use pontoon_models::{
 use pontoon_ops::philox::Stream;
 use pontoon_ops::{DType, IGNORED, Op, View, sampling};
 use pontoon_program::{Class, GRADIENTS, Program, Recompute, WEIGHTS};
+use pontoon_qualify::compare::{Experts, Sizes};
 use pontoon_qualify::step::Step;
 
 use crate::model_source::ModelSource;
@@ -31,6 +32,20 @@ pub fn model_of(name: &str, seed: u64) -> Result<(Model, HostWeights)> {
     let model = Model::new(preset(name)?)?;
     let weights = model.initialise(seed);
     Ok((model, weights))
+}
+
+/// The sizes of a model from which the limits of a comparison follow.
+pub fn sizes(model: &Model, dtype: DType, steps: usize) -> Sizes {
+    Sizes {
+        dtype,
+        layers: model.config.layer_count,
+        width: model.config.width.max(model.config.mlp_width),
+        steps,
+        experts: match model.config.experts_per_token() {
+            0 => Experts::None,
+            _ => Experts::Some,
+        },
+    }
 }
 
 /// Documents packed into one batch.

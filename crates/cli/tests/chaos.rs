@@ -59,6 +59,47 @@ fn every_kind_of_fault_is_found_and_the_weights_are_those_of_the_undisturbed_run
     assert_eq!(count("snapshot_failed"), 2, "{events:#?}");
     assert_eq!(run["faults"].as_u64().unwrap(), faults.len() as u64);
     assert!(run["goodput"].as_f64().unwrap() < 1.0);
+    every_second_is_accounted_for(&run, &events);
+}
+
+/// What was useful and what was lost to causes is all of the time.
+#[expect(clippy::unwrap_used, reason = "a test's helper may fail loudly too")]
+fn every_second_is_accounted_for(run: &Value, events: &[Value]) {
+    let number = |key: &str| run[key].as_f64().unwrap();
+    let lost: f64 = run["lost_s"].as_object().unwrap().values().filter_map(Value::as_f64).sum();
+    let open = number("wall_s") - number("useful_s") - lost;
+    assert!(open.abs() < 1e-6 * number("wall_s"), "{open} s of {run}");
+    let finished = events.iter().find(|event| event["kind"] == "finished").unwrap();
+    let account = finished["action"].as_str().unwrap();
+    assert!(account.starts_with("useful ") && account.contains("; lost "), "{account}");
+}
+
+#[test]
+fn flips_in_products_activations_and_their_gradients_are_found_without_audits() {
+    let folder = prepared();
+    let folder = folder.path();
+    let plain = json(folder, &train("plain", &[]));
+    let tensors = ["Matmul", "SwiGlu", "Attention", "CrossEntropyBwd", "Rope", "AddRmsNormBwd"];
+    let fault = |(place, tensor): (usize, &&str)| {
+        let (worker, step, bit) = (place % 3, 3 + 2 * place, 31 - place % 3);
+        format!(
+            "[[fault]]\nworker = {worker}\nstep = {step}\nkind = \"bitflip\"\n\
+             tensor = \"{tensor}\"\nbit = {bit}\n"
+        )
+    };
+    let plan: String = tensors.iter().enumerate().map(fault).collect();
+    std::fs::write(folder.join("chaos.toml"), plan).unwrap();
+    let run = json(folder, &train("run", &["--workers", "3", "--chaos", "chaos.toml"]));
+    let events = events(&folder.join("run"));
+    assert_eq!(run["weights_blake3"], plain["weights_blake3"], "{events:#?}");
+    let found: Vec<&Value> = events.iter().filter(|event| event["kind"] == "corrupt").collect();
+    for event in &found {
+        let cause = event["cause"].as_str().unwrap();
+        assert!(cause.contains("changed in memory before"), "{cause}");
+        assert!(event["detected_ms"].is_u64() && event["recovery_ms"].is_u64(), "{event}");
+    }
+    // A bit of something nobody reads any more does no harm and is not found.
+    assert!(found.len() >= tensors.len() - 1, "{events:#?}");
 }
 
 #[test]

@@ -29,14 +29,17 @@ fn devices_are_listed_with_what_they_are_or_why_they_cannot_be_used() {
         assert_ne!(*device, name.as_str());
         assert!(!reason.is_empty() && !reason.contains('\n'), "{device}: {reason}");
         // Asking for it says the same, in one line.
-        let arguments = ["compare", "qwen3-1m", "--devices", &format!("cpu,{}", &device.as_str().unwrap())];
+        let arguments =
+            ["compare", "qwen3-1m", "--devices", &format!("cpu,{}", &device.as_str().unwrap())];
         let refused = output(folder.path(), &arguments);
         let errors = String::from_utf8(refused.stderr).unwrap();
         assert_eq!(refused.status.code(), Some(1));
         assert!(errors.lines().last().unwrap().contains(reason), "{errors}");
     }
     let text = common::succeed(folder.path(), &["devices"]);
-    assert!(text.lines().any(|line| line.starts_with(&name) && line.ends_with("emulated on the host")));
+    assert!(
+        text.lines().any(|line| line.starts_with(&name) && line.ends_with("emulated on the host"))
+    );
 }
 
 #[test]
@@ -53,16 +56,21 @@ fn a_run_ends_within_the_certificate_of_the_cpus_and_its_weights_generate() {
         let setting = format!("train.dtype={dtype}");
         let loss = |device: &str| {
             let dir = format!("{dtype}-{}", device.replace(':', "-"));
-            let arguments =
-                ["train", "run.toml", "--dir", &dir, "--device", device, "--json", "--set", &setting];
+            let arguments = [
+                "train", "run.toml", "--dir", &dir, "--device", device, "--json", "--set", &setting,
+            ];
             json(folder, &arguments)["loss"].as_f64().unwrap()
         };
         let (here, there) = (loss("cpu"), loss(&device));
         let apart = (here - there).abs() / here.abs();
-        assert!(apart <= band, "{dtype}: losses {here} and {there} are {apart} apart, {band} allowed");
+        assert!(
+            apart <= band,
+            "{dtype}: losses {here} and {there} are {apart} apart, {band} allowed"
+        );
     }
     let run = format!("bf16-{}", device.replace(':', "-"));
-    let arguments = ["generate", &run, "-p", "After one", "-n", "8", "--seed", "3", "--json", "--logprobs"];
+    let arguments =
+        ["generate", &run, "-p", "After one", "-n", "8", "--seed", "3", "--json", "--logprobs"];
     let made = json(folder, &[&arguments[..], &["--device", &device]].concat());
     assert_eq!(made["tokens"].as_array().unwrap().len(), 8);
     assert!(made["logprobs"].as_array().unwrap().iter().all(|one| one.as_f64().unwrap() <= 0.0));

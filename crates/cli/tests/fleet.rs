@@ -105,3 +105,28 @@ fn settings_that_no_fleet_can_have_are_one_line() {
         assert!(!folder.path().join("never/metrics.jsonl").exists());
     }
 }
+
+#[test]
+fn a_second_supervisor_on_the_same_run_is_refused_and_the_first_goes_on() {
+    let folder = prepared();
+    let folder = folder.path();
+    let plain = json(folder, &train("plain", &[]));
+    let first = pontoon(folder, &train("run", &["--workers", "2"]))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    while lines(&folder.join("run/metrics.jsonl")).is_empty() {
+        std::thread::yield_now();
+    }
+    for more in [&["--workers", "2", "--resume"][..], &["--resume"]] {
+        let second = output(folder, &train("run", more));
+        let text = String::from_utf8_lossy(&second.stderr);
+        // It may come when all is done; then there is nothing left to refuse.
+        if second.status.code() == Some(1) {
+            let says = text.contains(&first.id().to_string()) || text.contains("all steps");
+            assert!(says && text.lines().count() == 1, "{text}");
+        }
+    }
+    let run: Value = serde_json::from_slice(&first.wait_with_output().unwrap().stdout).unwrap();
+    assert_eq!(run["weights_blake3"], plain["weights_blake3"]);
+}

@@ -42,6 +42,8 @@ fn a_run_is_stopped_with_its_state_saved_alone_and_with_workers() {
         let child = started(folder, dir, more);
         let running = json(folder, &["status", dir, "--json"]);
         assert_eq!((&running["state"], &running["steps"]), (&"running".into(), &4000.into()));
+        let devices = running["fleet"].as_array().map_or(0, Vec::len);
+        assert!(dir == "fleet" || devices == 1, "{running}");
         let stopped = output(folder, &["stop", dir]);
         assert!(stopped.status.success(), "{}", said(&stopped));
         let summary = summary(child);
@@ -85,7 +87,8 @@ fn a_run_is_watched_until_it_ends_in_a_pipe_and_in_a_terminal() {
     let piped = pontoon(folder, &["status", "run", "--watch"]).stdout(Stdio::piped()).spawn();
     // `script` gives a command a terminal of its own.
     let program = env!("CARGO_BIN_EXE_pontoon");
-    let command = format!("stty cols 100 rows 30; {program} status run --watch; echo left; stty -a");
+    let command =
+        format!("stty cols 100 rows 30; {program} status run --watch; echo left; stty -a");
     let screen = Command::new("script")
         .args(["-qec", &command, "/dev/null"])
         .current_dir(folder)

@@ -35,7 +35,8 @@ impl Layout {
     pub fn area(&self, area: Area) -> u64 {
         let slots = u64::from(self.leaves) * self.gradient;
         match area {
-            Area::Join => slots,
+            // Nobody joins while a step's state is handed on: one place does for both.
+            Area::Join | Area::Step => slots,
             Area::Snapshot => slots + self.state,
         }
     }

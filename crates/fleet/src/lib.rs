@@ -6,6 +6,7 @@
 pub mod control;
 pub mod error;
 pub mod exchange;
+pub mod inbox;
 pub mod policy;
 pub mod processes;
 pub mod protocol;

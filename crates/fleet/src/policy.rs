@@ -4,7 +4,7 @@
 //! Knows no clock, no process and no message. Read next: `supervisor.rs`, which asks.
 
 use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::time::Duration;
 
 use crate::protocol::Node;
@@ -109,6 +109,17 @@ pub fn nodes(first: u32, end: u32) -> Vec<Node> {
         at += count;
     }
     nodes
+}
+
+/// Cuts a subtree so that the named leaves in it are subtrees of their own; the tree stays.
+pub fn apart(node: Node, single: &BTreeSet<u32>) -> Vec<Node> {
+    let Node { first, count } = node;
+    if count == 1 || single.range(first..first + count).next().is_none() {
+        return vec![node];
+    }
+    let count = count / 2;
+    let halves = [first, first + count].map(|first| apart(Node { first, count }, single));
+    halves.concat()
 }
 
 /// Gives leaves to workers by their speeds, each a run of neighbours; returns subtrees by worker.
@@ -239,6 +250,9 @@ mod tests {
             }
         }
         assert_eq!(nodes(0, 8), [Node { first: 0, count: 8 }]);
+        let cut = apart(Node { first: 0, count: 8 }, &BTreeSet::from([2]));
+        let pairs: Vec<_> = cut.iter().map(|node| (node.first, node.count)).collect();
+        assert_eq!(pairs, [(0, 2), (2, 1), (3, 1), (4, 4)]);
         let scattered = assign(&[0, 1, 5, 6, 7], &[1.0]);
         let pairs: Vec<_> = scattered[0].iter().map(|node| (node.first, node.count)).collect();
         assert_eq!(pairs, [(0, 2), (5, 1), (6, 2)]);

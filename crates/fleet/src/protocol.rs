@@ -42,15 +42,6 @@ impl Bits {
     }
 }
 
-/// What an update was done with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Rates {
-    /// The learning rate.
-    pub lr: f64,
-    /// By what share of the mean load the busiest expert was above it, where experts are balanced.
-    pub imbalance: Option<f64>,
-}
-
 /// The digests of a replica's state: what is exported, and the weights it computes with.
 pub type StateDigest = [u64; 2];
 
@@ -72,6 +63,8 @@ pub enum Source {
 pub enum Area {
     /// Read by workers that join.
     Join,
+    /// Read, after a step, by replicas of classes that did not apply it.
+    Step,
     /// Read by whoever writes the snapshot.
     Snapshot,
 }
@@ -84,6 +77,27 @@ pub enum Publish {
     Shared,
     /// It stays on the device: the worker is alone.
     Local,
+}
+
+/// What a leaf that is computed again is held against by the worker itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Against {
+    /// Nothing: its digest says enough among workers of one class.
+    Nothing,
+    /// The leaf's own gradient as it was published.
+    Published,
+}
+
+/// How far a gradient is from the published one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Apart {
+    /// The digest of what was published, as it was read.
+    pub published: u64,
+    /// The largest relative error of a tensor: the norm of the difference over the norm.
+    pub error: Bits,
+    /// The tensor that has it.
+    pub tensor: String,
 }
 
 /// From the supervisor to a worker; done in order.
@@ -111,12 +125,14 @@ pub enum Command {
         /// Where the result goes.
         publish: Publish,
     },
-    /// Compute one leaf again, for its digest only.
+    /// Compute one leaf again, to compare and not to use.
     Replay {
         /// The step.
         step: u64,
         /// The leaf.
         leaf: u32,
+        /// With what the worker compares it.
+        against: Against,
     },
     /// Say what state it holds, as its word is in doubt.
     Check {
@@ -223,6 +239,8 @@ pub enum Report {
         digest: u64,
         /// Its sum of losses.
         loss: Bits,
+        /// How far it is from the published one, if that was asked.
+        apart: Option<Apart>,
     },
     /// The state it holds.
     Checked {
@@ -248,8 +266,8 @@ pub enum Report {
     Applied {
         /// The step.
         step: u64,
-        /// With what.
-        rates: Rates,
+        /// The learning rate.
+        lr: f64,
         /// Of the state after it.
         after: StateDigest,
     },
@@ -301,6 +319,10 @@ pub struct DeviceFacts {
     pub memory_bytes: u64,
     /// Snapshots that were damaged and passed over, with the reason.
     pub passed_over: Vec<(u64, String)>,
+    /// The class that wrote the snapshot it loaded.
+    pub written_by: Option<String>,
+    /// The classes that took part in the run before that snapshot.
+    pub classes: Vec<String>,
 }
 
 #[cfg(test)]

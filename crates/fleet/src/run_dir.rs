@@ -179,6 +179,10 @@ pub enum EventKind {
     Joined,
     /// The run went to other devices.
     Moved,
+    /// Other devices were tried and not taken.
+    MoveRefused,
+    /// Another numeric class applies the steps from here on.
+    TookOver,
     /// The run went back to an earlier step.
     RolledBack,
     /// A step's data was passed over.
@@ -206,6 +210,8 @@ impl EventKind {
             EventKind::Evicted => "evicted",
             EventKind::Joined => "joined",
             EventKind::Moved => "moved",
+            EventKind::MoveRefused => "move_refused",
+            EventKind::TookOver => "took_over",
             EventKind::RolledBack => "rolled_back",
             EventKind::Skipped => "skipped",
             EventKind::Resumed => "resumed",
@@ -242,6 +248,9 @@ pub struct Event {
     /// Milliseconds until the run went on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub recovery_ms: Option<u64>,
+    /// What other devices were held against before the run went to them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<serde_json::Value>,
 }
 
 impl Event {
@@ -257,6 +266,7 @@ impl Event {
             detected_ms: None,
             lost_micro_batches: None,
             recovery_ms: None,
+            certificate: None,
         }
     }
 }

@@ -39,6 +39,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A request that takes longer has failed: a part of 8 MiB passes on a link of 1 Mbit/s.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(90);
 
+/// What the folder of a snapshot that is being replaced begins with.
+const ASIDE: &str = "old-";
+
 /// The disk.
 pub struct StoreDisk<'d> {
     inner: &'d dyn Disk,
@@ -80,6 +83,11 @@ fn failed(error: object_store::Error) -> io::Error {
         }
         cause = of.source();
     }
+    // Of a page of XML only its code is worth reading.
+    if let Some((head, page)) = text.split_once('<') {
+        let code = page.split_once("<Code>").and_then(|(_, rest)| rest.split_once("</Code>"));
+        text = format!("{head}{}", code.map_or("", |(code, _)| code));
+    }
     io::Error::new(kind, text.replace('\n', " "))
 }
 
@@ -92,10 +100,8 @@ impl<'d> StoreDisk<'d> {
     /// making. Reaches nothing yet.
     pub fn open(url: &Path, staging: &Path, inner: &'d dyn Disk) -> Result<Self, FleetError> {
         let url = url.to_string_lossy().trim_end_matches('/').to_owned();
-        let wrong = |problem: &str| FleetError::Store {
-            url: url.clone(),
-            problem: problem.to_owned(),
-        };
+        let wrong =
+            |problem: &str| FleetError::Store { url: url.clone(), problem: problem.to_owned() };
         let Some(rest) = url.strip_prefix("s3://") else {
             return Err(wrong("only s3:// is known"));
         };
@@ -200,16 +206,32 @@ impl<'d> StoreDisk<'d> {
         Ok(())
     }
 
-    /// Takes a snapshot out of sight; its `state.json` is kept aside to put it back.
-    fn retire(&self, folder: &Key, staged: &Path) -> io::Result<()> {
-        let state = folder.clone().join(STATE_FILE);
-        let mut bytes = Vec::new();
-        self.reader(&state)?.read_to_end(&mut bytes)?;
-        self.inner.create_dir_all(staged)?;
-        let mut file = self.inner.create_file(&staged.join(STATE_FILE))?;
-        file.write_all(&bytes)?;
-        file.sync()?;
-        self.delete(vec![state])
+    /// Takes a snapshot out of sight: to be removed, or aside while it is being replaced.
+    fn retire(&self, folder: &Key, aside: Option<&Key>) -> io::Result<()> {
+        match aside {
+            None => self.delete(vec![folder.clone().join(STATE_FILE)]),
+            Some(aside) => {
+                self.copy_folder(folder, aside)?;
+                self.delete_folder(folder)
+            }
+        }
+    }
+
+    /// Copies a snapshot within the store, what makes it count last.
+    fn copy_folder(&self, from: &Key, to: &Key) -> io::Result<()> {
+        let mut keys = self.objects(from)?;
+        keys.sort_by_key(|key| (key.filename() == Some(STATE_FILE), key.clone()));
+        for key in keys {
+            let copied = to.clone().join(key.filename().unwrap_or_default());
+            self.runtime.block_on(self.store.copy(&key, &copied)).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Where a snapshot stands aside that is renamed to `.old-...` or back.
+    fn aside(&self, path: &Path) -> Option<Key> {
+        let name = path.file_name()?.to_str()?.strip_prefix(".old-")?;
+        Some(self.key(&format!("{ASIDE}{name}")))
     }
 
     fn reader(&self, key: &Key) -> io::Result<StoreRead> {
@@ -222,6 +244,9 @@ impl<'d> StoreDisk<'d> {
     /// What is removed under a staged name: the staged files, and what a dead or failed upload, or
     /// a snapshot that was retired, has left in the store.
     fn remove_staged(&self, path: &Path, staged: &Path) -> io::Result<()> {
+        if let Some(aside) = self.aside(path) {
+            return self.delete_folder(&aside);
+        }
         if let Some((_, name)) = path.to_str().and_then(|text| text.rsplit_once("step-")) {
             let folder = self.key(&format!("step-{name}"));
             let objects = self.objects(&folder)?;
@@ -246,7 +271,12 @@ impl<'d> StoreDisk<'d> {
         }
         let mut names: BTreeSet<String> = folders
             .into_iter()
-            .map(|(name, is_whole)| if is_whole { name } else { format!(".tmp-{name}") })
+            .map(|(name, is_whole)| match name.strip_prefix(ASIDE) {
+                // It counts where the one that replaces it does not.
+                Some(replaced) => format!(".old-{replaced}"),
+                None if is_whole => name,
+                None => format!(".tmp-{name}"),
+            })
             .collect();
         match self.inner.list(&self.staging) {
             Ok(staged) => names.extend(staged.into_iter().map(|entry| entry.name)),
@@ -343,11 +373,19 @@ impl Disk for StoreDisk<'_> {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         match (self.place(from), self.place(to)) {
             (Place::Local(from), Place::Local(to)) => self.inner.rename(&from, &to),
-            (Place::Local(from), Place::Object(to)) => {
-                self.upload(&from, &to)?;
-                self.inner.remove(&from)
+            (Place::Local(staged), Place::Object(folder)) => match self.aside(from) {
+                None => {
+                    self.upload(&staged, &folder)?;
+                    self.inner.remove(&staged)
+                }
+                Some(aside) => {
+                    self.copy_folder(&aside, &folder)?;
+                    self.delete_folder(&aside)
+                }
+            },
+            (Place::Object(folder), Place::Local(_)) => {
+                self.retire(&folder, self.aside(to).as_ref())
             }
-            (Place::Object(from), Place::Local(to)) => self.retire(&from, &to),
             _ => Err(unsupported("rename within itself")),
         }
     }

@@ -3,27 +3,34 @@
 //!
 //! A step: leaves of the gradient tree are handed out by speed, computed, audited, combined by
 //! every replica, compared, applied, compared again. What goes wrong is in `losing.rs`, what a
-//! step holds in `round.rs`, where time went in `ledger.rs`, who decides how much in `policy.rs`.
+//! step holds in `round.rs`, devices of several kinds in `classes.rs`, other devices under a live
+//! run in `moving.rs`, where time went in `ledger.rs`, who decides how much in `policy.rs`.
 
 mod boundary;
+mod classes;
 mod judging;
 mod ledger;
 mod losing;
+mod moving;
 mod round;
 mod workers;
 
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::policy::HangAfter;
-use crate::protocol::{Area, Command, Rates, Report, Source, StateDigest};
+use crate::protocol::{Area, Command, Report, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
+pub use classes::Tolerance;
 use ledger::Ledger;
 use losing::{CHANGED, Loss};
-use round::Round;
+use moving::Moving;
+pub use moving::{Certificate, MoveOutcome, Trial};
+use round::{Replayed, Round};
 pub use workers::Seen;
 use workers::{Standing, Worker};
 
@@ -48,6 +55,8 @@ pub struct Settings {
     pub non_finite: NonFinite,
     /// When silence is a hang.
     pub hang_after: HangAfter,
+    /// How far workers of different numeric classes may be apart.
+    pub tolerance: Tolerance,
     /// Where the state comes from.
     pub source: Source,
 }
@@ -114,6 +123,11 @@ pub enum Input {
     Tick,
     /// Someone wants the run to stop.
     Stop,
+    /// Someone wants the run to go on, on other devices; answered by [`Output::Moved`].
+    Move {
+        /// One for each worker.
+        devices: Vec<String>,
+    },
 }
 
 /// What is to be done.
@@ -125,6 +139,8 @@ pub enum Output {
         worker: usize,
         /// Of its processes.
         incarnation: u32,
+        /// Its device.
+        device: String,
         /// The step at which it may take part.
         step: u64,
     },
@@ -150,9 +166,11 @@ pub enum Output {
         step: u64,
         /// Of its bytes.
         digest: u64,
-        /// The numeric class of the device it comes from.
+        /// The numeric class that applied its last step.
         numeric_class: String,
     },
+    /// A move is over.
+    Moved(Box<MoveOutcome>),
     /// The run is over; every worker has been told to stop.
     End(Ending),
 }
@@ -166,8 +184,8 @@ pub struct StepDone {
     pub losses: Vec<f64>,
     /// The gradient's norm.
     pub norm: f64,
-    /// What it was applied with.
-    pub rates: Rates,
+    /// The learning rate.
+    pub lr: f64,
     /// The time it took.
     pub wall: Duration,
     /// The time lost in it.
@@ -176,6 +194,10 @@ pub struct StepDone {
     pub goodput: f64,
     /// Workers that took part.
     pub workers: u32,
+    /// Micro-batches computed by each numeric class.
+    pub classes: BTreeMap<String, u32>,
+    /// The furthest that audited gradients of two classes were apart.
+    pub apart: Option<f64>,
     /// The validation's loss, if it was due.
     pub valid_loss: Option<f64>,
 }
@@ -207,6 +229,8 @@ enum Phase {
     Computing,
     Combining,
     Applying,
+    /// The state goes to the classes that did not apply the step.
+    Handing,
     Scoring,
     Finishing,
     Over,
@@ -230,6 +254,9 @@ pub struct Supervisor {
     step: u64,
     /// The digest all replicas agreed on after `step`.
     agreed: StateDigest,
+    /// The numeric class that applies the steps.
+    writing: Option<String>,
+    moving: Option<Moving>,
     round: Round,
     /// The replica that was awaited when it was last asked for.
     awaited: usize,
@@ -268,6 +295,8 @@ impl Supervisor {
             phase: Phase::Idle,
             step: 0,
             agreed: [0; 2],
+            writing: None,
+            moving: None,
             awaited: 0,
             losses: Vec::new(),
             ledger: Ledger::default(),
@@ -310,6 +339,7 @@ impl Supervisor {
             Input::SaveFailed { step, cause } => self.save_failed(step, cause),
             Input::Tick => self.look_for_silence(),
             Input::Stop => self.stop_asked = true,
+            Input::Move { devices } => self.ask_for_move(devices),
         }
         while self.phase != Phase::Over && self.advance() {}
         std::mem::take(&mut self.outputs)
@@ -320,9 +350,10 @@ impl Supervisor {
         self.step
     }
 
-    /// The workers as people see them.
+    /// The workers as people see them, without those that the run has moved away from.
     pub fn workers(&self) -> Vec<Seen<'_>> {
-        self.workers.iter().enumerate().map(|(worker, of)| of.seen(worker)).collect()
+        let workers = self.workers.iter().enumerate().filter(|(_, of)| !of.left);
+        workers.map(|(worker, of)| of.seen(worker)).collect()
     }
 
     /// Seconds lost so far, by cause.
@@ -333,6 +364,11 @@ impl Supervisor {
     /// Useful time over all time so far.
     pub fn goodput(&self) -> f64 {
         self.ledger.goodput(self.now)
+    }
+
+    /// Useful seconds so far, and all of them.
+    pub fn useful(&self) -> (f64, f64) {
+        (self.ledger.useful(), self.now.as_secs_f64())
     }
 
     /// Faults survived so far.
@@ -370,7 +406,10 @@ impl Supervisor {
                 return;
             }
             Report::Hello { version, .. } => {
-                if version != crate::protocol::VERSION {
+                if version != crate::protocol::VERSION && of.trial {
+                    let text = format!("worker {worker} speaks version {version} of the protocol");
+                    self.refuse_move(text);
+                } else if version != crate::protocol::VERSION {
                     let text = format!("worker {worker} speaks version {version} of the protocol");
                     self.end(Ending::Failed(text));
                 }
@@ -389,12 +428,17 @@ impl Supervisor {
         match report {
             Report::Ready { step, digest, device } => {
                 let of = &mut self.workers[worker];
-                of.standing = Standing::Ready;
+                let trial = of.trial;
+                of.standing = if trial { Standing::Warming } else { Standing::Ready };
                 let took = Some(self.now.saturating_sub(of.launched));
                 self.longest_load = self.longest_load.max(took);
                 of.loaded = digest.map(|digest| (step, digest));
                 of.numeric_class = device.numeric_class;
+                of.written_by = device.written_by;
                 of.memory_bytes = device.memory_bytes;
+                if trial {
+                    return self.warm_up(worker);
+                }
                 let first = self.workers.iter().all(|of| of.standing != Standing::Member)
                     && self.those(Standing::Ready).len() == 1;
                 for (step, reason) in device.passed_over.into_iter().filter(|_| first) {
@@ -403,16 +447,21 @@ impl Supervisor {
                     self.tell(Event { cause: Some(reason), action, ..event });
                 }
             }
+            Report::Imported { step: of, digest } if of == step => self.took_over(worker, digest),
             Report::Imported { digest, .. } => self.imported(worker, digest),
             Report::Computed { step: of, node, digest, leaves, losses, seconds } if of == step => {
                 let losses = losses.iter().map(|loss| loss.value()).collect();
                 let subtree = round::Subtree { node, worker, digest, losses };
                 if self.round.computed(subtree, &leaves) {
                     self.workers[worker].took(seconds / f64::from(node.count));
+                    self.ask_across_classes(worker, node);
                 }
             }
-            Report::Replayed { step: of, leaf, digest, loss } if of == step => {
-                self.round.replayed(worker, leaf, digest, loss);
+            Report::Replayed { .. } if self.workers[worker].standing == Standing::Warming => {
+                self.workers[worker].standing = Standing::Waiting;
+            }
+            Report::Replayed { step: of, leaf, digest, loss, apart } if of == step => {
+                self.replayed(worker, Replayed { leaf, digest, loss: loss.value(), apart });
             }
             Report::Checked { step: of, digest } if of == step && digest != self.agreed => {
                 self.lose(worker, Loss::new(EventKind::Corrupt, CHANGED.to_owned()).discarding());
@@ -422,8 +471,8 @@ impl Supervisor {
                 let combined = round::Combined { before, nodes, gradient, norm };
                 self.round.combined.insert(worker, combined);
             }
-            Report::Applied { step: of, rates, after } if of == step => {
-                self.round.applied.insert(worker, (rates, after));
+            Report::Applied { step: of, lr, after } if of == step => {
+                self.round.applied.insert(worker, (lr, after));
             }
             Report::Exported { step, area, digest } => self.exported(worker, step, area, digest),
             Report::Scored { step, loss } if step == self.step => {
@@ -442,6 +491,7 @@ impl Supervisor {
             Phase::Computing => self.try_combine(),
             Phase::Combining => self.try_apply(),
             Phase::Applying => self.try_close(),
+            Phase::Handing => self.try_handed(),
             Phase::Scoring => self.try_scored(),
             Phase::Finishing => self.try_end(),
         }
@@ -475,8 +525,8 @@ impl Supervisor {
         of.standing = Standing::Loading;
         (of.open, of.operations, of.injected, of.loaded) = (0, 0, None, None);
         of.launched = self.now;
-        let (incarnation, step) = (of.incarnation, self.step + 1);
-        self.outputs.push(Output::Launch { worker, incarnation, step });
+        let (incarnation, step, device) = (of.incarnation, self.step + 1, of.device.clone());
+        self.outputs.push(Output::Launch { worker, incarnation, device, step });
         self.send(worker, Command::Load { from });
     }
 
@@ -521,9 +571,11 @@ impl Supervisor {
     fn export(&mut self, donor: usize, area: Area) {
         match area {
             Area::Join => self.join_donor = Some(donor),
+            Area::Step => self.round.handing = Some(donor),
             Area::Snapshot => self.saving = Some(Saving::Copying { step: self.step, donor }),
         }
-        self.send(donor, Command::Export { step: self.step, area });
+        let step = self.step + u64::from(area == Area::Step);
+        self.send(donor, Command::Export { step, area });
     }
 
     fn end(&mut self, ending: Ending) {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::protocol::{Area, Rates, Source, StateDigest, Trouble, VERSION};
+use crate::protocol::{Against, Apart, Area, Source, StateDigest, Trouble, VERSION};
 use crate::protocol::{Bits, Command, DeviceFacts, Node, Publish, Report};
 
 /// Why a replica could not do something.
@@ -31,6 +31,17 @@ pub struct Computed {
     pub losses: Vec<f64>,
     /// The time it took.
     pub seconds: f64,
+}
+
+/// A leaf that was computed again.
+#[derive(Clone, Debug)]
+pub struct Replayed {
+    /// Of its gradient.
+    pub digest: u64,
+    /// Its sum of losses.
+    pub loss: f64,
+    /// How far it is from the published one, if that was asked.
+    pub apart: Option<Apart>,
 }
 
 /// The sum of a step's gradients.
@@ -62,14 +73,14 @@ pub trait Replica {
         digests: &[u32],
         publish: Publish,
     ) -> Result<Computed, Fault>;
-    /// Computes one leaf again: its digest and loss.
-    fn replay(&mut self, step: u64, leaf: u32) -> Result<(u64, f64), Fault>;
+    /// Computes one leaf again.
+    fn replay(&mut self, step: u64, leaf: u32, against: Against) -> Result<Replayed, Fault>;
     /// The digest of its state.
     fn check(&mut self) -> Result<StateDigest, Fault>;
     /// Sums subtrees.
     fn combine(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, Fault>;
-    /// Applies the sum: with what, and the new state's digest.
-    fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault>;
+    /// Applies the sum: the learning rate and the new state's digest.
+    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault>;
     /// Copies the state out: its digest.
     fn export(&mut self, area: Area) -> Result<u64, Fault>;
     /// Scores the validation data.
@@ -175,10 +186,12 @@ fn obey(
         Command::Import { step } => {
             replica.import(step).map(|digest| Report::Imported { step, digest })
         }
-        Command::Replay { step, leaf } => replica.replay(step, leaf).map(|(digest, loss)| {
-            let loss = loss.into();
-            Report::Replayed { step, leaf, digest, loss }
-        }),
+        Command::Replay { step, leaf, against } => {
+            replica.replay(step, leaf, against).map(|Replayed { digest, loss, apart }| {
+                let loss = loss.into();
+                Report::Replayed { step, leaf, digest, loss, apart }
+            })
+        }
         Command::Check { step } => replica.check().map(|digest| Report::Checked { step, digest }),
         Command::Combine { step, nodes } => replica.combine(step, &nodes).map(|of| {
             let Combined { before, nodes, gradient, norm } = of;
@@ -186,7 +199,7 @@ fn obey(
             Report::Combined { step, before, nodes, gradient, norm: norm.into() }
         }),
         Command::Apply { step } => {
-            replica.apply(step).map(|(rates, after)| Report::Applied { step, rates, after })
+            replica.apply(step).map(|(lr, after)| Report::Applied { step, lr, after })
         }
         Command::Export { step, area } => {
             replica.export(area).map(|digest| Report::Exported { step, area, digest })

@@ -8,6 +8,7 @@ use pontoon_ops as ops;
 use pontoon_ops::{DType, RopeStyle, RouterRule, View};
 use pontoon_program::{AttentionInputs, Builder, PagedInputs, RopeTables};
 
+use crate::adapters::{AdapterShapes, stack_names};
 use crate::config::{Bias, Family, ModelConfig};
 use crate::error::ModelError;
 
@@ -37,10 +38,19 @@ pub(crate) struct CacheInputs {
 
 /// Where the rows of a program stand in their sequences.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Rows {
+pub(crate) struct Rows<'m> {
     pub positions: View,
     pub positions_max: usize,
     pub attending: Attending,
+    pub adapting: Option<Adapting<'m>>,
+}
+
+/// Which adapter each row goes through: those of each follow one another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Adapting<'m> {
+    pub shapes: &'m AdapterShapes,
+    /// Where each adapter's rows begin, and where the last one's end.
+    pub offsets: View,
 }
 
 /// Queries, keys and values of one layer, each [rows, heads, width].
@@ -78,7 +88,7 @@ pub(crate) fn rope_table_names(positions_max: usize) -> [String; 2] {
 pub(crate) struct Forward<'b, 'a> {
     pub config: &'b ModelConfig,
     pub builder: &'b mut Builder<'a>,
-    rows: Rows,
+    rows: Rows<'b>,
     tables: RopeTables,
 }
 
@@ -88,7 +98,7 @@ impl<'b, 'a> Forward<'b, 'a> {
     pub(crate) fn new(
         config: &'b ModelConfig,
         builder: &'b mut Builder<'a>,
-        rows: Rows,
+        rows: Rows<'b>,
     ) -> Forward<'b, 'a> {
         let shape = [rows.positions_max, config.rotary_width() / 2];
         let [cos, sin] = rope_table_names(rows.positions_max);
@@ -137,7 +147,23 @@ impl<'b, 'a> Forward<'b, 'a> {
             Bias::Absent => None,
             Bias::Present => Some(self.builder.parameter(&format!("{name}.bias"))?),
         };
-        Ok(self.builder.linear(x, weight, bias)?)
+        let y = self.builder.linear(x, weight, bias)?;
+        self.adapt(name, x, y)?;
+        Ok(y)
+    }
+
+    /// Adds to a map's result what the rows' adapters make of its input.
+    fn adapt(&mut self, name: &str, x: View, y: View) -> Result<(), ModelError> {
+        let Some(Adapting { shapes, offsets }) = self.rows.adapting else { return Ok(()) };
+        let Some(&[out, into]) = shapes.maps.get(name) else { return Ok(()) };
+        let (count, rank) = (shapes.count, shapes.rank);
+        let [a_name, b_name] = stack_names(name);
+        let a = self.builder.persistent(&a_name, x.dtype, &[count, rank, into]);
+        let b = self.builder.persistent(&b_name, x.dtype, &[count, out, rank]);
+        let inner = self.builder.grouped_linear(x, a, offsets)?;
+        let (layout, accumulate) = (ops::Layout::Nt, ops::Accumulate::Add);
+        let product = ops::GroupedMatmul { layout, a: inner, b, offsets, c: y, accumulate };
+        Ok(self.builder.push(product)?)
     }
 
     /// As `layout.rs` lists biases: of attention, all but the maps DeepSeek never gives one.

@@ -316,9 +316,18 @@ impl ModelConfig {
         }
     }
 
+    /// Layers after the last that predict further tokens.
+    pub fn extra_layer_count(&self) -> usize {
+        match &self.family {
+            Family::DeepseekV3(deepseek) => deepseek.extra_layer_count,
+            _ => 0,
+        }
+    }
+
     /// Whether the layer at this depth has experts.
     pub fn layer_kind(&self, layer: usize) -> LayerKind {
-        assert!(layer < self.layer_count, "layer {layer} of {}", self.layer_count);
+        let extra = self.extra_layer_count();
+        assert!(layer < self.layer_count + extra, "layer {layer} of {}", self.layer_count);
         let sparse = match &self.family {
             Family::Llama | Family::Qwen3 => false,
             Family::Qwen3Moe(experts) => {

@@ -49,6 +49,26 @@ impl ModelConfig {
         list.specs
     }
 
+    /// The tensors of the first layer after the last, which predicts the token after the next;
+    /// none if the model has no such layer.
+    pub fn extra_tensors(&self) -> Vec<TensorSpec> {
+        let mut list = List { config: self, specs: Vec::new() };
+        if self.extra_layer_count() == 0 {
+            return list.specs;
+        }
+        let stem = format!("model.layers.{}", self.layer_count);
+        let table = [self.vocab_size, self.width];
+        list.push(format!("{stem}.embed_tokens.weight"), &table, Role::Embedding);
+        for norm in ["enorm", "hnorm"] {
+            list.push(format!("{stem}.{norm}.weight"), &[self.width], Role::Vector);
+        }
+        list.linear(format!("{stem}.eh_proj"), [self.width, 2 * self.width], self.mlp_bias);
+        list.layer(self.layer_count);
+        list.push(format!("{stem}.shared_head.norm.weight"), &[self.width], Role::Vector);
+        list.push(format!("{stem}.shared_head.head.weight"), &table, Role::Head);
+        list.specs
+    }
+
     /// All parameters of the main model; a tied head counts once, extra layers do not count.
     pub fn parameter_count(&self) -> u64 {
         self.tensors().iter().map(TensorSpec::elements).sum()

@@ -5,6 +5,7 @@
 //! [`ChatTemplate::from_folder`]. A [`Model`] turns a configuration into programs. This crate knows
 //! no vendor. Read next: `config.rs`, then `model.rs` and `families/mod.rs`.
 
+mod adapters;
 mod block;
 mod chat_json;
 mod chat_syntax;
@@ -21,11 +22,14 @@ mod layout;
 mod map;
 mod model;
 mod presets;
+mod quantise;
 mod rope;
 mod tokenizer;
+mod upload;
 mod values;
 mod weights;
 
+pub use adapters::{AdapterShapes, Adapters};
 pub use chat_template::{ChatRequest, ChatTemplate};
 pub use config::{
     Bias, Deepseek, Family, Head, LayerKind, MODEL_TYPES, ModelConfig, Qwen3Experts, RotaryPairs,
@@ -37,9 +41,11 @@ pub use generate::{
     Completion, Drawn, Finish, Generator, GeneratorOptions, PromptLogprobs, SamplingSettings,
 };
 pub use layout::{Role, TensorSpec};
-pub use model::{BatchShape, DrawReads, Model, PagedHead, PagedShape};
+pub use model::{BatchShape, DrawReads, ExtraLayer, Model, PagedHead, PagedShape};
 pub use presets::{PRESETS, preset};
+pub use quantise::WeightFormat;
 pub use rope::{Frequencies, RampEnds, Rope, RopeScaling, Yarn};
 pub use tokenizer::{SpecialTokens, StreamDecoder, Tokenizer};
+pub use upload::{HostTensors, Rows as TensorRows, TensorSource};
 pub use values::{Constant, HostWeights, compute_bytes};
 pub use weights::{INDEX_FILE, SINGLE_FILE, TensorView, Weights};

@@ -8,11 +8,16 @@ use pontoon_program::{
     Builder, Class, ParameterSpec, ParameterTable, Program, Recompute, differentiate, recompute,
 };
 
-use crate::block::{self, Attending, CacheInputs, Rows};
+use crate::adapters::AdapterShapes;
+use crate::block::{self, Adapting, Attending, CacheInputs, Rows};
 use crate::config::{Family, Head, ModelConfig};
 use crate::error::ModelError;
 use crate::families;
 use crate::layout::{Role, TensorSpec};
+use crate::quantise::WeightFormat;
+
+/// The output head's name.
+const HEAD: &str = "lm_head.weight";
 
 /// A configuration with its parameters placed.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,6 +26,22 @@ pub struct Model {
     pub config: ModelConfig,
     /// Every parameter and its place.
     pub table: ParameterTable,
+    /// How its matrices are stored on a device.
+    pub format: WeightFormat,
+    /// The adapters that programs on a cache have beside it.
+    pub adapters: Option<AdapterShapes>,
+    /// Whether the layer that predicts the token after the next is there.
+    pub extra_layer: ExtraLayer,
+}
+
+/// Whether a model is used with its layer for multi-token prediction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExtraLayer {
+    /// Its weights are left on disk.
+    #[default]
+    Absent,
+    /// Programs on a cache fill the layer's own cache, and [`Model::guess_program`] runs it.
+    Present,
 }
 
 /// The sizes of one micro-batch of whole documents.
@@ -95,8 +116,43 @@ pub enum DrawReads {
 impl Model {
     /// Places the parameters of a configuration.
     pub fn new(config: ModelConfig) -> Result<Model, ModelError> {
-        let table = ParameterTable::new(parameter_specs(&config));
-        Ok(Model { config, table })
+        Model::stored(config, WeightFormat::Float, ExtraLayer::Absent)
+    }
+
+    /// The same with matrices stored in this format. What is not multiplied by a whole matrix
+    /// stays float: the embedding, norms, biases, routers and routed experts.
+    pub fn stored(
+        config: ModelConfig,
+        format: WeightFormat,
+        extra_layer: ExtraLayer,
+    ) -> Result<Model, ModelError> {
+        let mut specs = parameter_specs(&config, &config.tensors());
+        if extra_layer == ExtraLayer::Present {
+            let extra = config.extra_tensors();
+            if extra.is_empty() {
+                let what = "this model has no layer for multi-token prediction".to_owned();
+                return Err(ModelError::Request { what });
+            }
+            specs.extend(parameter_specs(&config, &extra));
+        }
+        if format != WeightFormat::Float {
+            if config.head == Head::Tied {
+                // The embedding is looked up as it is, and multiplied with as integers.
+                let shape = [config.vocab_size, config.width];
+                let head = ParameterSpec::whole(HEAD, &shape, Class::Embedding);
+                let tensors = vec![block::EMBEDDING.to_owned()];
+                specs.push(ParameterSpec { tensors, ..head });
+            }
+            specs.iter_mut().for_each(|spec| spec.storage = format.storage(spec));
+        }
+        let table = ParameterTable::new(specs);
+        Ok(Model { config, table, format, adapters: None, extra_layer })
+    }
+
+    /// The same with adapters beside it.
+    #[must_use]
+    pub fn with_adapters(self, shapes: AdapterShapes) -> Model {
+        Model { adapters: Some(shapes), ..self }
     }
 
     /// Forward and backward over a micro-batch.
@@ -136,7 +192,8 @@ impl Model {
     ///
     /// Inputs `ids`, `positions`, `slots` i32 [rows] (slot -1: a row that is not in use), `blocks`
     /// i32 [sequences, sequence_blocks], `lengths` i32 [sequences], `queries` i32 [sequences + 1],
-    /// as `PagedAttention` says; and the head's.
+    /// as `PagedAttention` says; with adapters, `adapters` i32 [adapters + 1]: where the rows of
+    /// each begin, and from where on rows have none; and the head's.
     pub fn paged_program(
         &self,
         shape: PagedShape,
@@ -146,20 +203,58 @@ impl Model {
         let name = format!("extend {}x{} {dtype}", shape.sequences, shape.rows);
         let mut builder = Builder::new(name, &self.table, dtype);
         let ids = builder.input("ids", DType::I32, &[shape.rows]);
-        let positions = builder.input("positions", DType::I32, &[shape.rows]);
-        let sequences = shape.sequences;
-        let cache = CacheInputs {
-            slots: builder.input("slots", DType::I32, &[shape.rows]),
-            blocks: builder.input("blocks", DType::I32, &[sequences, shape.sequence_blocks]),
-            lengths: builder.input("lengths", DType::I32, &[sequences]),
-            queries: builder.input("queries", DType::I32, &[sequences + 1]),
-            block_count: shape.blocks,
-            block: shape.block,
-        };
-        let attending = Attending::Cache(cache);
-        let rows = Rows { positions, positions_max: shape.positions_max, attending };
+        let mut rows = cached_rows(&mut builder, shape);
+        rows.adapting = self.adapters.as_ref().map(|shapes| {
+            let offsets = builder.input("adapters", DType::I32, &[shapes.count + 1]);
+            Adapting { shapes, offsets }
+        });
         let hidden = families::hidden(&self.config, &mut builder, ids, rows)?;
+        if self.extra_layer == ExtraLayer::Present {
+            match head {
+                PagedHead::CacheOnly => {
+                    let next_ids = builder.input("next_ids", DType::I32, &[shape.rows]);
+                    let rows = Rows { adapting: None, ..rows };
+                    families::extra_hidden(&self.config, &mut builder, (hidden, next_ids), rows)?;
+                }
+                PagedHead::Serve { .. } => builder.output("hidden", hidden),
+                _ => {}
+            }
+        }
         self.paged_head(&mut builder, hidden, head, shape)?;
+        Ok(builder.finish())
+    }
+
+    /// Guesses at the tokens after those that follow rows of hidden states, by the extra layer.
+    ///
+    /// Inputs as [`Model::paged_program`]'s, of positions whose following token is `ids`, without
+    /// adapters; `given` [rows, width] in the program's dtype: what the output head read there;
+    /// `settings` and `keys` of the draws that are guessed at. Outputs `token`, `logits`, and
+    /// `hidden`, to guess on from.
+    pub fn guess_program(
+        &self,
+        shape: PagedShape,
+        dtype: DType,
+        vocabulary: usize,
+    ) -> Result<Program, ModelError> {
+        let name = format!("guess {}x{} {dtype}", shape.sequences, shape.rows);
+        let mut builder = Builder::new(name, &self.table, dtype);
+        let ids = builder.input("ids", DType::I32, &[shape.rows]);
+        let given = builder.input("given", dtype, &[shape.rows, self.config.width]);
+        let rows = cached_rows(&mut builder, shape);
+        let hidden = families::extra_hidden(&self.config, &mut builder, (given, ids), rows)?;
+        builder.output("hidden", hidden);
+        let head = format!("model.layers.{}.shared_head.head.weight", self.config.layer_count);
+        let head = builder.parameter(&head)?;
+        let count = pontoon_ops::sampling::COUNT;
+        let settings = builder.input("settings", DType::F32, &[shape.rows, count]);
+        let keys = builder.input("keys", DType::U32, &[shape.rows, 4]);
+        let logits = builder.linear_f32(hidden, head)?;
+        builder.output("logits", logits);
+        let (bias, history) = (None, None);
+        let inputs =
+            pontoon_program::SampleInputs { logits, bias, history, settings, keys, vocabulary };
+        let (token, _) = builder.sample(inputs)?;
+        builder.output("token", token);
         Ok(builder.finish())
     }
 
@@ -187,7 +282,8 @@ impl Model {
         let positions = builder.input("positions", DType::I32, &[shape.rows]);
         let documents = builder.input("documents", DType::I32, &[shape.documents]);
         let attending = Attending::Documents(documents);
-        let rows = Rows { positions, positions_max: shape.positions_max, attending };
+        let positions_max = shape.positions_max;
+        let rows = Rows { positions, positions_max, attending, adapting: None };
         families::hidden(&self.config, builder, ids, rows)
     }
 
@@ -247,20 +343,36 @@ impl Model {
 
     fn head(&self, builder: &Builder<'_>) -> Result<pontoon_ops::View, ModelError> {
         Ok(builder.parameter(match self.config.head {
-            Head::Tied => block::EMBEDDING,
-            Head::Own => "lm_head.weight",
+            Head::Tied if self.format == WeightFormat::Float => block::EMBEDDING,
+            Head::Tied | Head::Own => HEAD,
         })?)
     }
 }
 
+/// The inputs that place a program's rows in cached sequences.
+fn cached_rows(builder: &mut Builder<'_>, shape: PagedShape) -> Rows<'static> {
+    let positions = builder.input("positions", DType::I32, &[shape.rows]);
+    let sequences = shape.sequences;
+    let cache = CacheInputs {
+        slots: builder.input("slots", DType::I32, &[shape.rows]),
+        blocks: builder.input("blocks", DType::I32, &[sequences, shape.sequence_blocks]),
+        lengths: builder.input("lengths", DType::I32, &[sequences]),
+        queries: builder.input("queries", DType::I32, &[sequences + 1]),
+        block_count: shape.blocks,
+        block: shape.block,
+    };
+    let attending = Attending::Cache(cache);
+    Rows { positions, positions_max: shape.positions_max, attending, adapting: None }
+}
+
 /// The parameters as programs see them: the experts of a layer are one parameter.
-fn parameter_specs(config: &ModelConfig) -> Vec<ParameterSpec> {
+fn parameter_specs(config: &ModelConfig, tensors: &[TensorSpec]) -> Vec<ParameterSpec> {
     let count = match &config.family {
         Family::Llama | Family::Qwen3 => 0,
         Family::Qwen3Moe(experts) => experts.expert_count,
         Family::DeepseekV3(deepseek) => deepseek.expert_count,
     };
-    config.tensors().iter().filter_map(|tensor| parameter_spec(tensor, count)).collect()
+    tensors.iter().filter_map(|tensor| parameter_spec(tensor, count)).collect()
 }
 
 fn parameter_spec(tensor: &TensorSpec, expert_count: usize) -> Option<ParameterSpec> {

@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::error::{ModelError, nearest};
 use crate::map::map;
+use crate::upload::Rows;
 
 /// The file name of an index of shards.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -173,6 +174,20 @@ impl Weights {
         Ok(values)
     }
 
+    /// The values of some rows of a tensor, with block scales applied.
+    pub fn read_rows_f32(&self, rows: &Rows<'_>) -> Result<Vec<f32>, ModelError> {
+        let view = self.shaped(rows.name, rows.shape)?;
+        if view.dtype == Dtype::F8_E4M3 {
+            // Blocks of scales span rows; such tensors are small beside those in more bits.
+            let all = self.read_f32(rows.name, rows.shape)?;
+            let width = all.len() / rows.shape[0].max(1);
+            return Ok(all[rows.first * width..][..rows.count * width].to_vec());
+        }
+        let row_bytes = view.bytes.len() / rows.shape.first().copied().unwrap_or(1).max(1);
+        let bytes = &view.bytes[rows.first * row_bytes..][..rows.count * row_bytes];
+        TensorView { bytes, ..view }.to_f32()
+    }
+
     /// As `read_f32`, rounded to bf16; bf16 on disk comes back bit for bit.
     pub fn read_bf16(&self, name: &str, want: &[usize]) -> Result<Vec<bf16>, ModelError> {
         let view = self.shaped(name, want)?;
@@ -182,7 +197,7 @@ impl Weights {
         Ok(self.read_f32(name, want)?.into_iter().map(bf16::from_f32).collect())
     }
 
-    fn shaped(&self, name: &str, want: &[usize]) -> Result<TensorView<'_>, ModelError> {
+    pub(crate) fn shaped(&self, name: &str, want: &[usize]) -> Result<TensorView<'_>, ModelError> {
         let view = self.tensor(name)?;
         if view.shape != want {
             let (want, got) = (want.to_vec(), view.shape.to_vec());

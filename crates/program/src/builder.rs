@@ -12,7 +12,7 @@ use pontoon_ops::{Accumulate, BufferId, DType, Op, RopeStyle, RouterRule, View};
 
 use crate::error::ProgramError;
 use crate::parameters::ParameterTable;
-use crate::program::{BufferKind, Program};
+use crate::program::{BufferKind, INTEGERS, Program, SCALES};
 
 type Built<T> = Result<T, ProgramError>;
 
@@ -115,6 +115,10 @@ impl<'a> Builder<'a> {
         program.add_buffer("weights", kind, dtype, &trainable);
         program.add_buffer("gradients", kind, DType::F32, &[table.gradient_elements()]);
         program.add_buffer("frozen", kind, DType::F32, &[table.frozen_elements()]);
+        if table.integer_bytes() > 0 {
+            program.add_buffer(INTEGERS, kind, DType::I8, &[table.integer_bytes()]);
+            program.add_buffer(SCALES, kind, DType::F32, &[table.scale_count()]);
+        }
         Builder { program, table, dtype, segment: 0 }
     }
 
@@ -228,6 +232,10 @@ impl<'a> Builder<'a> {
     }
 
     fn matmul(&mut self, a: View, b: View, bias: Option<View>, c: View) -> Built<()> {
+        if let Some((scales, block_k)) = self.table.scales_of(&b) {
+            let (x, weight) = (a, b);
+            return self.push(ops::MatmulQuant { x, weight, scales, block_n: 1, block_k, bias, c });
+        }
         let layout = ops::Layout::Nt;
         self.push(ops::Matmul { layout, a, b, bias, c, accumulate: Accumulate::Overwrite })
     }
@@ -368,7 +376,20 @@ impl<'a> Builder<'a> {
     ) -> Built<(View, View)> {
         let logprob = self.temporary(DType::F32, &[x.dim(0)]);
         let entropy = self.temporary(DType::F32, &[x.dim(0)]);
-        self.push(ops::TokenLogProb { x, head, targets, temperature, logprob, entropy })?;
+        let (scales, block_k) = match self.table.scales_of(&head) {
+            Some((scales, block_k)) => (Some(scales), block_k),
+            None => (None, 0),
+        };
+        self.push(ops::TokenLogProb {
+            x,
+            head,
+            scales,
+            block_k,
+            targets,
+            temperature,
+            logprob,
+            entropy,
+        })?;
         Ok((logprob, entropy))
     }
 

@@ -157,8 +157,8 @@ impl Executor {
         Ok(backend.launch_all(&self.ops)?)
     }
 
-    /// Launches every operation with checks: products must add up, and every tensor must still be at
-    /// its last use what it was when it was written; what is not is a `Corrupt` that names it.
+    /// Launches every operation with checks: products must add up, and every tensor must still be
+    /// at its last use what it was when it was written; what is not is a `Corrupt` that names it.
     /// Gives the word sums of the persistent buffers it wrote, as they were written.
     pub fn run_checked(
         &self,

@@ -9,10 +9,26 @@ use std::collections::HashMap;
 use pontoon_ops::{BufferId, DType, View};
 
 use crate::error::ProgramError;
-use crate::program::{FROZEN, GRADIENTS, WEIGHTS};
+use crate::program::{FROZEN, GRADIENTS, INTEGERS_ID, SCALES_ID, WEIGHTS};
 
 /// Elements to which every parameter's start is aligned: 64 bytes even in 16-bit dtypes.
 const ALIGNMENT_ELEMENTS: usize = 32;
+/// Bytes to which integers and scales are aligned.
+const ALIGNMENT_BYTES: usize = 64;
+
+/// How a parameter is stored on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Storage {
+    /// In the programs' float dtype.
+    Float,
+    /// As integers with one f32 scale per row and group of columns. Cannot be trained.
+    Integers {
+        /// `I8` or `I4`.
+        dtype: DType,
+        /// Columns that share a scale.
+        group: usize,
+    },
+}
 
 /// How a parameter is treated by training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -36,6 +52,8 @@ pub struct ParameterSpec {
     pub shape: Vec<usize>,
     /// How training treats it.
     pub class: Class,
+    /// How it is stored.
+    pub storage: Storage,
     /// The names on disk: one for the whole, or one for each index of the first dimension.
     pub tensors: Vec<String>,
 }
@@ -44,7 +62,8 @@ impl ParameterSpec {
     /// A parameter that stands on disk whole, under its own name.
     pub fn whole(name: impl Into<String>, shape: &[usize], class: Class) -> Self {
         let name = name.into();
-        ParameterSpec { tensors: vec![name.clone()], name, shape: shape.to_vec(), class }
+        let (tensors, shape, storage) = (vec![name.clone()], shape.to_vec(), Storage::Float);
+        ParameterSpec { name, shape, class, storage, tensors }
     }
 
     /// `count` equal tensors stacked along a new first dimension; `{}` in the name is the index.
@@ -52,7 +71,7 @@ impl ParameterSpec {
         let name = name.into();
         let tensors = (0..count).map(|index| name.replace("{}", &index.to_string())).collect();
         let shape = std::iter::once(count).chain(shape.iter().copied()).collect();
-        ParameterSpec { name, shape, class, tensors }
+        ParameterSpec { name, shape, class, storage: Storage::Float, tensors }
     }
 }
 
@@ -61,8 +80,10 @@ impl ParameterSpec {
 pub struct Parameter {
     /// What the model said of it.
     pub spec: ParameterSpec,
-    /// Elements from the start of its buffer.
+    /// Elements from the start of its buffer; of integers, bytes.
     pub element_offset: usize,
+    /// Scales from the start of theirs, of integers.
+    pub scale_offset: usize,
 }
 
 impl Parameter {
@@ -70,6 +91,17 @@ impl Parameter {
     pub fn elements(&self) -> usize {
         self.spec.shape.iter().product()
     }
+
+    /// Bytes of integers and their scales that a token reads of a quantised parameter.
+    pub fn quantised_bytes(&self) -> Option<usize> {
+        let Storage::Integers { dtype, group } = self.spec.storage else { return None };
+        Some(dtype.bytes(self.elements()) + 4 * scales(&self.spec.shape, group))
+    }
+}
+
+/// The scales of a matrix.
+fn scales(shape: &[usize], group: usize) -> usize {
+    shape.last().map_or(0, |&width| shape.iter().product::<usize>() / width * width.div_ceil(group))
 }
 
 /// One tensor as it stands on disk, and where its elements lie.
@@ -81,8 +113,12 @@ pub struct TensorSlice {
     pub shape: Vec<usize>,
     /// Whether it lies in the frozen buffer.
     pub class: Class,
-    /// Elements from the start of its buffer.
+    /// How it is stored on a device.
+    pub storage: Storage,
+    /// Elements from the start of its buffer; of integers, bytes.
     pub element_offset: usize,
+    /// Scales from the start of theirs, of integers.
+    pub scale_offset: usize,
 }
 
 impl TensorSlice {
@@ -99,6 +135,8 @@ pub struct ParameterTable {
     by_name: HashMap<String, usize>,
     trainable_elements: usize,
     frozen_elements: usize,
+    integer_bytes: usize,
+    scale_count: usize,
     ranges: HashMap<Class, std::ops::Range<usize>>,
 }
 
@@ -112,6 +150,8 @@ impl ParameterTable {
             by_name: HashMap::new(),
             trainable_elements: 0,
             frozen_elements: 0,
+            integer_bytes: 0,
+            scale_count: 0,
             ranges: HashMap::new(),
         };
         for spec in specs {
@@ -122,21 +162,37 @@ impl ParameterTable {
 
     fn place(&mut self, spec: ParameterSpec) {
         let elements: usize = spec.shape.iter().product();
-        let end = match spec.class {
-            Class::Frozen => &mut self.frozen_elements,
-            Class::Matrix | Class::Embedding | Class::Vector => &mut self.trainable_elements,
+        let (element_offset, scale_offset) = match (spec.storage, spec.class) {
+            (Storage::Integers { dtype, group }, _) => {
+                let place = (self.integer_bytes, self.scale_count);
+                let bytes = dtype.bytes(elements);
+                self.integer_bytes = (place.0 + bytes).next_multiple_of(ALIGNMENT_BYTES);
+                let count = scales(&spec.shape, group);
+                self.scale_count = (place.1 + count).next_multiple_of(ALIGNMENT_BYTES / 4);
+                place
+            }
+            (Storage::Float, Class::Frozen) => {
+                let start = self.frozen_elements;
+                self.frozen_elements = (start + elements).next_multiple_of(ALIGNMENT_ELEMENTS);
+                (start, 0)
+            }
+            (Storage::Float, Class::Matrix | Class::Embedding | Class::Vector) => {
+                let start = self.trainable_elements;
+                self.trainable_elements = (start + elements).next_multiple_of(ALIGNMENT_ELEMENTS);
+                (start, 0)
+            }
         };
-        let element_offset = *end;
-        *end = (element_offset + elements).next_multiple_of(ALIGNMENT_ELEMENTS);
-        let range = self.ranges.entry(spec.class).or_insert(element_offset..element_offset);
-        range.end = *end;
+        if spec.storage == Storage::Float {
+            let end = (element_offset + elements).next_multiple_of(ALIGNMENT_ELEMENTS);
+            self.ranges.entry(spec.class).or_insert(element_offset..element_offset).end = end;
+        }
         let index = self.parameters.len();
         assert!(
             self.by_name.insert(spec.name.clone(), index).is_none(),
             "parameter `{}` is declared twice",
             spec.name
         );
-        self.parameters.push(Parameter { spec, element_offset });
+        self.parameters.push(Parameter { spec, element_offset, scale_offset });
     }
 
     /// Every parameter, in the order they are placed.
@@ -152,6 +208,16 @@ impl ParameterTable {
     /// Elements of the frozen buffer, padding included.
     pub fn frozen_elements(&self) -> usize {
         self.frozen_elements
+    }
+
+    /// Bytes of the buffer of integers, padding included; 0 if nothing is quantised.
+    pub fn integer_bytes(&self) -> usize {
+        self.integer_bytes
+    }
+
+    /// Values in the buffer of scales, padding included.
+    pub fn scale_count(&self) -> usize {
+        self.scale_count
     }
 
     /// Elements of the gradients buffer: a gradient for each trainable element, and after those a
@@ -188,12 +254,32 @@ impl ParameterTable {
         })
     }
 
-    /// The parameter's view in the weights buffer (of `dtype`) or the frozen one (f32).
+    /// The parameter's view in the weights buffer (of `dtype`), the frozen one (f32), or that of
+    /// integers.
     pub fn weight(&self, name: &str, dtype: DType) -> Result<View, ProgramError> {
         let parameter = self.get(name)?;
+        if let Storage::Integers { dtype, .. } = parameter.spec.storage {
+            let view = View::contiguous(INTEGERS_ID, dtype, parameter.spec.shape.as_slice());
+            return Ok(view.rebased(INTEGERS_ID, parameter.element_offset));
+        }
         Ok(match parameter.spec.class {
             Class::Frozen => place(parameter, FROZEN, DType::F32),
             _ => place(parameter, WEIGHTS, dtype),
+        })
+    }
+
+    /// The scales of the quantised parameter that a view shows, and how many columns share one.
+    pub fn scales_of(&self, weight: &View) -> Option<(View, usize)> {
+        if weight.buffer != INTEGERS_ID {
+            return None;
+        }
+        self.parameters.iter().find_map(|parameter| {
+            let Storage::Integers { group, .. } = parameter.spec.storage else { return None };
+            let &[rows, width] = parameter.spec.shape.as_slice() else { return None };
+            (parameter.element_offset == weight.byte_offset).then(|| {
+                let view = View::contiguous(SCALES_ID, DType::F32, [rows, width.div_ceil(group)]);
+                (view.rebased(SCALES_ID, 4 * parameter.scale_offset), group)
+            })
         })
     }
 
@@ -229,7 +315,9 @@ fn tensor_slices(parameter: &Parameter) -> Vec<TensorSlice> {
         name: name.clone(),
         shape: shape.to_vec(),
         class: spec.class,
+        storage: spec.storage,
         element_offset: parameter.element_offset + index * elements,
+        scale_offset: parameter.scale_offset,
     };
     spec.tensors.iter().enumerate().map(slice).collect()
 }
@@ -265,6 +353,24 @@ mod tests {
         let tensors = table().tensors();
         let up = tensors.iter().find(|t| t.name == "experts.2.up").expect("it is there");
         assert_eq!((up.shape.as_slice(), up.element_offset), ([2, 5].as_slice(), 20));
+    }
+
+    #[test]
+    fn quantised_parameters_lie_apart_and_are_found_by_their_view() {
+        let storage = Storage::Integers { dtype: DType::I4, group: 32 };
+        let matrix = |name: &str, rows: usize| ParameterSpec {
+            storage,
+            ..ParameterSpec::whole(name, &[rows, 40], Class::Matrix)
+        };
+        let norm = ParameterSpec::whole("norm", &[40], Class::Vector);
+        let table = ParameterTable::new(vec![matrix("a", 3), norm, matrix("b", 7)]);
+        assert_eq!((table.integer_bytes(), table.trainable_elements()), (64 + 192, 64));
+        let view = table.weight("b", DType::Bf16).unwrap();
+        assert_eq!((view.dtype, view.byte_offset, view.dims()), (DType::I4, 64, &[7, 40][..]));
+        let (scales, group) = table.scales_of(&view).unwrap();
+        assert_eq!((scales.dims(), scales.byte_offset, group), (&[7, 2][..], 64, 32));
+        assert_eq!(table.scales_of(&table.weight("norm", DType::Bf16).unwrap()), None);
+        assert_eq!(table.get("b").unwrap().quantised_bytes(), Some(140 + 56));
     }
 
     #[test]

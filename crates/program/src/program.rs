@@ -13,6 +13,15 @@ pub const GRADIENTS: BufferId = BufferId(1);
 /// The buffer that holds parameters that are never trained by gradient, in f32.
 pub const FROZEN: BufferId = BufferId(2);
 
+/// The name of the buffer that holds the integers of quantised parameters.
+pub const INTEGERS: &str = "integers";
+/// The name of the buffer that holds their scales, in f32.
+pub const SCALES: &str = "scales";
+/// The place of [`INTEGERS`] in the programs of models that have quantised parameters.
+pub(crate) const INTEGERS_ID: BufferId = BufferId(3);
+/// The place of [`SCALES`] in such programs.
+pub(crate) const SCALES_ID: BufferId = BufferId(4);
+
 /// How long a buffer lives and who fills it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum BufferKind {

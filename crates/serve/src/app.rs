@@ -76,6 +76,8 @@ pub struct AppParts {
 /// A server's state.
 pub struct App {
     pub(crate) model_name: String,
+    /// The adapters' names, by their numbers.
+    pub(crate) adapters: Vec<String>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: Option<ChatTemplate>,
     pub(crate) pool: Pool,
@@ -107,6 +109,7 @@ impl App {
         let deepseek = tokenizer.token_id(ToolFormat::DEEPSEEK_TOKEN).is_some();
         App {
             model_name,
+            adapters: pool.adapter_names(),
             tokenizer,
             template,
             pool,
@@ -140,6 +143,11 @@ impl App {
                 ApiError::status(StatusCode::TOO_MANY_REQUESTS, message).code("too_many_requests")
             }
         })
+    }
+
+    /// The name by which a request asked for the model, or for an adapter beside it.
+    pub(crate) fn model_of(&self, adapter: Option<usize>) -> &str {
+        adapter.and_then(|adapter| self.adapters.get(adapter)).unwrap_or(&self.model_name)
     }
 
     /// Tokens that exist.

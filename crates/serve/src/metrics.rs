@@ -191,7 +191,7 @@ impl Metrics {
 type Read = fn(&crate::engine::worker::Stats) -> f64;
 
 fn devices(page: &mut Page, pool: &Pool) {
-    let rows: [(&str, &str, &str, Read); 9] = [
+    let rows: [(&str, &str, &str, Read); 11] = [
         ("vllm:num_requests_running", "gauge", "Sequences that run.", |stats| {
             stats.running.load(Relaxed) as f64
         }),
@@ -216,6 +216,12 @@ fn devices(page: &mut Page, pool: &Pool) {
         }),
         ("vllm:prefix_cache_hits_total", "counter", "Tokens found in the cache.", |stats| {
             stats.prefix_tokens_found.load(Relaxed) as f64
+        }),
+        ("vllm:spec_decode_num_draft_tokens_total", "counter", "Tokens guessed.", |stats| {
+            stats.drafted_tokens.load(Relaxed) as f64
+        }),
+        ("vllm:spec_decode_num_accepted_tokens_total", "counter", "Guesses kept.", |stats| {
+            stats.accepted_tokens.load(Relaxed) as f64
         }),
         ("pontoon:steps_total", "counter", "Steps run.", |stats| stats.steps.load(Relaxed) as f64),
     ];

@@ -7,11 +7,17 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Failure, Faults, Small, collect, generate, submit};
-use pontoon_models::{Generator, GeneratorOptions, SamplingSettings};
+use pontoon_models::{
+    Adapters, ExtraLayer, Generator, GeneratorOptions, Model, ModelConfig, SamplingSettings,
+    WeightFormat, Weights,
+};
 use pontoon_ops::philox::Stream;
 use pontoon_program::Memory;
 use pontoon_serve::engine::device::DeviceOptions;
-use pontoon_serve::engine::request::{Scored, Task};
+use pontoon_serve::engine::draft::Speculation;
+use pontoon_serve::engine::request::{Constraint, Scored, Task};
+use pontoon_serve::pool::agreement::Distance;
+use pontoon_serve::pool::{Pool, PoolParts};
 
 /// Prompts of all lengths, some with a common beginning, with settings of all kinds.
 fn mixed(count: u64, vocabulary: usize) -> Vec<(Vec<u32>, SamplingSettings)> {
@@ -113,6 +119,68 @@ fn a_request_gives_the_same_tokens_and_logprobs_in_a_batch_as_alone() {
 }
 
 #[test]
+fn guessed_tokens_change_no_bit_in_a_batch_or_where_blocks_are_few() {
+    let small = Small::new();
+    let options = DeviceOptions {
+        speculation: Speculation::PromptLookup,
+        draft_tokens: 5,
+        ..small.options()
+    };
+    together(&small, &["a"], options, &[]);
+    together(&small, &["a"], DeviceOptions { blocks: 16, ..options }, &[]);
+}
+
+#[test]
+fn a_text_that_repeats_itself_is_guessed_right() {
+    let small = Small::new();
+    let options = DeviceOptions {
+        speculation: Speculation::PromptLookup,
+        draft_tokens: 4,
+        ..small.options()
+    };
+    let pool = small.pool(&["a"], options, &Faults::none());
+    let prompt: Vec<u32> = [5, 9, 13, 40, 7].repeat(8);
+    // The text goes on as it began, whatever the model makes of it.
+    let forced = |drawn: usize| [5_u32, 9, 13, 40, 7][drawn % 5];
+    let made = move || Ok(Box::new(Forced { drawn: 0, forced }) as Box<dyn Constraint>);
+    let mut request = generate(prompt, SamplingSettings { tokens_max: 40, ..Default::default() });
+    let Task::Generate(task) = &mut request.task else { panic!("it generates") };
+    task.constraint = Some(std::sync::Arc::new(made));
+    let (tokens, _) = collect(submit(&pool, request));
+    let drawn: Vec<u32> = tokens.iter().map(|scored| scored.token).collect();
+    assert_eq!(drawn, (0..40).map(forced).collect::<Vec<_>>());
+    let states = pool.devices();
+    let stats = states[0].stats.as_ref().unwrap();
+    let read =
+        |count: &std::sync::atomic::AtomicU64| count.load(std::sync::atomic::Ordering::Relaxed);
+    assert!(read(&stats.accepted_tokens) >= 30, "{} kept", read(&stats.accepted_tokens));
+    assert!(read(&stats.drafted_tokens) >= read(&stats.accepted_tokens));
+    assert!(read(&stats.steps) < 20, "{} steps", read(&stats.steps));
+    pool.stop();
+}
+
+/// Allows one token at each place.
+struct Forced<F> {
+    drawn: usize,
+    forced: F,
+}
+
+impl<F: Fn(usize) -> u32 + Copy + Send + 'static> Constraint for Forced<F> {
+    fn forbid(&mut self, bias: &mut [f32]) -> Result<(), String> {
+        bias.fill(f32::NEG_INFINITY);
+        bias[(self.forced)(self.drawn) as usize] = 0.0;
+        Ok(())
+    }
+    fn accept(&mut self, _token: u32) -> Result<(), String> {
+        self.drawn += 1;
+        Ok(())
+    }
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(Forced { ..*self })
+    }
+}
+
+#[test]
 fn sequences_that_give_way_for_lack_of_blocks_lose_nothing() {
     let small = Small::new();
     // Room for one sequence of full length, or a few short ones.
@@ -207,4 +275,122 @@ fn a_prompt_is_scored_with_its_likeliest_tokens() {
         assert!(scored.top[0].1 >= scored.top[1].1 && scored.top[0].1 >= scored.logprob);
     }
     pool.stop();
+}
+
+#[test]
+fn guesses_of_the_extra_layer_change_no_bit_at_any_temperature() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/golden/data/deepseek_v3_plain_mtp");
+    let run = |speculation: Speculation, extra: ExtraLayer| {
+        let config = ModelConfig::from_folder(&folder).unwrap();
+        let model = Model::stored(config, WeightFormat::Float, extra).unwrap();
+        let pool = Pool::start(PoolParts {
+            devices: vec!["a".to_owned()],
+            open: std::sync::Arc::new(|_: &str| {
+                let options = pontoon_cpu::CpuOptions::default();
+                let opened = pontoon_cpu::CpuBackend::new(options);
+                opened.map(|one| Box::new(one) as _).map_err(|error| error.to_string())
+            }),
+            options: DeviceOptions {
+                dtype: pontoon_ops::DType::Bf16,
+                context: 64,
+                sequences: 4,
+                blocks: 24,
+                vocabulary: model.config.vocab_size,
+                step_deadline: Duration::from_secs(60),
+                speculation,
+                draft_tokens: 3,
+            },
+            model: std::sync::Arc::new(model),
+            weights: std::sync::Arc::new(Weights::open(&folder).unwrap()),
+            adapters: None,
+            rejoin_after: Duration::from_millis(20),
+            limits: std::sync::Arc::new(|_| Distance { worst: 1.0, typical: 1.0, divergence: 1.0 }),
+            audit_share: 0.0,
+            on_event: None,
+        })
+        .unwrap();
+        let submitted: Vec<_> = (0..9_u32)
+            .map(|index| {
+                let prompt = (0..1 + index * 3).map(|at| (at * 7 + index) % 97).collect();
+                let sampling = SamplingSettings {
+                    temperature: [0.0, 0.3, 1.0][index as usize % 3],
+                    top_k: 5,
+                    frequency_penalty: if index == 4 { 0.5 } else { 0.0 },
+                    seed: u64::from(index),
+                    tokens_max: 30,
+                    ..SamplingSettings::default()
+                };
+                submit(&pool, generate(prompt, sampling))
+            })
+            .collect();
+        let told: Vec<_> = submitted.into_iter().map(|one| bits(&collect(one).0)).collect();
+        let states = pool.devices();
+        let stats = states[0].stats.as_ref().unwrap();
+        let drafted = stats.drafted_tokens.load(std::sync::atomic::Ordering::Relaxed);
+        pool.stop();
+        (told, drafted)
+    };
+    let (want, none) = run(Speculation::Off, ExtraLayer::Absent);
+    let (got, drafted) = run(Speculation::Mtp, ExtraLayer::Present);
+    assert_eq!(got, want);
+    assert!(none == 0 && drafted > 100, "{drafted} guessed");
+}
+
+#[test]
+fn requests_of_several_adapters_share_a_batch_and_no_prefix() {
+    let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/data");
+    let config = ModelConfig::from_folder(&data.join("qwen3")).unwrap();
+    let folders = ["plain", "rooted"].map(|name| (name.to_owned(), data.join("lora").join(name)));
+    let adapters = std::sync::Arc::new(Adapters::open(&config, &folders).unwrap());
+    let model = Model::new(config).unwrap().with_adapters(adapters.shapes().clone());
+    let start = || {
+        Pool::start(PoolParts {
+            devices: vec!["a".to_owned()],
+            open: std::sync::Arc::new(|_: &str| {
+                let options = pontoon_cpu::CpuOptions::default();
+                let opened = pontoon_cpu::CpuBackend::new(options);
+                opened.map(|one| Box::new(one) as _).map_err(|error| error.to_string())
+            }),
+            options: DeviceOptions {
+                dtype: pontoon_ops::DType::Bf16,
+                context: 64,
+                sequences: 6,
+                blocks: 30,
+                vocabulary: model.config.vocab_size,
+                step_deadline: Duration::from_secs(60),
+                speculation: Speculation::PromptLookup,
+                draft_tokens: 2,
+            },
+            model: std::sync::Arc::new(model.clone()),
+            weights: std::sync::Arc::new(Weights::open(&data.join("qwen3")).unwrap()),
+            adapters: Some(std::sync::Arc::clone(&adapters)),
+            rejoin_after: Duration::from_millis(20),
+            limits: std::sync::Arc::new(|_| Distance { worst: 1.0, typical: 1.0, divergence: 1.0 }),
+            audit_share: 0.0,
+            on_event: None,
+        })
+        .unwrap()
+    };
+    let request = |index: usize| {
+        // One beginning of more than a block, so that a prefix would be found.
+        let prompt = (0..20_u32).map(|at| (at * 5 + 1) % 97).collect();
+        let sampling = SamplingSettings { seed: 4, tokens_max: 20, ..Default::default() };
+        let mut request = generate(prompt, sampling);
+        request.adapter = [None, Some(1), Some(0)][index % 3];
+        request
+    };
+    let pool = start();
+    assert_eq!(pool.adapter_names(), ["plain", "rooted"]);
+    let submitted: Vec<_> = (0..6).map(|index| submit(&pool, request(index))).collect();
+    let together: Vec<_> = submitted.into_iter().map(|one| bits(&collect(one).0)).collect();
+    pool.stop();
+    for index in 0..3 {
+        let pool = start();
+        let alone = bits(&collect(submit(&pool, request(index))).0);
+        pool.stop();
+        assert_eq!(alone, together[index], "request {index}");
+        assert_eq!(alone, together[index + 3], "request {}", index + 3);
+        assert_ne!(alone, together[(index + 1) % 3], "adapters differ");
+    }
 }

@@ -197,6 +197,8 @@ fn notice(fleet: &mut Fleet, event: &Event, fits: impl Fn(&Struck) -> bool) {
     let place = exact.or_else(|| fleet.struck.iter().position(open));
     if let Some(place) = place {
         let recovery_ms = event.recovery_ms;
+        // Whoever is only called slow goes on.
+        fleet.struck[place].found.get_or_insert(at);
         fleet.struck[place].noticed = Some(Noticed { kind, at, recovery_ms });
     }
 }
@@ -208,8 +210,7 @@ fn explains(fault: SimFault, kind: EventKind) -> bool {
         EventKind::Hang | EventKind::Evicted => matches!(fault, SimFault::Hang | SimFault::Slow),
         EventKind::Slow => fault == SimFault::Slow,
         EventKind::Corrupt => matches!(fault, SimFault::Flip(_)),
-        // A device that checks its own products says so itself.
-        EventKind::MemoryFault => matches!(fault, SimFault::MemoryFault | SimFault::Flip(_)),
+        EventKind::MemoryFault => fault == SimFault::MemoryFault,
         EventKind::LinkDown => fault == SimFault::LinkDown,
         EventKind::OutOfMemory => fault == SimFault::OutOfMemory,
         _ => false,

@@ -70,10 +70,7 @@ impl SimFault {
 
     /// Whether it strikes a worker.
     pub fn is_of_a_worker(self) -> bool {
-        !matches!(
-            self,
-            SimFault::DiskFull | SimFault::DamagedSnapshot | SimFault::SupervisorKilled
-        )
+        !matches!(self, SimFault::DiskFull | SimFault::DamagedSnapshot | SimFault::SupervisorKilled)
     }
 }
 

@@ -167,10 +167,7 @@ impl Scenario {
             checksums,
             speeds,
             faults: Vec::new(),
-            ticks: Ticks {
-                calm: Duration::from_millis(100),
-                troubled: Duration::from_millis(100),
-            },
+            ticks: Ticks { calm: Duration::from_millis(100), troubled: Duration::from_millis(100) },
             limit: Duration::MAX,
         };
         trial.faults = trial.incidents(&mut random);

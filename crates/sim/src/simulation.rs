@@ -20,7 +20,7 @@ use pontoon_fleet::snapshot::{
     Contents, ElementType, Parts, SnapshotReader, SnapshotWriter, State, TensorRef, read_folder,
 };
 use pontoon_fleet::supervisor::{
-    Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Validation,
+    Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Tolerance, Validation,
 };
 use pontoon_fleet::world::{Launcher, Launching, Link};
 use serde_json::json;
@@ -211,6 +211,7 @@ impl<'w> Simulation<'w> {
             validation: of.valid_every.map_or(Validation::Never, Validation::Every),
             audit: of.audit,
             non_finite: NonFinite::Stop,
+            tolerance: Tolerance::default(),
             hang_after: HangAfter::Auto,
             source: if self.lives == 1 { Source::Fresh } else { Source::Snapshot },
         }
@@ -355,8 +356,8 @@ impl<'w> Simulation<'w> {
     fn obey(&mut self, output: Output) -> Result<(), String> {
         let Some(life) = &mut self.life else { return Ok(()) };
         match output {
-            Output::Launch { worker, incarnation, step } => {
-                let (device, exchange) = ("simulated".to_owned(), 0);
+            Output::Launch { worker, incarnation, device, step } => {
+                let exchange = 0;
                 let injected = BTreeSet::new();
                 let what = Launching { worker, incarnation, device, step, exchange, injected };
                 let link = self.fleet.launch(&what, life.inputs.clone());
@@ -387,6 +388,7 @@ impl<'w> Simulation<'w> {
                 let wait = fleet.speeds.save;
                 fleet.after(wait, Happening::Saved { life: self.lives });
             }
+            Output::Moved(outcome) => unreachable!("nobody asked for a move: {outcome:?}"),
             Output::End(ending) => self.ending = Some(ending),
         }
         Ok(())

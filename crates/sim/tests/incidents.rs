@@ -158,10 +158,9 @@ fn one_that_hangs_as_it_loads_is_found_by_what_loading_took_others() {
 fn a_full_disk_is_tried_again_in_growing_pauses_and_the_run_ends_once_it_is_free() {
     let mut scenario = scenario(2);
     scenario.steps = 10;
-    scenario.faults.push(Planned {
-        lasts: Duration::from_secs(60),
-        ..fault(8_000, SimFault::DiskFull, &[])
-    });
+    scenario
+        .faults
+        .push(Planned { lasts: Duration::from_secs(60), ..fault(8_000, SimFault::DiskFull, &[]) });
     let (outcome, events) = run(&scenario);
     let failures = events.iter().filter(|event| event.contains("snapshot_failed")).count();
     assert!(outcome.finished && (3..=9).contains(&failures), "{events:#?}");

@@ -43,6 +43,7 @@ fn hundreds_of_workers_live_through_a_day_of_published_interruptions() {
     let summary = Summary::of(&outcome);
     assert!(summary.faults >= 8, "{summary:?}");
     assert!(summary.goodput > 0.9, "{summary:?}");
-    let accounted = summary.goodput * summary.days * 86_400.0 + summary.lost_s.values().sum::<f64>();
+    let accounted =
+        summary.goodput * summary.days * 86_400.0 + summary.lost_s.values().sum::<f64>();
     assert!((accounted / (summary.days * 86_400.0) - 1.0).abs() < 1e-6, "{summary:?}");
 }

@@ -32,16 +32,6 @@ pub(crate) struct Balance {
     counts: Vec<f32>,
 }
 
-/// What a step's counts came to.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Balanced {
-    /// By what share of the mean load the busiest expert is above it, in the layer where that is
-    /// most.
-    pub imbalance: f64,
-    /// The counts' word sum, their part of the gradient buffer's.
-    pub words: u32,
-}
-
 impl Balance {
     /// The biases of a model whose weights are loaded; none if its routers have none.
     pub(crate) fn load(memory: &Memory, model: &Model, speed: f64) -> Option<Balance> {
@@ -67,8 +57,9 @@ impl Balance {
         })
     }
 
-    /// Moves every bias by the step's counts.
-    pub(crate) fn apply(&mut self, backend: &mut dyn Backend) -> Result<Balanced, TrainError> {
+    /// Moves every bias by the step's counts. Returns by what share of the mean load the busiest
+    /// expert is above it, in the layer where that is most.
+    pub(crate) fn apply(&mut self, backend: &mut dyn Backend) -> Result<f64, TrainError> {
         let Balance { values, counts, speed, .. } = self;
         backend.download(self.frozen, 0, bytemuck::cast_slice_mut(values))?;
         backend.download(self.gradient, self.counts_byte, bytemuck::cast_slice_mut(counts))?;
@@ -78,8 +69,7 @@ impl Balance {
             imbalance = imbalance.max(above);
         }
         backend.upload(self.frozen, 0, bytemuck::cast_slice(values))?;
-        let words = counts.iter().fold(0, |sum: u32, count| sum.wrapping_add(count.to_bits()));
-        Ok(Balanced { imbalance, words })
+        Ok(imbalance)
     }
 }
 

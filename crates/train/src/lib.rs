@@ -24,5 +24,5 @@ pub use config::RunConfig;
 pub use error::TrainError;
 pub use replica::{TrainingReplica, WorkerRun, layout};
 pub use step::{Checking, StepResult, TrainingState, tensor_refs};
-pub use supervised::supervise;
+pub use supervised::{Devices, supervise};
 pub use trainer::{Beginning, Metrics, Observer, Run, Start, Summary, model_of, train};

@@ -3,9 +3,8 @@
 //! All parameters of a class are one range, so a step is a handful of operations. The state's
 //! names in snapshots are those of the buffers. Read next: `step.rs`.
 
-use pontoon_fleet::protocol::Rates;
 use pontoon_models::{HostWeights, Model};
-use pontoon_ops::sums::Ask;
+use pontoon_ops::sums::{Ask, of_row};
 use pontoon_ops::{
     AdamW, Backend, BufferId, DType, DeviceError, DeviceErrorKind, Muon, Op, SumSquares, View,
     hyper,
@@ -42,6 +41,17 @@ pub(crate) struct Optimizer {
     sum: BufferId,
     masters: BufferId,
     balance: Option<Balance>,
+    /// The buffer of gradients, and where in it the counts lie: their first byte and how many.
+    counts: (BufferId, usize, usize),
+}
+
+/// What an update was done with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Applied {
+    /// The learning rate.
+    pub lr: f64,
+    /// How uneven the experts' loads were, where the model balances them.
+    pub imbalance: Option<f64>,
 }
 
 impl Optimizer {
@@ -89,7 +99,9 @@ impl Optimizer {
             op.check().expect("ranges of one table fit each other");
         }
         let balance = Balance::load(memory, model, train.balance);
-        Ok(Optimizer { train: train.clone(), ops, numbers, sum_squares, sum, masters, balance })
+        let counts = (state.gradient, bytes, 4 * model.table.frozen_elements());
+        let train = train.clone();
+        Ok(Optimizer { train, ops, numbers, sum_squares, sum, masters, balance, counts })
     }
 
     /// The norm of the whole gradient.
@@ -108,7 +120,7 @@ impl Optimizer {
         step: u64,
         gradient_norm: f64,
         gradient_sum: Option<u32>,
-    ) -> Result<Rates, TrainError> {
+    ) -> Result<Applied, TrainError> {
         let train = &self.train;
         let lr = learning_rate(train, step);
         let clip = train.clip;
@@ -132,13 +144,20 @@ impl Optimizer {
             }
             backend.upload(buffer, 0, bytemuck::cast_slice(&numbers))?;
         }
-        let balanced = self.balance.as_mut().map(|balance| balance.apply(backend)).transpose()?;
-        let rates = Rates { lr, imbalance: balanced.map(|of| of.imbalance) };
-        let Some(wanted) = gradient_sum else {
-            backend.launch_all(&self.ops)?;
-            return Ok(rates);
-        };
-        let mut sum = balanced.map_or(0, |of| of.words);
+        match gradient_sum {
+            Some(wanted) => self.update_checked(backend, wanted)?,
+            None => backend.launch_all(&self.ops)?,
+        }
+        let balanced = self.balance.as_mut().map(|balance| balance.apply(backend));
+        Ok(Applied { lr, imbalance: balanced.transpose()? })
+    }
+
+    /// Updates the weights, summing the gradient's words on the way.
+    fn update_checked(&self, backend: &mut dyn Backend, wanted: u32) -> Result<(), TrainError> {
+        let (gradient, at, bytes) = self.counts;
+        let mut counts = vec![0; bytes];
+        backend.download(gradient, at, &mut counts)?;
+        let mut sum = of_row(&counts);
         for op in &self.ops {
             let place = op.operands().iter().position(|operand| operand.name == "grad");
             let place = place.expect("every update reads a gradient");
@@ -146,7 +165,7 @@ impl Optimizer {
             sum = sum.wrapping_add(backend.launch_summed(op, ask)?.read[place]);
         }
         match sum == wanted {
-            true => Ok(rates),
+            true => Ok(()),
             false => Err(changed("the gradient", "it was applied").into()),
         }
     }

@@ -9,21 +9,22 @@ use std::time::{Duration, Instant};
 
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::protocol::{
-    Area, DeviceFacts, Node, Publish, Rates, Source, StateDigest, Trouble,
+    Against, Apart, Area, DeviceFacts, Node, Publish, Source, StateDigest, Trouble,
 };
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
-use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replica};
+use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replayed, Replica};
 use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 use pontoon_ops::sums::{Ask, Sums, of_row};
 use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View};
+use pontoon_program::{Class, TensorSlice};
 
 use crate::config::RunConfig;
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::optimizer::changed;
-use crate::run_files::{restore_moments, restore_weights, samples};
+use crate::run_files::{classes_of, restore_moments, restore_weights, samples};
 use crate::step::TrainingState;
 use crate::trainer::{Data, model_of};
 
@@ -61,6 +62,8 @@ pub struct TrainingReplica<'a> {
     backend: Watched<'a>,
     model: Model,
     layout: Layout,
+    /// The tensors that have a gradient.
+    slices: Vec<TensorSlice>,
     data: Data,
     state: Option<TrainingState>,
     /// The micro-batches of a step, and the step.
@@ -68,6 +71,9 @@ pub struct TrainingReplica<'a> {
     piece: Vec<u8>,
     norm: f64,
     passed_over: Vec<(u64, String)>,
+    /// The class that wrote the snapshot it loaded, and all that took part before.
+    written_by: Option<String>,
+    classes: Vec<String>,
 }
 
 impl<'a> TrainingReplica<'a> {
@@ -83,6 +89,7 @@ impl<'a> TrainingReplica<'a> {
         Ok(TrainingReplica {
             backend: Watched { inner: backend, progress, clock, last: clock.now() },
             layout: layout(&model, &run.config),
+            slices: trained(&model),
             batches: (0, vec![Batch::default(); run.config.train.micro_batches]),
             run,
             model,
@@ -91,6 +98,8 @@ impl<'a> TrainingReplica<'a> {
             piece: vec![0; PIECE],
             norm: 0.0,
             passed_over: Vec::new(),
+            written_by: None,
+            classes: Vec::new(),
         })
     }
 
@@ -139,6 +148,10 @@ impl<'a> TrainingReplica<'a> {
             restore_moments(snapshot, &self.model, &mut state, &mut self.backend)?;
         }
         self.state = Some(state);
+        if let Some(snapshot) = &snapshot {
+            self.written_by = Some(snapshot.state.backend.clone());
+            self.classes = classes_of(&snapshot.state);
+        }
         let step = snapshot.map_or(0, |snapshot| snapshot.state.step);
         match from {
             Source::Nothing => Ok((step, None)),
@@ -214,6 +227,36 @@ impl<'a> TrainingReplica<'a> {
         Ok(Computed { digest, leaves: of_leaves, losses, seconds })
     }
 
+    /// How far the gradient that was just computed is from the one in a leaf's place in the
+    /// exchange, by the tensor that is furthest.
+    fn compare_with_published(&mut self, leaf: u32) -> Result<Apart, TrainError> {
+        let slot = self.layout.slot(leaf);
+        let mine = loaded(&mut self.state).gradient_buffer(0);
+        let mut digest = Blocks::default();
+        let mut theirs = vec![0_u8; self.layout.gradient as usize];
+        self.run.exchange.read(slot, &mut theirs).map_err(TrainError::Exchange)?;
+        theirs.chunks(BLOCK).for_each(|block| digest.push(block));
+        let mut worst = (0.0, String::new());
+        for slice in &self.slices {
+            let mut distance = Distance::default();
+            let at = 4 * slice.element_offset;
+            let part = (mine, at, 4 * slice.elements());
+            ranges(&mut self.backend, part, &mut self.piece, |from, piece| {
+                distance.add(piece, &theirs[from..from + piece.len()]);
+                Ok(())
+            })?;
+            let error = distance.relative();
+            if error > worst.0 || error.is_nan() || worst.1.is_empty() {
+                worst = (error, slice.name.clone());
+                if error.is_nan() {
+                    break;
+                }
+            }
+        }
+        let (error, tensor) = (worst.0.into(), worst.1);
+        Ok(Apart { published: digest.finish(), error, tensor })
+    }
+
     fn sum_up(&mut self, nodes: &[Node]) -> Result<Combined, TrainError> {
         let bytes = self.layout.gradient as usize;
         let before = self.digest_state()?;
@@ -275,6 +318,8 @@ impl Replica for TrainingReplica<'_> {
             numeric_class: self.backend.info().numeric_class.clone(),
             memory_bytes: self.backend.memory_used() as u64,
             passed_over: self.passed_over.clone(),
+            written_by: self.written_by.clone(),
+            classes: self.classes.clone(),
         }
     }
 
@@ -292,10 +337,14 @@ impl Replica for TrainingReplica<'_> {
         self.compute_subtree(step, node, digests, publish).map_err(fault)
     }
 
-    fn replay(&mut self, step: u64, leaf: u32) -> Result<(u64, f64), Fault> {
+    fn replay(&mut self, step: u64, leaf: u32, against: Against) -> Result<Replayed, Fault> {
         let node = Node { first: leaf, count: 1 };
         let computed = self.compute_subtree(step, node, &[leaf], Publish::Local).map_err(fault)?;
-        Ok((computed.leaves[0].1, computed.losses[0]))
+        let apart = match against {
+            Against::Nothing => None,
+            Against::Published => Some(self.compare_with_published(leaf).map_err(fault)?),
+        };
+        Ok(Replayed { digest: computed.leaves[0].1, loss: computed.losses[0], apart })
     }
 
     fn check(&mut self) -> Result<StateDigest, Fault> {
@@ -306,10 +355,10 @@ impl Replica for TrainingReplica<'_> {
         self.sum_up(nodes).map_err(fault)
     }
 
-    fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault> {
+    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault> {
         let state = loaded(&mut self.state);
-        let rates = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
-        Ok((rates, self.digest_state().map_err(fault)?))
+        let lr = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
+        Ok((lr, self.digest_state().map_err(fault)?))
     }
 
     fn export(&mut self, area: Area) -> Result<u64, Fault> {
@@ -319,6 +368,11 @@ impl Replica for TrainingReplica<'_> {
     fn score(&mut self) -> Result<f64, Fault> {
         self.validate().map_err(fault)
     }
+}
+
+fn trained(model: &Model) -> Vec<TensorSlice> {
+    let slices = model.table.tensors().into_iter();
+    slices.filter(|slice| slice.class != Class::Frozen).collect()
 }
 
 fn loaded(state: &mut Option<TrainingState>) -> &mut TrainingState {
@@ -345,14 +399,52 @@ fn pieces(
     backend: &mut dyn Backend,
     (buffer, bytes): (BufferId, usize),
     piece: &mut [u8],
+    show: impl FnMut(usize, &[u8]) -> Result<(), TrainError>,
+) -> Result<(), TrainError> {
+    ranges(backend, (buffer, 0, bytes), piece, show)
+}
+
+/// The same for the bytes from a place on.
+fn ranges(
+    backend: &mut dyn Backend,
+    (buffer, from, bytes): (BufferId, usize, usize),
+    piece: &mut [u8],
     mut show: impl FnMut(usize, &[u8]) -> Result<(), TrainError>,
 ) -> Result<(), TrainError> {
-    for at in (0..bytes).step_by(PIECE) {
-        let piece = &mut piece[..PIECE.min(bytes - at)];
+    for at in (from..from + bytes).step_by(PIECE) {
+        let piece = &mut piece[..PIECE.min(from + bytes - at)];
         backend.download(buffer, at, piece)?;
         show(at, piece)?;
     }
     Ok(())
+}
+
+/// How far one run of numbers is from another.
+#[derive(Default)]
+struct Distance {
+    apart: f64,
+    mine: f64,
+    theirs: f64,
+}
+
+impl Distance {
+    fn add(&mut self, mine: &[u8], theirs: &[u8]) {
+        let number =
+            |four: &[u8]| f64::from(f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
+        for (mine, theirs) in mine.chunks_exact(4).zip(theirs.chunks_exact(4)) {
+            let (mine, theirs) = (number(mine), number(theirs));
+            self.apart += (mine - theirs).powi(2);
+            self.mine += mine * mine;
+            self.theirs += theirs * theirs;
+        }
+    }
+
+    /// The norm of the difference over the norm of the larger, so that it does not matter whose
+    /// word is asked; nothing where both are zero, as for an expert that no row went to.
+    fn relative(&self) -> f64 {
+        let norm = self.mine.max(self.theirs);
+        if norm == 0.0 { 0.0 } else { (self.apart / norm).sqrt() }
+    }
 }
 
 /// Fills a buffer from the exchange; `show` sees every piece.

@@ -2,6 +2,7 @@
 //!
 //! Decides nothing about when. Read next: `trainer.rs`.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
@@ -22,6 +23,9 @@ use crate::step::{TrainingState, tensor_refs};
 
 /// The names of the optimiser's state in snapshots: those of PyTorch.
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
+
+/// The key under which `state.json` names the classes of devices that took part.
+const CLASSES: &str = "classes";
 
 /// Everything of a snapshot that does not change during a run.
 pub(crate) struct SnapshotFrame {
@@ -65,6 +69,8 @@ pub(crate) struct Saving<'a> {
     pub moments: [&'a [f32]; 2],
     /// Of the device the state comes from.
     pub numeric_class: &'a str,
+    /// Of all devices that took part so far.
+    pub classes: &'a BTreeSet<String>,
     pub step: u64,
 }
 
@@ -115,7 +121,7 @@ impl Saving<'_> {
             position: self.step * samples(self.config),
             backend: self.numeric_class.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            extra: json!({ "arithmetic": arithmetic(self.config) }),
+            extra: json!({ "arithmetic": arithmetic(self.config), (CLASSES): self.classes }),
         };
         let files: Vec<ExtraFile<'_>> =
             frame.files.iter().map(|(name, bytes)| ExtraFile { name, bytes }).collect();
@@ -124,6 +130,14 @@ impl Saving<'_> {
             Contents { state: &state, model: &model, optimizer: &optimizer, files: &files };
         Ok(self.writer.write(&contents)?)
     }
+}
+
+/// The classes of devices that took part in a run up to a snapshot.
+pub(crate) fn classes_of(state: &State) -> Vec<String> {
+    let listed = state.extra[CLASSES].as_array().into_iter().flatten();
+    let listed = listed.filter_map(|class| class.as_str().map(str::to_owned));
+    let all: BTreeSet<String> = listed.chain([state.backend.clone()]).collect();
+    all.into_iter().collect()
 }
 
 /// Sequences of one step.

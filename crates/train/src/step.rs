@@ -6,7 +6,6 @@
 
 use std::time::Duration;
 
-use pontoon_fleet::protocol::Rates;
 use pontoon_fleet::snapshot::{ElementType, TensorRef};
 use pontoon_fleet::world::Clock;
 use pontoon_models::{BatchShape, HostWeights, Model};
@@ -19,7 +18,7 @@ use crate::config::{RunConfig, TrainSection};
 use crate::data::Batch;
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
-use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, changed, download};
+use crate::optimizer::{Applied, FIRST, GRADIENT, Optimizer, SECOND, changed, download};
 
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
@@ -54,8 +53,8 @@ pub struct TrainingState {
     model_flops: f64,
     /// The word sums of the gradient buffers as they were written, if they are checked.
     sums: Option<Vec<u32>>,
-    /// What was found wrong and computed again, for whoever tells of it.
-    pub(crate) found: Vec<String>,
+    /// What was found wrong and computed again.
+    found: Vec<String>,
 }
 
 /// Whether products and tensors in memory are checked.
@@ -153,6 +152,12 @@ impl TrainingState {
         self.sums = on.then(|| vec![0; self.leaves.len()]);
     }
 
+    /// What checks found wrong in the steps so far, for whoever tells of it; the steps computed it
+    /// again.
+    pub fn take_findings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.found)
+    }
+
     /// The time of every operation of one micro-batch, launched one by one, in list order.
     pub fn profile(
         &mut self,
@@ -205,7 +210,8 @@ impl TrainingState {
         let loss = finite("the loss", loss)?;
         let norm = self.optimizer.gradient_norm(backend)?;
         let gradient_norm = finite("the gradient's norm", norm)?;
-        let Rates { lr, imbalance } = self.apply(backend, step, gradient_norm)?;
+        let sum = self.gradient_sum();
+        let Applied { lr, imbalance } = self.optimizer.apply(backend, step, gradient_norm, sum)?;
         Ok(StepResult { loss, gradient_norm, lr, imbalance })
     }
 
@@ -352,14 +358,15 @@ impl TrainingState {
         self.optimizer.gradient_norm(backend)
     }
 
-    /// Applies the sum.
+    /// Applies the sum; returns the learning rate.
     pub(crate) fn apply(
         &mut self,
         backend: &mut dyn Backend,
         step: u64,
         norm: f64,
-    ) -> Result<Rates, TrainError> {
-        self.optimizer.apply(backend, step, norm, self.gradient_sum())
+    ) -> Result<f64, TrainError> {
+        let sum = self.gradient_sum();
+        Ok(self.optimizer.apply(backend, step, norm, sum)?.lr)
     }
 
     /// The buffers of the state that outlives a step, in the order in which it is copied, and

@@ -10,14 +10,16 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
-use pontoon_fleet::control::{Answer, Request};
+use pontoon_fleet::control::{Answer, Asked, Request};
 use pontoon_fleet::exchange::{Exchange, Layout};
+use pontoon_fleet::inbox::Inbox;
 use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
 use pontoon_fleet::snapshot::{SnapshotWriter, place};
 use pontoon_fleet::supervisor::{
-    Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Validation,
+    Ending, Input, MoveOutcome, NonFinite, Output, Settings, StepDone, Supervisor, Tolerance,
+    Validation,
 };
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::{HostWeights, Model};
@@ -37,13 +39,20 @@ use crate::trainer::{
     write_settings,
 };
 
-/// How often silence is looked for.
-const TICK: Duration = Duration::from_millis(10);
+/// What a supervisor is told of devices, none of which it opens.
+pub struct Devices<'a> {
+    /// That of each worker.
+    pub names: &'a [String],
+    /// How far those of different numeric classes may be apart on this model.
+    pub tolerance: Tolerance,
+    /// The devices of workers on other ones: the names as people type them, each for one worker.
+    pub deal: &'a dyn Fn(&[String]) -> Result<Vec<String>, String>,
+}
 
-/// Trains on workers, one for each of `devices`.
+/// Trains on workers, one for each device.
 pub fn supervise(
     run: &Run<'_>,
-    devices: &[String],
+    devices: &Devices<'_>,
     launcher: &mut dyn Launcher,
     observer: &mut dyn Observer,
 ) -> Result<Summary, TrainError> {
@@ -69,6 +78,7 @@ pub fn supervise(
         exchange: &exchange,
         writer: &writer,
         disk: run.disk,
+        classes: Mutex::new(BTreeSet::new()),
         newest: Mutex::new(None),
     };
     let (inputs, arrived) = mpsc::channel();
@@ -82,8 +92,10 @@ pub fn supervise(
         observer,
         requests,
         inputs,
-        links: devices.iter().map(|_| None).collect(),
+        links: Vec::new(),
         devices,
+        moving: None,
+        stop_told: false,
         metrics: JsonLines::open(run.disk, &folder.metrics())?,
         events: EventLog::open(run.disk, run.clock, &folder.events())?,
         board: board(run)?,
@@ -109,12 +121,11 @@ fn drive(
     arrived: &mpsc::Receiver<Input>,
 ) -> Result<Ending, TrainError> {
     let (run, saver) = (driver.run, driver.saver);
+    let mut inbox = Inbox::new(arrived, run.clock);
     std::thread::scope(|scope| {
         let mut input = Input::Start;
         loop {
-            if let Input::Report { report: Report::Injected { fault, .. }, .. } = &input {
-                driver.injected.insert(*fault);
-            }
+            driver.overhear(&input);
             let now = run.clock.now().duration_since(driver.begun);
             let outputs = supervisor.handle(now, input);
             driver.memory_bytes = supervisor.memory_bytes();
@@ -128,8 +139,10 @@ fn drive(
                     output => driver.obey(output)?,
                 }
             }
-            let silence = if driver.stop(supervisor) { Input::Stop } else { Input::Tick };
-            input = arrived.recv_timeout(TICK).unwrap_or(silence);
+            input = match driver.asked(supervisor) {
+                Some(input) => input,
+                None => inbox.next_input(),
+            };
         }
     })
 }
@@ -138,9 +151,10 @@ fn board(run: &Run<'_>) -> Result<TensorBoard, TrainError> {
     TensorBoard::create(run.disk, &run.dir, run.clock.unix_time().as_secs_f64())
 }
 
-fn settings(run: &Run<'_>, config: &RunConfig, devices: &[String]) -> Settings {
+fn settings(run: &Run<'_>, config: &RunConfig, devices: &Devices<'_>) -> Settings {
     Settings {
-        devices: devices.to_vec(),
+        devices: devices.names.to_vec(),
+        tolerance: devices.tolerance,
         leaves: config.train.micro_batches as u32,
         steps: config.train.steps,
         seed: config.train.seed,
@@ -171,6 +185,8 @@ struct Saver<'a> {
     exchange: &'a Exchange,
     writer: &'a SnapshotWriter<'a>,
     disk: &'a dyn Disk,
+    /// The classes of devices that took part.
+    classes: Mutex<BTreeSet<String>>,
     /// The newest snapshot's step and the hash of its weights.
     newest: Mutex<Option<(u64, String)>>,
 }
@@ -207,6 +223,7 @@ impl Saver<'_> {
             let text = "the state changed on its way to the snapshot; it was not written";
             return Err(TrainError::Supervised(text.to_owned()));
         }
+        let classes = self.classes.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let written = Saving {
             writer: self.writer,
             frame: &self.frame,
@@ -215,6 +232,7 @@ impl Saver<'_> {
             weights: &weights,
             moments: [&first, &second],
             numeric_class,
+            classes: &classes,
             step,
         }
         .write_checked(self.disk)?;
@@ -244,7 +262,11 @@ struct Driver<'a> {
     requests: Requests,
     inputs: Sender<Input>,
     links: Vec<Option<Box<dyn Link>>>,
-    devices: &'a [String],
+    devices: &'a Devices<'a>,
+    /// Who asked for the move that is under way.
+    moving: Option<Asked>,
+    /// Whether the supervisor knows that the run is to stop.
+    stop_told: bool,
     metrics: JsonLines<'a>,
     events: EventLog<'a>,
     board: TensorBoard,
@@ -259,16 +281,80 @@ struct Driver<'a> {
 }
 
 impl Driver<'_> {
-    /// Answers what was asked; whether the run is to stop.
-    fn stop(&mut self, supervisor: &Supervisor) -> bool {
-        while let Some(asked) = self.requests.next() {
-            let answer = match &asked.request {
-                Request::Move { .. } => Answer::refused("a live run cannot be moved yet"),
-                Request::Stop | Request::Status => self.status(supervisor),
-            };
-            asked.answer(answer);
+    /// Notes what outlives the worker that says it.
+    fn overhear(&mut self, input: &Input) {
+        let Input::Report { report, .. } = input else { return };
+        let mut classes = self.saver.classes.lock().unwrap_or_else(PoisonError::into_inner);
+        match report {
+            Report::Injected { fault, .. } => drop(self.injected.insert(*fault)),
+            Report::Ready { device, .. } => classes.extend(device.classes.iter().cloned()),
+            _ => {}
         }
-        self.requests.stop() || self.run.stop.load(Ordering::Relaxed)
+    }
+
+    /// Answers what can be answered at once; returns what the supervisor must hear of.
+    fn asked(&mut self, supervisor: &Supervisor) -> Option<Input> {
+        while let Some(asked) = self.requests.next() {
+            let Request::Move { to } = &asked.request else {
+                asked.answer(self.status(supervisor));
+                continue;
+            };
+            if self.moving.is_some() {
+                asked.answer(Answer::refused("another move is under way"));
+                continue;
+            }
+            match (self.devices.deal)(to) {
+                Err(text) => asked.answer(Answer::refused(text)),
+                Ok(devices) => {
+                    self.moving = Some(asked);
+                    return Some(Input::Move { devices });
+                }
+            }
+        }
+        let stop = self.requests.stop() || self.run.stop.load(Ordering::Relaxed);
+        let news = stop && !std::mem::replace(&mut self.stop_told, stop);
+        news.then_some(Input::Stop)
+    }
+
+    /// A move is over: keeps its certificate, and tells who asked.
+    fn moved(&mut self, outcome: MoveOutcome) {
+        let certificate = outcome.certificate.map(|of| (of.step, json!(of)));
+        let asked = self.moving.take();
+        let mut text = outcome.text;
+        if let (true, Some((step, certificate))) = (outcome.moved, &certificate) {
+            let to = match asked.as_ref().map(|asked| &asked.request) {
+                Some(Request::Move { to }) => to.clone(),
+                _ => outcome.devices,
+            };
+            // The run is there, whatever its folder can hold.
+            if let Err(error) = self.keep(*step, certificate, to) {
+                text += &format!("; but {error}");
+                self.observer.note(&error.to_string());
+            }
+        }
+        let Some(asked) = asked else { return };
+        let answer = if outcome.moved { Answer::done(text) } else { Answer::refused(text) };
+        asked.answer(match certificate {
+            Some((_, certificate)) => answer.with("certificate", certificate),
+            None => answer,
+        });
+    }
+
+    /// Writes the certificate down, and the settings with which the run is to be resumed.
+    fn keep(&self, step: u64, certificate: &Value, to: Vec<String>) -> Result<(), TrainError> {
+        let folder = self.run.dir.join("certificates");
+        let path = folder.join(format!("move-{step:08}.json"));
+        let write = || -> std::io::Result<()> {
+            self.run.disk.create_dir_all(&folder)?;
+            let mut file = self.run.disk.create_file(&path)?;
+            file.write_all(format!("{certificate:#}\n").as_bytes())?;
+            file.sync()
+        };
+        write().map_err(|source| TrainError::WriteFile { path: path.clone(), source })?;
+        let mut config = self.config.clone();
+        config.fleet.workers = Some(to.len());
+        config.fleet.devices = to;
+        write_settings(self.run, &config)
     }
 
     fn status(&self, supervisor: &Supervisor) -> Answer {
@@ -284,8 +370,10 @@ impl Driver<'_> {
 
     fn obey(&mut self, output: Output) -> Result<(), TrainError> {
         match output {
-            Output::Launch { worker, incarnation, step } => {
-                let device = self.devices[worker].clone();
+            Output::Launch { worker, incarnation, device, step } => {
+                if self.links.len() <= worker {
+                    self.links.resize_with(worker + 1, || None);
+                }
                 let exchange = self.saver.exchange.descriptor();
                 let injected = self.injected.clone();
                 let what = Launching { worker, incarnation, device, step, exchange, injected };
@@ -310,6 +398,7 @@ impl Driver<'_> {
             }
             Output::Event(event) => self.event(&event)?,
             Output::Step(step) => self.step(&step)?,
+            Output::Moved(outcome) => self.moved(*outcome),
             Output::Save { .. } | Output::End(_) => unreachable!("the loop takes these"),
         }
         Ok(())
@@ -353,15 +442,20 @@ impl Driver<'_> {
             tokens: step.step * tokens,
             loss: step.losses.iter().sum::<f64>() / valid.max(1) as f64,
             grad_norm: step.norm,
-            lr: step.rates.lr,
+            lr: step.lr,
             tokens_per_s: tokens as f64 / seconds.max(1e-9),
             step_ms: seconds * 1e3,
             mfu: self.run.peak_flops.map(|peak| self.flops / seconds.max(1e-9) / peak),
             goodput: step.goodput,
             workers: step.workers,
-            imbalance: step.rates.imbalance,
+            classes: step.classes.clone(),
+            class_error: step.apart,
+            imbalance: None,
             valid_loss: step.valid_loss,
         };
+        let mut classes = self.saver.classes.lock().unwrap_or_else(PoisonError::into_inner);
+        classes.extend(step.classes.keys().cloned());
+        drop(classes);
         self.done.step = step.step;
         self.done.loss = Some(metrics.loss);
         self.done.valid_loss = step.valid_loss.or(self.done.valid_loss);
@@ -375,7 +469,6 @@ impl Driver<'_> {
             ("speed/tokens_per_s", metrics.tokens_per_s),
             ("speed/goodput", metrics.goodput),
         ];
-        scalars.extend(metrics.imbalance.map(|share| ("train/imbalance", share)));
         scalars.extend(metrics.valid_loss.map(|loss| ("valid/loss", loss)));
         let unix = self.run.clock.unix_time().as_secs_f64();
         self.board.scalars(unix, metrics.step, &scalars)?;
@@ -402,6 +495,7 @@ impl Driver<'_> {
         };
         let lost: BTreeMap<String, f64> =
             of.lost().into_iter().map(|(cause, seconds)| (cause.to_owned(), seconds)).collect();
+        let (useful_s, wall_s) = of.useful();
         Ok(Summary {
             steps: self.done.step,
             loss: self.done.loss,
@@ -409,6 +503,8 @@ impl Driver<'_> {
             weights_blake3: hash,
             tokens_per_s: self.done.tokens as f64 / self.done.seconds.max(1e-9),
             goodput: of.goodput(),
+            useful_s,
+            wall_s,
             faults: of.faults(),
             dir: self.run.dir.clone(),
             finished: ending == Ending::Finished,

@@ -4,7 +4,7 @@
 //! [`Observer`]. One device, one process; a fleet is in `supervised.rs`. Read next: `step.rs`,
 //! `run_files.rs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -22,7 +22,9 @@ use crate::config::{NonFiniteName, RunConfig};
 use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
 use crate::requests::Requests;
-use crate::run_files::{Saving, SnapshotFrame, newest, restore_moments, restore_weights, samples};
+use crate::run_files::{
+    Saving, SnapshotFrame, classes_of, newest, restore_moments, restore_weights, samples,
+};
 use crate::step::{StepResult, TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
 
@@ -87,7 +89,7 @@ pub struct Beginning {
 }
 
 /// One line of `metrics.jsonl`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Metrics {
     /// The step, from 1.
     pub step: u64,
@@ -110,6 +112,13 @@ pub struct Metrics {
     pub goodput: f64,
     /// Workers that computed it.
     pub workers: u32,
+    /// Micro-batches by the numeric class of the device that computed them, under a supervisor.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub classes: BTreeMap<String, u32>,
+    /// The largest relative error between two classes of a tensor's gradient, where one was
+    /// audited by the other.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_error: Option<f64>,
     /// By what share of the mean load the busiest expert is above it, where the model balances.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub imbalance: Option<f64>,
@@ -133,6 +142,10 @@ pub struct Summary {
     pub tokens_per_s: f64,
     /// Useful step time over wall time.
     pub goodput: f64,
+    /// Both, in seconds; the difference is what `lost_s` adds up to under a supervisor.
+    pub useful_s: f64,
+    /// All of the time.
+    pub wall_s: f64,
     /// Faults survived.
     pub faults: u64,
     /// The run folder.
@@ -193,6 +206,7 @@ pub fn train(
         restore_moments(snapshot, &model, &mut state, backend)?;
     }
     let step = snapshot.as_ref().map_or(0, |snapshot| snapshot.state.step);
+    let written = snapshot.as_ref().map(|of| (of.state.backend.clone(), classes_of(&of.state)));
     drop(snapshot);
     write_settings(run, &config)?;
     let mut metrics = JsonLines::open(run.disk, &folder.metrics())?;
@@ -215,9 +229,13 @@ pub fn train(
         saved: None,
         skips: 0,
         faults: 0,
+        classes: BTreeSet::from([backend.info().numeric_class.clone()]),
         last: Last::default(),
     };
     session.begin(backend)?;
+    if let Some((class, classes)) = written {
+        session.goes_on(&class, classes)?;
+    }
     let result = session.go(backend);
     session.requests.ended(&result);
     result
@@ -333,6 +351,8 @@ struct Session<'a> {
     skips: u32,
     /// Wrong results found by checks.
     faults: u64,
+    /// Of the devices that took part.
+    classes: BTreeSet<String>,
     last: Last,
 }
 
@@ -352,6 +372,18 @@ impl Session<'_> {
             data_tokens: self.data.train.tokens() as u64,
             memory_bytes: backend.memory_used(),
         });
+        Ok(())
+    }
+
+    /// Notes the devices of the run's earlier lives, and a change of their class.
+    fn goes_on(&mut self, written_by: &str, classes: Vec<String>) -> Result<(), TrainError> {
+        if let Some(now) = self.classes.first().filter(|class| *class != written_by).cloned() {
+            let cause = Some(format!("the snapshot was written by {written_by}"));
+            let action = Some(format!("{now} applies the steps from here on"));
+            let event = Event::new(self.step, EventKind::TookOver);
+            self.tell(Event { cause, action, ..event })?;
+        }
+        self.classes.extend(classes);
         Ok(())
     }
 
@@ -389,6 +421,8 @@ impl Session<'_> {
             weights_blake3: hash,
             tokens_per_s: self.last.tokens as f64 / useful.max(1e-9),
             goodput: useful / wall.as_secs_f64().max(1e-9),
+            useful_s: useful,
+            wall_s: wall.as_secs_f64(),
             faults: self.faults,
             dir: self.run.dir.clone(),
             finished,
@@ -450,7 +484,7 @@ impl Session<'_> {
                 result?
             }
         };
-        for cause in std::mem::take(&mut self.state.found) {
+        for cause in self.state.take_findings() {
             let action = Some("computed again".to_owned());
             let event = Event::new(step, EventKind::Corrupt);
             self.tell(Event { cause: Some(cause), action, ..event })?;
@@ -481,6 +515,8 @@ impl Session<'_> {
             mfu: self.run.peak_flops.map(|peak| flops / taken.as_secs_f64().max(1e-9) / peak),
             goodput: self.last.useful.as_secs_f64() / wall.max(1e-9),
             workers: 1,
+            classes: BTreeMap::new(),
+            class_error: None,
             imbalance: result.imbalance,
             valid_loss,
         };
@@ -537,6 +573,7 @@ impl Session<'_> {
             weights: &weights,
             moments: [&moments[0].1, &moments[1].1],
             numeric_class: &backend.info().numeric_class,
+            classes: &self.classes,
             step: self.step,
         }
         .write()?;

@@ -238,10 +238,11 @@ pub fn element_bytes(dtype: i32) -> Done<usize> {
 /// Combines everyone's elements in the order of ranks; 16-bit floats in f32, rounded once.
 fn reduce(all: &[Arc<Vec<u8>>], kind: Kind) -> Done<Vec<u8>> {
     macro_rules! fold {
-        ($type:ty, $wide:ty, $up:expr, $down:expr) => {{
+        ($type:ty, $wide:ty, $raw:ident => $up:expr, $sum:ident => $down:expr) => {{
             let size = size_of::<$type>();
             let read = |part: &[u8], at: usize| -> $wide {
-                $up(bytemuck::pod_read_unaligned::<$type>(&part[at * size..][..size]))
+                let $raw = bytemuck::pod_read_unaligned::<$type>(&part[at * size..][..size]);
+                $up
             };
             let mut out = Vec::with_capacity(all[0].len());
             for at in 0..all[0].len() / size {
@@ -267,19 +268,20 @@ fn reduce(all: &[Arc<Vec<u8>>], kind: Kind) -> Done<Vec<u8>> {
                         }
                     };
                 }
-                out.extend_from_slice(bytemuck::bytes_of(&$down(value)));
+                let $sum = value;
+                out.extend_from_slice(bytemuck::bytes_of(&$down));
             }
             Ok(out)
         }};
     }
     use std::num::Wrapping;
     match kind.dtype {
-        4 => fold!(f32, f32, |v| v, |v: f32| v),
-        3 => fold!(f16, f32, f16::to_f32, f16::from_f32),
-        11 => fold!(bf16, f32, bf16::to_f32, bf16::from_f32),
-        2 => fold!(i32, Wrapping<i32>, Wrapping, |v: Wrapping<i32>| v.0),
-        5 => fold!(i64, Wrapping<i64>, Wrapping, |v: Wrapping<i64>| v.0),
-        0 => fold!(i8, Wrapping<i8>, Wrapping, |v: Wrapping<i8>| v.0),
+        4 => fold!(f32, f32, v => v, v => v),
+        3 => fold!(f16, f32, v => v.to_f32(), v => f16::from_f32(v)),
+        11 => fold!(bf16, f32, v => v.to_f32(), v => bf16::from_f32(v)),
+        2 => fold!(i32, Wrapping<i32>, v => Wrapping(v), v => v.0),
+        5 => fold!(i64, Wrapping<i64>, v => Wrapping(v), v => v.0),
+        0 => fold!(i8, Wrapping<i8>, v => Wrapping(v), v => v.0),
         other => {
             let text = format!("data type {other} is not reduced");
             Err(Failure::new(code::HCCL_UNSUPPORTED, text))

@@ -72,7 +72,7 @@ pub enum Kind {
     NanGradient,
     /// Results in 16 bits are cut instead of rounded.
     WrongRounding,
-    /// The last elements of a row that are no whole tile are left out.
+    /// The last elements of what is no whole tile are left out.
     DroppedTail,
     /// Causal attention sees one key behind a row's own.
     CausalEdge,
@@ -80,7 +80,8 @@ pub enum Kind {
     StaleWorkspace,
     /// Sums differ from run to run.
     Nondeterministic,
-    /// The two halves of a rotated head change places.
+    /// The two halves of a rotated head change places: in RotaryPositionEmbedding, and where heads
+    /// are rotated by products and their difference.
     SwappedRope,
     /// Sums are rounded to bf16 on their way.
     Bf16Accumulation,
@@ -274,7 +275,11 @@ impl Faults {
     pub fn arm(&self, fault: &Fault) {
         let times = fault.times.unwrap_or_else(|| fault.kind.times());
         let left = (times > 0).then_some(times);
-        let armed = Armed { fault: fault.clone(), passed: 0, left };
+        let mut fault = fault.clone();
+        if fault.kind == Kind::SymbolMissing {
+            fault.op = fault.name.take();
+        }
+        let armed = Armed { fault, passed: 0, left };
         self.armed.lock().unwrap_or_else(PoisonError::into_inner).push(armed);
     }
 

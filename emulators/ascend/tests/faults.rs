@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{BF16, F32, I64, Rig, at, bf16, call, good, integers, recent, scalar, tensor};
+use common::{BF16, F32, I64, Rig, at, bf16, call, good, integers, recent, tensor};
 use pontoon_emu_ascend::fault::{Fault, Kind};
 use pontoon_emu_ascend::inject;
 
@@ -235,7 +235,7 @@ fn planted_defects_change_products_as_their_names_say() {
     let rig = Rig::open(1);
     assert_eq!(product(&rig, (2, 300), 1.0), [300.0; 8]);
     arm(r#"{"kind": "dropped_tail", "device": 1}"#);
-    assert_eq!(product(&rig, (2, 300), 1.0), [288.0; 8]);
+    assert_eq!(product(&rig, (2, 300), 1.0), [292.0; 8]);
     good("pontoonEmuClear", &[1]);
     arm(r#"{"kind": "bf16_accumulation", "device": 1}"#);
     assert_ne!(product(&rig, (2, 515), 1.0), [515.0; 8]);
@@ -299,7 +299,8 @@ fn planted_defects_of_rounding_ties_and_rotation_show() {
 fn operators_that_add_as_results_come_differ_unless_deterministic_mode_is_on() {
     let rig = Rig::open(1);
     let rows = 64_usize;
-    let values: Vec<f32> = (0..rows).map(|i| 0.1 + i as f32 * 1e-3).collect();
+    let values: Vec<f32> =
+        (0..rows).map(|i| (i as f32).sin() * 10_f32.powi(i as i32 % 5)).collect();
     let grad = tensor(rig.put(&values), F32, &[rows as i64, 1]);
     let index = tensor(rig.put(&vec![0_i64; rows]), I64, &[rows as i64]);
     let memory = rig.memory(4);
@@ -317,6 +318,5 @@ fn operators_that_add_as_results_come_differ_unless_deterministic_mode_is_on() {
     let y = tensor(memory, F32, &[1, 1]);
     rig.done("aclnnReduceSum", &[grad, dims, 1, F32, y]);
     let total: f32 = values.iter().sum();
-    assert!((rig.get::<f32>(memory, 1)[0] - total).abs() < 1e-4);
-    let _ = scalar(1.0);
+    assert!((rig.get::<f32>(memory, 1)[0] - total).abs() < 0.1);
 }

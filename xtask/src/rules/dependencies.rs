@@ -24,7 +24,7 @@ const DIRECTIONS: [(&str, &[&str]); 11] = [
     ("crates/serve", &["crates/models", "crates/program", "crates/fleet", "crates/ops"]),
     ("crates/sim", &["crates/fleet", "crates/ops"]),
     ("backends/*", &["crates/ops"]),
-    ("emulators/*", &[]),
+    ("emulators/*", &["backends/cpu"]),
     // For the table of symbols that `ascend-abi` compares with headers.
     ("xtask", &["backends/ascend"]),
 ];

@@ -43,13 +43,26 @@ impl Library {
         Library { source: Source::Linked(lookup), found: Mutex::default() }
     }
 
-    /// Opens CANN's libraries: by name (the loader's path), else in the toolkit's folder.
+    /// Opens CANN's libraries: by name (the loader's path), else where the environment says that
+    /// the toolkit is installed.
     pub fn open() -> Result<Library, DeviceError> {
+        let homes: Vec<PathBuf> =
+            HOMES.iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
+        Library::open_from(&homes)
+    }
+
+    /// The same with the toolkit's folders given.
+    pub fn open_from(homes: &[PathBuf]) -> Result<Library, DeviceError> {
+        let folders: Vec<PathBuf> = homes.iter().map(|home| home.join("lib64")).collect();
+        let open_one = |name: &str| {
+            let places = folders.iter().map(|folder| folder.join(name));
+            std::iter::once(PathBuf::from(name)).chain(places).find_map(|path| open_path(&path))
+        };
         let mut libraries = Vec::new();
         for (name, what) in NEEDED {
             libraries.push(open_one(name).ok_or_else(|| missing(name, what))?);
         }
-        libraries.extend(parts().into_iter().filter_map(|path| open_path(&path)));
+        libraries.extend(parts(&folders).into_iter().filter_map(|path| open_path(&path)));
         libraries.extend(ADDED.iter().filter_map(|name| open_one(name)));
         Ok(Library { source: Source::Opened(libraries), found: Mutex::default() })
     }
@@ -102,13 +115,6 @@ fn missing(name: &str, what: &str) -> DeviceError {
     DeviceError::new(DeviceErrorKind::Unsupported, text)
 }
 
-fn open_one(name: &str) -> Option<libloading::Library> {
-    let in_home =
-        |home: &str| Some(PathBuf::from(std::env::var_os(home)?).join("lib64").join(name));
-    let places = HOMES.iter().filter_map(|home| in_home(home));
-    std::iter::once(PathBuf::from(name)).chain(places).find_map(|path| open_path(&path))
-}
-
 fn open_path(path: &std::path::Path) -> Option<libloading::Library> {
     // SAFETY: the vendor's libraries run initialisers of their own; the user has installed them
     // and asked for this device, and nothing else opens them.
@@ -116,10 +122,9 @@ fn open_path(path: &std::path::Path) -> Option<libloading::Library> {
 }
 
 /// Every part of the operator library that newer toolkits split it into.
-fn parts() -> Vec<PathBuf> {
-    let folders =
-        HOMES.iter().filter_map(std::env::var_os).map(|home| PathBuf::from(home).join("lib64"));
+fn parts(folders: &[PathBuf]) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = folders
+        .iter()
         .filter_map(|folder| std::fs::read_dir(folder).ok())
         .flat_map(|entries| entries.flatten())
         .map(|entry| entry.path())

@@ -217,8 +217,8 @@ impl Operators {
                     self.workspace = None;
                     session.free(address)?;
                 }
-                // Twice what is wanted, so that growing shapes do not wait at every step.
-                let bytes = wanted.saturating_mul(2).next_multiple_of(ALIGNMENT);
+                // More than is wanted, so that growing shapes do not wait at every step.
+                let bytes = wanted.saturating_add(wanted / 4).next_multiple_of(ALIGNMENT);
                 let address = session.malloc(bytes)?;
                 self.workspace = Some((address, bytes));
                 Ok(address)

@@ -3,9 +3,9 @@
 //!
 //! Every wait has a limit. It decides nothing about failures. Read next: `operators.rs`.
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::Arc;
-use std::thread::ThreadId;
 use std::time::Duration;
 
 use pontoon_ops::{DeviceError, DeviceErrorKind};
@@ -30,6 +30,11 @@ const MEMORY_FAULTS_MAX: usize = 128;
 const ERROR_INFO_WORDS: usize = 512;
 /// How long a device may take to give its tasks back.
 const ABORT_WAIT_MS: u32 = 10_000;
+
+thread_local! {
+    /// The context this thread works in, 0 for none: sessions share threads.
+    static CURRENT: Cell<usize> = const { Cell::new(0) };
+}
 
 /// Which way a copy goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +80,6 @@ pub struct Session {
     device: i32,
     context: *mut c_void,
     stream: *mut c_void,
-    thread: Option<ThreadId>,
     /// The level of determinism that could be switched on; 0 for none.
     pub determinism: i64,
 }
@@ -105,15 +109,8 @@ impl Session {
         // SAFETY: the library's symbols have the table's prototypes: see `Library::search`.
         let functions = unsafe { Functions::find(&|name| library.find(name)) };
         let null = std::ptr::null_mut();
-        let mut session = Session {
-            library,
-            functions,
-            device,
-            context: null,
-            stream: null,
-            thread: None,
-            determinism: 0,
-        };
+        let mut session =
+            Session { library, functions, device, context: null, stream: null, determinism: 0 };
         session.initialise()?;
         let count = session.device_count()?;
         if device < 0 || device as u32 >= count {
@@ -147,9 +144,8 @@ impl Session {
         // SAFETY: as in `open`.
         let functions = unsafe { Functions::find(&|name| library.find(name)) };
         let null = std::ptr::null_mut();
-        let (context, stream, thread) = (null, null, None);
-        let session =
-            Session { library, functions, device: 0, context, stream, thread, determinism: 0 };
+        let (context, stream) = (null, null);
+        let session = Session { library, functions, device: 0, context, stream, determinism: 0 };
         session.initialise()?;
         session.device_count()
     }
@@ -160,14 +156,14 @@ impl Session {
         Ok(count)
     }
 
-    /// Makes the context the calling thread's own, where the thread is another than last time.
+    /// Makes the context the calling thread's own, where it is another's.
     pub fn enter(&mut self) -> Result<(), DeviceError> {
-        let thread = std::thread::current().id();
-        if self.thread == Some(thread) {
+        let own = self.context as usize;
+        if CURRENT.get() == own {
             return Ok(());
         }
         call!(self, aclrtSetCurrentContext(self.context))?;
-        self.thread = Some(thread);
+        CURRENT.set(own);
         Ok(())
     }
 
@@ -350,6 +346,7 @@ impl Session {
         }
         if !self.context.is_null() {
             let _ = call!(self, aclrtDestroyContext(self.context));
+            CURRENT.set(0);
         }
         (self.stream, self.context) = (std::ptr::null_mut(), std::ptr::null_mut());
     }

@@ -85,14 +85,6 @@ struct Call {
     scale: f32,
 }
 
-fn mask(core: &mut Core) -> Result<Tensor, DeviceError> {
-    let dims = [MASK_EXTENT, MASK_EXTENT];
-    let content: Vec<u8> = (0..MASK_EXTENT * MASK_EXTENT)
-        .map(|at| u8::from(at % MASK_EXTENT > at / MASK_EXTENT))
-        .collect();
-    core.constant(Kind::Bool, &dims, &content)
-}
-
 /// Heads made wider by zeros, which change no score.
 fn padded(core: &mut Core, heads: Tensor, width: usize) -> Result<Tensor, DeviceError> {
     if heads.dim(2) >= width {
@@ -143,7 +135,7 @@ impl Call {
         let newer = operator == versions[0];
         let width = self.v.dim(2);
         let (q, k) = (padded(core, self.q, width)?, padded(core, self.k, width)?);
-        let mask = mask(core)?;
+        let mask = core.causal_mask(MASK_EXTENT)?;
         let dims = [q.dim(0), q.dim(1), COPIES];
         let (peak, sum) = (core.scratch(Kind::F32, &dims)?, core.scratch(Kind::F32, &dims)?);
         let target = core.target(out)?;
@@ -171,7 +163,7 @@ impl Call {
         let newer = operator == versions[0];
         let width = self.v.dim(2);
         let (q, k) = (padded(core, self.q, width)?, padded(core, self.k, width)?);
-        let mask = mask(core)?;
+        let mask = core.causal_mask(MASK_EXTENT)?;
         let dims = [q.dim(0), q.dim(1), COPIES];
         // exp(score - lse) / 1 is the probability, so the log-sum stands for the maximum.
         let (peak, sum) = (core.scratch(Kind::F32, &dims)?, core.scratch(Kind::F32, &dims)?);

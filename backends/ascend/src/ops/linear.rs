@@ -2,7 +2,7 @@
 //!
 //! Results that are added to, or get a bias, pass through f32, so that they are rounded once.
 
-use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, Extents, Layout};
+use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, Extents, Layout, View};
 
 use crate::core::{Core, Done};
 use crate::ffi::operators::Argument;
@@ -64,39 +64,81 @@ fn e4m3(byte: u8) -> f32 {
     if byte & 0x80 == 0 { size } else { -size }
 }
 
+/// A weight stored in few bits, with what its values are read by.
+pub(super) struct Quantised {
+    /// Where its first byte lies.
+    start: usize,
+    row_bytes: usize,
+    columns: usize,
+    /// What a byte stands for, `[256, numbers]`.
+    table: Tensor,
+    scales: Tensor,
+    block_rows: usize,
+    /// Each column's block.
+    blocks: Tensor,
+}
+
+impl Quantised {
+    /// A weight and its scales, one for `block_rows` by `block_columns` of its numbers.
+    pub fn new(
+        core: &mut Core,
+        weight: &View,
+        scales: &View,
+        [block_rows, block_columns]: [usize; 2],
+    ) -> Result<Quantised, DeviceError> {
+        let (rows, columns) = (weight.dim(0), weight.dim(1));
+        let per_byte = if weight.dtype == DType::I4 { 2 } else { 1 };
+        let row_bytes = columns / per_byte;
+        let start = core.buffers.range(weight.buffer, weight.byte_offset, rows * row_bytes)?;
+        let table = core.floats(&[256, per_byte], &byte_table(weight.dtype))?;
+        let blocks: Vec<i32> = (0..columns).map(|at| (at / block_columns) as i32).collect();
+        let blocks = core.integers(&[columns], &blocks)?;
+        let scales = core.tensor(scales)?;
+        Ok(Quantised { start, row_bytes, columns, table, scales, block_rows, blocks })
+    }
+
+    /// Rows that are expanded at a time.
+    pub fn rows_at_once(&self, rows: usize) -> usize {
+        (EXPANDED_MAX / self.columns).clamp(1, rows)
+    }
+
+    /// Some of its rows in f32.
+    pub fn rows(&self, core: &mut Core, first: usize, count: usize) -> Result<Tensor, DeviceError> {
+        let address = self.start + first * self.row_bytes;
+        let bytes = Tensor::contiguous(address, Kind::U8, &[count * self.row_bytes]);
+        let index = core.converted(bytes, Kind::I32)?;
+        let values = core.scratch(Kind::F32, &[count * self.row_bytes, self.table.dim(1)])?;
+        core.select(self.table, 0, index, values)?;
+        let values = values.reshape(&[count, self.columns]);
+        let own: Vec<i32> =
+            (first..first + count).map(|row| (row / self.block_rows) as i32).collect();
+        let own = core.integers(&[count], &own)?;
+        let by_row = core.scratch(Kind::F32, &[count, self.scales.dim(1)])?;
+        core.select(self.scales, 0, own, by_row)?;
+        let factors = core.scratch(Kind::F32, &[count, self.columns])?;
+        core.select(by_row, 1, self.blocks, factors)?;
+        core.mul(values, factors, values)?;
+        Ok(values)
+    }
+}
+
 pub(super) fn matmul_quant(core: &mut Core, op: &ops::MatmulQuant) -> Done {
-    let (x, scales, c) = (core.tensor(&op.x)?, core.tensor(&op.scales)?, core.tensor(&op.c)?);
-    let (n, k) = (op.weight.dim(0), op.weight.dim(1));
-    let per_byte = if op.weight.dtype == DType::I4 { 2 } else { 1 };
-    let row_bytes = k / per_byte;
-    let start = core.buffers.range(op.weight.buffer, op.weight.byte_offset, n * row_bytes)?;
-    let table = byte_table(op.weight.dtype);
-    let table = core.floats(&[256, per_byte], &table)?;
-    let block_of = |count: usize, block: usize| -> Vec<i32> {
-        (0..count).map(|index| (index / block) as i32).collect()
-    };
-    let rows = block_of(n, op.block_n);
-    let columns = core.integers(&[k], &block_of(k, op.block_k))?;
+    let (x, c) = (core.tensor(&op.x)?, core.tensor(&op.c)?);
+    let weight = Quantised::new(core, &op.weight, &op.scales, [op.block_n, op.block_k])?;
     let x = core.wide(x)?;
-    let at_once = (EXPANDED_MAX / k).clamp(1, n);
+    let n = op.weight.dim(0);
+    let at_once = weight.rows_at_once(n);
     for first in (0..n).step_by(at_once) {
         let count = at_once.min(n - first);
         let mark = core.scratch.mark();
-        let address = start + first * row_bytes;
-        let bytes = Tensor::contiguous(address, Kind::U8, &[count * row_bytes]);
-        let index = core.converted(bytes, Kind::I32)?;
-        let values = core.scratch(Kind::F32, &[count * row_bytes, per_byte])?;
-        core.select(table, 0, index, values)?;
-        let values = values.reshape(&[count, k]);
-        let rows = core.integers(&[count], &rows[first..first + count])?;
-        let by_row = core.scratch(Kind::F32, &[count, scales.dim(1)])?;
-        core.select(scales, 0, rows, by_row)?;
-        let factors = core.scratch(Kind::F32, &[count, k])?;
-        core.select(by_row, 1, columns, factors)?;
-        core.mul(values, factors, values)?;
+        let values = weight.rows(core, first, count)?;
         let sum = core.scratch(Kind::F32, &[x.dim(0), count])?;
         core.product(x, values.transpose(0, 1), sum)?;
-        core.copy(c.slice(1, first, count), sum)?;
+        let to = c.slice(1, first, count);
+        match &op.bias {
+            Some(bias) => core.add(sum, core.tensor(bias)?.slice(0, first, count).widen(0), to)?,
+            None => core.copy(to, sum)?,
+        }
         core.scratch.release(mark);
     }
     Ok(())

@@ -6,6 +6,7 @@
 
 use pontoon_ops::{self as ops, Accumulate, DeviceError, IGNORED, View};
 
+use super::linear::Quantised;
 use crate::core::{Core, Done};
 use crate::tensor::{Kind, Tensor};
 
@@ -18,7 +19,9 @@ const GRADIENTS_MAX: usize = 256 << 20;
 /// What all four operations read.
 struct Head {
     x: Tensor,
+    /// One row per token of the vocabulary; of a quantised head only its extents count.
     head: Tensor,
+    quantised: Option<Quantised>,
     targets: Targets,
     temperature: f32,
 }
@@ -54,7 +57,7 @@ impl Head {
             }
         };
         let targets = Targets { index, bad: safe.bad, ignored };
-        Ok(Head { x, head, targets, temperature })
+        Ok(Head { x, head, quantised: None, targets, temperature })
     }
 
     fn rows_at_once(&self) -> usize {
@@ -64,7 +67,7 @@ impl Head {
     /// The statistics of some rows.
     fn rows(&self, core: &mut Core, first: usize, count: usize) -> Result<Rows, DeviceError> {
         let logits = core.scratch(Kind::F32, &[count, self.head.dim(0)])?;
-        core.product(self.x.slice(0, first, count), self.head.transpose(0, 1), logits)?;
+        self.logits(core, self.x.slice(0, first, count), logits)?;
         if self.temperature != 1.0 {
             core.scale(logits, 1.0 / self.temperature, logits)?;
         }
@@ -72,6 +75,22 @@ impl Head {
         let target = core.gather(logits, index)?;
         let sums = exponentials(core, logits)?;
         Ok(Rows { first, count, target, index, sums })
+    }
+
+    fn logits(&self, core: &mut Core, x: Tensor, logits: Tensor) -> Done {
+        let Some(quantised) = &self.quantised else {
+            return core.product(x, self.head.transpose(0, 1), logits);
+        };
+        let (x, vocabulary) = (core.wide(x)?, self.head.dim(0));
+        let at_once = quantised.rows_at_once(vocabulary);
+        for first in (0..vocabulary).step_by(at_once) {
+            let count = at_once.min(vocabulary - first);
+            let mark = core.scratch.mark();
+            let values = quantised.rows(core, first, count)?;
+            core.product(x, values.transpose(0, 1), logits.slice(1, first, count))?;
+            core.scratch.release(mark);
+        }
+        Ok(())
     }
 
     /// Sets what a row gives whose target counts for nothing, or does not exist.
@@ -153,7 +172,10 @@ pub(super) fn cross_entropy(core: &mut Core, op: &ops::CrossEntropy) -> Done {
 }
 
 pub(super) fn token_log_prob(core: &mut Core, op: &ops::TokenLogProb) -> Done {
-    let head = Head::new(core, &op.x, &op.head, &op.targets, op.temperature)?;
+    let mut head = Head::new(core, &op.x, &op.head, &op.targets, op.temperature)?;
+    if let Some(scales) = &op.scales {
+        head.quantised = Some(Quantised::new(core, &op.head, scales, [1, op.block_k])?);
+    }
     let (all, step) = (head.x.dim(0), head.rows_at_once());
     for first in (0..all).step_by(step) {
         let mark = core.scratch.mark();

@@ -3,16 +3,19 @@
 //!
 //! A square of `LANES` weight rows by `LANES` units is transposed in registers, so that lanes are
 //! columns of C and every column keeps its own chain over ascending k: the bits are those of the
-//! blocked product.
+//! blocked product. More rows than fit the registers take turns at the same squares, which lie in
+//! the cache by then.
 
 use super::pack::{PackRows, Source, units_square};
 use super::{DataMut, MatrixMut, Product, Store, Unit};
 use crate::ffi::{Grid, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::micro::{Stream, stream_squares};
+use crate::simd::micro::{Stream, fetch, stream_squares};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
+/// Rows that meet a vector of columns in registers.
+const ROWS_TOGETHER: usize = 16;
 /// Ranges of columns per thread: a few, so that a thread that is held up can be helped out.
 const RANGES_PER_THREAD: usize = 4;
 
@@ -27,7 +30,8 @@ pub(super) fn run<T: Unit>(
     let (m, n, units) = (product.m, product.n, product.units);
     let lanes = isa.geometry().lanes;
     let row_words = units.next_multiple_of(lanes);
-    let rows_padded = m.next_power_of_two();
+    let rest = m % ROWS_TOGETHER;
+    let rows_padded = m - rest + if rest == 0 { 0 } else { rest.next_power_of_two() };
     let bias_words = if product.bias.is_some() { n } else { 0 };
     let [left, bias] = scratch.words([rows_padded * row_words, bias_words]);
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
@@ -63,7 +67,7 @@ pub(super) fn run<T: Unit>(
 
 /// What all ranges of columns share.
 struct Shared<'a, T> {
-    /// The left operand's rows of units, as many as the next power of two.
+    /// The left operand's rows of units, the last ones filled up to a power of two.
     left: &'a [f32],
     row_words: usize,
     right: Source<'a, T>,
@@ -113,13 +117,38 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         // One wide vector's chains keep up with memory, and fewer rows at once leave more of the
         // cache to what is prefetched; narrow vectors need two.
         let wide = S::LANES >= 16;
+        // What is asked for ahead never lies in another task's range: its thread has a cache of
+        // its own, and memory would be read twice.
+        let (right, raw) = (&self.right, DOT || size_of::<T>() == 4);
+        let begin = right.count.min(S::LANES) * right.stride;
+        if raw && right.first * right.stride + begin <= right.data.len() {
+            let bytes = &right.data[right.first * right.stride..][..begin];
+            fetch(simd, bytemuck::cast_slice(bytes));
+        }
         match self.tile.rows() {
             1 if wide => self.columns::<S, DOT, 1, 1>(simd),
             1 => self.columns::<S, DOT, 1, 2>(simd),
             2 if wide => self.columns::<S, DOT, 2, 1>(simd),
             2 => self.columns::<S, DOT, 2, 2>(simd),
             3 | 4 => self.columns::<S, DOT, 4, 1>(simd),
-            _ => self.columns::<S, DOT, 8, 1>(simd),
+            _ => self.turns::<S, DOT>(simd),
+        }
+    }
+
+    /// Many rows, some at a time.
+    #[inline(always)]
+    fn turns<S: Simd, const DOT: bool>(mut self, simd: S) {
+        let rows = self.tile.rows();
+        for column in (0..self.right.count).step_by(S::LANES) {
+            for row in (0..rows).step_by(ROWS_TOGETHER) {
+                match rows - row {
+                    1 => self.rows_at::<S, DOT, 1, 1>(simd, row, column),
+                    2 => self.rows_at::<S, DOT, 2, 1>(simd, row, column),
+                    3 | 4 => self.rows_at::<S, DOT, 4, 1>(simd, row, column),
+                    5..=8 => self.rows_at::<S, DOT, 8, 1>(simd, row, column),
+                    _ => self.rows_at::<S, DOT, ROWS_TOGETHER, 1>(simd, row, column),
+                }
+            }
         }
     }
 
@@ -129,13 +158,24 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         simd: S,
     ) {
         for column in (0..self.right.count).step_by(VECTORS * S::LANES) {
-            let sums = self.sums::<S, DOT, ROWS, VECTORS>(simd, column);
-            for (row, sums) in sums.iter().enumerate().take(self.tile.rows()) {
-                for (vector, sums) in sums.iter().enumerate() {
-                    let column = column + vector * S::LANES;
-                    if column < self.right.count {
-                        self.write(simd, row, column, *sums);
-                    }
+            self.rows_at::<S, DOT, ROWS, VECTORS>(simd, 0, column);
+        }
+    }
+
+    /// Computes and writes some rows of some columns.
+    #[inline(always)]
+    fn rows_at<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
+        &mut self,
+        simd: S,
+        first: usize,
+        column: usize,
+    ) {
+        let sums = self.sums::<S, DOT, ROWS, VECTORS>(simd, first, column);
+        for (row, sums) in sums.iter().enumerate().take(self.tile.rows() - first) {
+            for (vector, sums) in sums.iter().enumerate() {
+                let column = column + vector * S::LANES;
+                if column < self.right.count {
+                    self.write(simd, first + row, column, *sums);
                 }
             }
         }
@@ -146,28 +186,30 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
     fn sums<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
         &self,
         simd: S,
+        row: usize,
         column: usize,
     ) -> [[S::F32; VECTORS]; ROWS] {
         let mut sums = [[simd.zero(); VECTORS]; ROWS];
-        let (shared, right) = (self.shared, &self.right);
+        let (left, right) = (&self.shared.left[row * self.shared.row_words..], &self.right);
         let raw = DOT || size_of::<T>() == 4;
         let whole_units = if DOT { right.k / 2 } else { right.k };
         let mut unit = 0;
         if raw && right.count - column >= VECTORS * S::LANES {
             let squares = whole_units / S::LANES;
             let stream = Stream {
-                left: shared.left,
-                left_stride: shared.row_words,
+                left,
+                left_stride: self.shared.row_words,
                 right: bytemuck::cast_slice(right.data),
                 right_start: (right.first + column) * right.stride * size_of::<T>(),
                 right_row_bytes: right.stride * size_of::<T>(),
                 squares,
+                fetch_ahead: row == 0 && column + 2 * VECTORS * S::LANES <= right.count,
             };
             stream_squares::<S, DOT, ROWS, VECTORS>(simd, &stream, &mut sums);
             unit = squares * S::LANES;
         }
         while unit < right.units {
-            self.edge::<S, DOT, ROWS, VECTORS>(simd, column, unit, &mut sums);
+            self.edge::<S, DOT, ROWS, VECTORS>(simd, left, (column, unit), &mut sums);
             unit += S::LANES;
         }
         sums
@@ -179,11 +221,11 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
     fn edge<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
         &self,
         simd: S,
-        column: usize,
-        unit: usize,
+        left: &[f32],
+        (column, unit): (usize, usize),
         sums: &mut [[S::F32; VECTORS]; ROWS],
     ) {
-        let (shared, right) = (self.shared, &self.right);
+        let (row_words, right) = (self.shared.row_words, &self.right);
         // A chain ends at the last unit: further zero products could change a zero's sign.
         let steps = S::LANES.min(right.units - unit);
         for vector in 0..VECTORS {
@@ -195,7 +237,7 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
             let square = simd.transpose(square);
             for (step, weights) in square.as_ref().iter().enumerate().take(steps) {
                 for (row, sums) in sums.iter_mut().enumerate() {
-                    let value = simd.splat(shared.left[row * shared.row_words + unit + step]);
+                    let value = simd.splat(left[row * row_words + unit + step]);
                     let sum = &mut sums[vector];
                     *sum = if DOT {
                         simd.dot_pairs(*sum, value, *weights)

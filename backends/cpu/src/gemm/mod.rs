@@ -7,18 +7,21 @@
 //! else: not on m, n, the thread count, or whether the product ran as matrix times vector.
 //!
 //! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows,
-//! `grouped.rs` for experts, `verify.rs` for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the
-//! caller: a wrong one here is a bug and panics.
+//! `quant.rs` for quantised weights, `grouped.rs` for experts, `verify.rs` for checks, and
+//! `simd/micro.rs` for the inner loop. Shapes are checked by the caller: a wrong one here is a bug
+//! and panics.
 
 mod gemv;
 mod grouped;
 pub(crate) mod pack;
+mod quant;
 #[cfg(test)]
 mod tests;
 mod tile;
 mod verify;
 
 pub use grouped::{GroupedGemmArgs, grouped_gemm, grouped_gemm_checked};
+pub use quant::{Integers, QuantArgs, quant_gemm};
 pub use verify::{Flip, ProductSums, WrongColumn};
 
 use verify::{Operands, Watch};
@@ -164,8 +167,8 @@ pub struct GemmArgs<'a> {
     pub store: Store,
 }
 
-/// Most rows for which the right operand is streamed once instead of being packed.
-pub const GEMV_ROWS_MAX: usize = 8;
+/// Most rows for which the right operand is streamed in place instead of being packed.
+pub const GEMV_ROWS_MAX: usize = 64;
 
 /// Computes one product on all threads of the pool.
 ///

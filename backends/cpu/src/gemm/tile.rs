@@ -145,7 +145,7 @@ pub(super) fn run<T: Unit>(
     let bias_words = if product.bias.is_some() { n } else { 0 };
     let [columns, left, squares, expected, weights] =
         if watch.is_some() { verify::work_words(product) } else { [0; 5] };
-    let [right, left, sums, bias, columns, of_left, squares, expected, weights] = scratch.words([
+    let [right, left, sums, bias, w0, w1, w2, w3, w4] = scratch.words([
         blocks.right_words,
         blocks.left_words,
         blocks.sums_words * threads,
@@ -156,13 +156,7 @@ pub(super) fn run<T: Unit>(
         expected,
         weights,
     ]);
-    let mut work = Work {
-        columns: bytemuck::cast_slice_mut(columns),
-        left: bytemuck::cast_slice_mut(of_left),
-        squares: bytemuck::cast_slice_mut(squares),
-        expected: bytemuck::cast_slice_mut(expected),
-        weights,
-    };
+    let mut work = Work::new([w0, w1, w2, w3, w4]);
     if watch.is_some() && product.layout == Layout::Tn {
         verify::sum_left_rows((pool, isa), product, &mut work);
     }
@@ -193,17 +187,8 @@ pub(super) fn run<T: Unit>(
                 watch: watch.as_deref().map(|watch| (watch, (row, column))),
             };
             let seen = Seen::new(product, (row, column), (rows, columns), &mut work, &watch);
-            match c.data.from(row * c.row_stride + column) {
-                DataMut::F32(c) => {
-                    compute(pool, isa, &region, Tiles::new(c, grid), grid, sums, seen)
-                }
-                DataMut::Bf16(c) => {
-                    compute(pool, isa, &region, Tiles::new(c, grid), grid, sums, seen)
-                }
-                DataMut::F16(c) => {
-                    compute(pool, isa, &region, Tiles::new(c, grid), grid, sums, seen)
-                }
-            }
+            let to = c.data.from(row * c.row_stride + column);
+            compute((pool, isa), &region, (to, grid), sums, seen);
         }
         if watch.is_some() {
             if column == 0 {
@@ -363,8 +348,23 @@ struct SeenTile<'a> {
     left: Option<(&'a mut [f32], &'a mut [f32])>,
 }
 
+/// Computes all tiles of a region, whatever its type.
+fn compute(
+    (pool, isa): (&Pool, Isa),
+    region: &Region<'_>,
+    (to, grid): (DataMut<'_>, Grid),
+    sums: &mut [f32],
+    seen: Option<Seen<'_>>,
+) {
+    match to {
+        DataMut::F32(c) => compute_as(pool, isa, region, Tiles::new(c, grid), grid, sums, seen),
+        DataMut::Bf16(c) => compute_as(pool, isa, region, Tiles::new(c, grid), grid, sums, seen),
+        DataMut::F16(c) => compute_as(pool, isa, region, Tiles::new(c, grid), grid, sums, seen),
+    }
+}
+
 /// Computes all tiles of a region.
-fn compute<C: Element>(
+fn compute_as<C: Element>(
     pool: &Pool,
     isa: Isa,
     region: &Region<'_>,

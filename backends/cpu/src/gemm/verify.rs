@@ -3,9 +3,9 @@
 //! For `C = A B` the sum of column j of C must be the vector of A's column sums times column j of
 //! B. The left side is added up tile by tile while the sums are in the nearest cache; the right one
 //! is one more row through the packed operand. The two are rounded in different orders, so they
-//! differ a little: a column beyond [`limit`] is computed once more, and as an element's bits depend
-//! on nothing but its row and column, an honest column then gives the same sums to the last bit. So
-//! a check can cost time but never accuses an honest product.
+//! differ a little: a column beyond [`limit`] is computed once more, and as an element's bits
+//! depend on nothing but its row and column, an honest column then gives the same sums to the last
+//! bit. So a check can cost time but never accuses an honest product.
 //!
 //! The tile loop owns the memory and calls this file; `kernels/watched.rs` decides what is checked.
 
@@ -58,6 +58,9 @@ pub(crate) struct Watch {
 
 /// Rows of the weights' three parts: together they are an f32 to the last bit.
 const SPLITS: usize = 3;
+/// Columns that are computed again at most, the worst ones first: where more are beyond the limit,
+/// either the first of them is wrong or errors of rounding all go one way.
+const SUSPECTS_MAX: usize = 32;
 /// Vectors of units that are summed down the rows at a time.
 const STRIP: usize = 4;
 /// Rows of the left operand that one task sums at least.
@@ -77,6 +80,19 @@ pub(super) struct Work<'a> {
     pub expected: &'a mut [f32],
     /// A's sums as rows of units.
     pub weights: &'a mut [u32],
+}
+
+impl<'a> Work<'a> {
+    /// From slices as long as [`work_words`] says.
+    pub fn new([columns, left, squares, expected, weights]: [&'a mut [u32]; 5]) -> Work<'a> {
+        Work {
+            columns: bytemuck::cast_slice_mut(columns),
+            left: bytemuck::cast_slice_mut(left),
+            squares: bytemuck::cast_slice_mut(squares),
+            expected: bytemuck::cast_slice_mut(expected),
+            weights,
+        }
+    }
 }
 
 /// Words of working memory, in the order of [`Work`].
@@ -342,7 +358,7 @@ fn limit(k: usize, m: usize, left_squares: f64, column_squares: f32) -> f64 {
     const UNIT: f64 = 0.29 * f32::EPSILON as f64;
     let chain = (k as f64).sqrt() + (m as f64).sqrt();
     // Products below the smallest normal number may be taken as zero.
-    let floor = f64::from(f32::MIN_POSITIVE) * (k * m) as f64;
+    let floor = f64::from(f32::MIN_POSITIVE) * (k * m).max(1) as f64;
     UNIT * chain * (f64::from(column_squares) * left_squares).sqrt() + floor
 }
 
@@ -359,15 +375,22 @@ pub(super) fn compare<T>(product: &Product<'_, T>, work: &mut Work<'_>, watch: &
         sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
     let (expected, squares) = work.expected.split_at(n);
+    let mut suspects: Vec<(usize, f64)> = Vec::new();
     for (column, ((sum, expected), squares)) in sums.iter().zip(expected).zip(squares).enumerate() {
         let knows = squares.is_finite() && expected.is_finite();
         let apart = (f64::from(*sum) - f64::from(*expected)).abs();
-        let fits = apart <= limit(k, m, left_squares, *squares);
+        let excess = apart / limit(k, m, left_squares, *squares);
+        let fits = excess <= 1.0;
         if knows && !fits {
-            let parts = work.columns[column..].iter().step_by(n).map(|part| part.to_bits());
-            watch.suspects.push((column, parts.collect()));
+            suspects.push((column, excess));
         }
     }
+    suspects.sort_by(|a, b| b.1.total_cmp(&a.1));
+    suspects.truncate(SUSPECTS_MAX);
+    let parts = |column: usize| {
+        work.columns[column..].iter().step_by(n).map(|part| part.to_bits()).collect()
+    };
+    watch.suspects = suspects.into_iter().map(|(column, _)| (column, parts(column))).collect();
 }
 
 /// The operands of a product.

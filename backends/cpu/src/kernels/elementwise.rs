@@ -395,16 +395,21 @@ fn swiglu_as<T: Element>(context: &mut Context<'_>, op: &ops::SwiGlu) -> Done {
     let strides = [&op.gate, &op.up, &op.y].map(row_stride);
     let per_task = rows_per_task(rows, width);
     let parts = Parts::new(y, strides[2] * per_task);
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     context.pool.run(rows.div_ceil(per_task), |task| {
+        let mut sums = tally.task();
         let y = parts.take(task);
         for row in 0..per_task.min(rows - task * per_task) {
             let at = task * per_task + row;
             let gate = &gate[at * strides[0]..][..width];
             let up = &up[at * strides[1]..][..width];
-            dispatch(isa, Gate { gate, up, y: &mut y[row * strides[2]..][..width] });
+            let y = &mut y[row * strides[2]..][..width];
+            sums.read([(0, gate), (1, up)]);
+            dispatch(isa, Gate { gate, up, y: &mut *y });
+            sums.written([(2, &*y)]);
         }
     });
+    context.note(tally);
     Ok(())
 }
 
@@ -452,8 +457,9 @@ fn swiglu_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::SwiGluBwd) -> 
     let per_task = rows_per_task(rows, width);
     let dgates = Parts::new(dgate, dgate_s * per_task);
     let dups = Parts::new(dup, dup_s * per_task);
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     context.pool.run(rows.div_ceil(per_task), |task| {
+        let mut sums = tally.task();
         let (dgate, dup) = (dgates.take(task), dups.take(task));
         for row in 0..per_task.min(rows - task * per_task) {
             let at = task * per_task + row;
@@ -464,8 +470,12 @@ fn swiglu_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::SwiGluBwd) -> 
                 dgate: &mut dgate[row * dgate_s..][..width],
                 dup: &mut dup[row * dup_s..][..width],
             };
+            sums.read([(0, one_row.dy), (1, one_row.gate), (2, one_row.up)]);
             dispatch(isa, one_row);
+            let row_of = |of: usize| row * of..row * of + width;
+            sums.written([(3, &dgate[row_of(dgate_s)]), (4, &dup[row_of(dup_s)])]);
         }
     });
+    context.note(tally);
     Ok(())
 }

@@ -5,7 +5,8 @@ use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, DeviceErrorKind, 
 
 use super::{Context, Done, row_stride, unsupported};
 use crate::gemm::{
-    Data, DataMut, GemmArgs, GroupedGemmArgs, Layout, Matrix, MatrixMut, Store, gemm,
+    Data, DataMut, GemmArgs, GroupedGemmArgs, Integers, Layout, Matrix, MatrixMut, QuantArgs,
+    Store, gemm, quant_gemm,
 };
 use crate::memory::Operands;
 
@@ -119,18 +120,57 @@ fn e4m3(byte: u8) -> f32 {
     if byte & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
+/// The bytes of a quantised weight.
+pub(super) fn quant_bytes<'a>(
+    operands: &Operands<'a>,
+    weight: &View,
+) -> Result<&'a [u8], DeviceError> {
+    if weight.dtype != DType::I4 {
+        return operands.read::<u8>(weight);
+    }
+    // Four-bit views count half bytes; their bytes are read as a packed view.
+    let packed = View::contiguous(weight.buffer, DType::I8, [weight.elements() / 2]);
+    operands.read::<u8>(&packed.rebased(weight.buffer, weight.byte_offset))
+}
+
 pub(super) fn matmul_quant(context: &mut Context<'_>, op: &ops::MatmulQuant) -> Done {
-    let (m, n, k) = (op.x.dim(0), op.weight.dim(0), op.x.dim(1));
-    let bytes = match op.weight.dtype {
-        // Four-bit views count half bytes; their bytes are read as a packed view.
-        DType::I4 => {
-            let packed = View::contiguous(op.weight.buffer, DType::I8, [n * k / 2]);
-            context.operands.read::<u8>(&packed.rebased(op.weight.buffer, op.weight.byte_offset))?
-        }
-        _ => context.operands.read::<u8>(&op.weight)?,
+    let integers = match op.weight.dtype {
+        DType::I8 => Some(Integers::Bytes),
+        DType::I4 => Some(Integers::HalfBytes),
+        _ => None,
     };
+    match integers.filter(|stored| op.block_n == 1 && stored.streams(op.block_k)) {
+        Some(integers) => matmul_integers(context, op, integers),
+        None => matmul_widened(context, op),
+    }
+}
+
+/// Integers with one scale per row and block are streamed.
+fn matmul_integers(context: &mut Context<'_>, op: &ops::MatmulQuant, integers: Integers) -> Done {
+    let args = QuantArgs {
+        m: op.x.dim(0),
+        n: op.weight.dim(0),
+        k: op.x.dim(1),
+        x: matrix(&context.operands, &op.x)?,
+        integers,
+        weight: quant_bytes(&context.operands, &op.weight)?,
+        scales: context.operands.read::<f32>(&op.scales)?,
+        block: op.block_k,
+        bias: op.bias.map(|bias| data(&context.operands, &bias)).transpose()?,
+        c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: row_stride(&op.c) },
+    };
+    quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
+    Ok(())
+}
+
+/// Anything else is widened to f32, some rows of the weight at a time. Not made for speed.
+fn matmul_widened(context: &mut Context<'_>, op: &ops::MatmulQuant) -> Done {
+    let (m, n, k) = (op.x.dim(0), op.weight.dim(0), op.x.dim(1));
+    let bytes = quant_bytes(&context.operands, &op.weight)?;
     let scales = context.operands.read::<f32>(&op.scales)?;
     let x = matrix(&context.operands, &op.x)?;
+    let bias = op.bias.map(|bias| data(&context.operands, &bias)).transpose()?;
+    let bias = bias.map(|data| widen(Matrix { data, row_stride: n }, 1, n));
     let mut c = data_mut(&context.operands, &op.c)?;
     let blocks = k.div_ceil(op.block_k);
     let widened_x = widen(x, m, k);
@@ -140,16 +180,7 @@ pub(super) fn matmul_quant(context: &mut Context<'_>, op: &ops::MatmulQuant) -> 
         for row in 0..rows {
             let scale_row = &scales[(start + row) / op.block_n * blocks..][..blocks];
             for (column, value) in panel[row * k..][..k].iter_mut().enumerate() {
-                let index = (start + row) * k + column;
-                let quantised = match op.weight.dtype {
-                    DType::F8e4m3 => e4m3(bytes[index]),
-                    DType::I8 => f32::from(bytes[index] as i8),
-                    _ => {
-                        let pair = bytes[index / 2];
-                        let nibble = if index.is_multiple_of(2) { pair << 4 } else { pair & 0xf0 };
-                        f32::from((nibble as i8) >> 4)
-                    }
-                };
+                let quantised = quantised(bytes, op.weight.dtype, (start + row) * k + column);
                 *value = quantised * scale_row[column / op.block_k];
             }
         }
@@ -160,13 +191,26 @@ pub(super) fn matmul_quant(context: &mut Context<'_>, op: &ops::MatmulQuant) -> 
             k,
             a: Matrix { data: Data::F32(&widened_x), row_stride: k.max(1) },
             b: Matrix { data: Data::F32(&panel[..rows * k]), row_stride: k.max(1) },
-            bias: None,
+            bias: bias.as_ref().map(|bias| Data::F32(&bias[start..][..rows])),
             c: MatrixMut { data: c.from(start), row_stride: row_stride(&op.c) },
             store: Store::Overwrite,
         };
         gemm(context.pool, context.isa, context.gemm_scratch, args);
     }
     Ok(())
+}
+
+/// One element without its scale.
+fn quantised(bytes: &[u8], dtype: DType, index: usize) -> f32 {
+    match dtype {
+        DType::F8e4m3 => e4m3(bytes[index]),
+        DType::I8 => f32::from(bytes[index] as i8),
+        _ => {
+            let pair = bytes[index / 2];
+            let nibble = if index.is_multiple_of(2) { pair << 4 } else { pair & 0xf0 };
+            f32::from((nibble as i8) >> 4)
+        }
+    }
 }
 
 fn widen(x: Matrix<'_>, rows: usize, width: usize) -> Vec<f32> {

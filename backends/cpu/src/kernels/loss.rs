@@ -5,14 +5,18 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use pontoon_ops::{self as ops, Accumulate, DeviceError, IGNORED, OpName, View};
+use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, IGNORED, OpName, View};
 
-use super::linear::data;
+use super::linear::{data, quant_bytes};
 use super::sums::WordSum;
 use super::watched::changed;
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Parts;
-use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, ProductSums, Store};
+use crate::gemm::{
+    Data, DataMut, GemmArgs, Integers, Layout, Matrix, MatrixMut, ProductSums, QuantArgs, Store,
+    quant_gemm,
+};
+use crate::memory::Operands;
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Logits held at a time: 16 MB, so that a chunk's second pass finds part of it in cache.
@@ -111,8 +115,31 @@ struct Head<'a> {
     op: OpName,
     x: &'a View,
     head: &'a View,
+    /// The scales of a quantised head, and how many columns share one.
+    scales: Option<(&'a View, usize)>,
     targets: &'a View,
     temperature: f32,
+}
+
+/// The head's elements.
+#[derive(Clone, Copy)]
+enum HeadData<'a> {
+    Floats(Data<'a>),
+    Integers { integers: Integers, bytes: &'a [u8], scales: &'a [f32], block: usize },
+}
+
+impl<'a> HeadData<'a> {
+    fn of(operands: &Operands<'a>, head: &Head<'_>) -> Result<HeadData<'a>, DeviceError> {
+        let Some((scales, block)) = head.scales else {
+            return Ok(HeadData::Floats(data(operands, head.head)?));
+        };
+        let integers = match head.head.dtype {
+            DType::I4 => Integers::HalfBytes,
+            _ => Integers::Bytes,
+        };
+        let bytes = quant_bytes(operands, head.head)?;
+        Ok(HeadData::Integers { integers, bytes, scales: operands.read(scales)?, block })
+    }
 }
 
 /// Where gradients go.
@@ -130,23 +157,28 @@ struct Gradients<'a> {
 fn logits_of(
     context: &mut Context<'_>,
     head: &Head<'_>,
-    (x, weight): (Data<'_>, Data<'_>),
+    (x, weight): (Data<'_>, HeadData<'_>),
     (first, rows): (usize, usize),
     logits: &mut [f32],
 ) -> Result<u32, DeviceError> {
     let (vocabulary, width) = (head.head.dim(0), head.head.dim(1));
-    let args = GemmArgs {
-        layout: Layout::Nt,
-        m: rows,
-        n: vocabulary,
-        k: width,
-        a: Matrix { data: x.from(first * row_stride(head.x)), row_stride: row_stride(head.x) },
-        b: Matrix { data: weight, row_stride: width },
-        bias: None,
-        c: MatrixMut { data: DataMut::F32(logits), row_stride: padded_row(vocabulary) },
-        store: Store::Overwrite,
-    };
-    Ok(context.product((head.op, "the logits"), args)?.stored)
+    let x = Matrix { data: x.from(first * row_stride(head.x)), row_stride: row_stride(head.x) };
+    let c = MatrixMut { data: DataMut::F32(logits), row_stride: padded_row(vocabulary) };
+    let (m, n, k, bias) = (rows, vocabulary, width, None);
+    match weight {
+        HeadData::Floats(data) => {
+            let b = Matrix { data, row_stride: width };
+            let (layout, store) = (Layout::Nt, Store::Overwrite);
+            let args = GemmArgs { layout, m, n, k, a: x, b, bias, c, store };
+            Ok(context.product((head.op, "the logits"), args)?.stored)
+        }
+        HeadData::Integers { integers, bytes: weight, scales, block } => {
+            let args = QuantArgs { m, n, k, x, integers, weight, scales, block, bias, c };
+            quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
+            // Only gradients compare the sum, and quantised heads have none.
+            Ok(0)
+        }
+    }
 }
 
 /// The row's target, or none if it is ignored or does not exist.
@@ -176,7 +208,7 @@ fn forward(
     mut each: impl FnMut(usize, f32, RowSums),
 ) -> Done {
     let x = data(&context.operands, head.x)?;
-    let weight = data(&context.operands, head.head)?;
+    let weight = HeadData::of(&context.operands, head)?;
     let targets = context.operands.read::<i32>(head.targets)?;
     let (rows, vocabulary) = (head.x.dim(0), head.head.dim(0));
     let sharpness = 1.0 / head.temperature;
@@ -211,6 +243,7 @@ pub(super) fn cross_entropy(context: &mut Context<'_>, op: &ops::CrossEntropy) -
         op: OpName::CrossEntropy,
         x: &op.x,
         head: &op.head,
+        scales: None,
         targets: &op.targets,
         temperature: 1.0,
     };
@@ -224,8 +257,9 @@ pub(super) fn token_log_prob(context: &mut Context<'_>, op: &ops::TokenLogProb) 
     let logprob = context.operands.write::<f32>(&op.logprob)?;
     let entropy = context.operands.write::<f32>(&op.entropy)?;
     let (x, temperature) = (&op.x, op.temperature);
-    let head =
-        Head { op: OpName::TokenLogProb, x, head: &op.head, targets: &op.targets, temperature };
+    let (op_name, scales) = (OpName::TokenLogProb, op.scales.as_ref());
+    let scales = scales.map(|scales| (scales, op.block_k));
+    let head = Head { op: op_name, x, head: &op.head, scales, targets: &op.targets, temperature };
     forward(context, &head, |row, log_p, sums| {
         logprob[row] = log_p;
         entropy[row] = sums.entropy;
@@ -239,6 +273,7 @@ pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntrop
         op: OpName::CrossEntropyBwd,
         x: &op.x,
         head: &op.head,
+        scales: None,
         targets: &op.targets,
         temperature: 1.0,
     };
@@ -258,8 +293,14 @@ pub(super) fn cross_entropy_bwd(context: &mut Context<'_>, op: &ops::CrossEntrop
 
 pub(super) fn token_log_prob_bwd(context: &mut Context<'_>, op: &ops::TokenLogProbBwd) -> Done {
     let (x, temperature) = (&op.x, op.temperature);
-    let head =
-        Head { op: OpName::TokenLogProbBwd, x, head: &op.head, targets: &op.targets, temperature };
+    let head = Head {
+        op: OpName::TokenLogProbBwd,
+        x,
+        head: &op.head,
+        scales: None,
+        targets: &op.targets,
+        temperature,
+    };
     let gradients = Gradients {
         upstream: &op.dlogprob,
         sign: -1.0,
@@ -332,7 +373,8 @@ fn backward<T: Storage>(
     for first in (0..rows).step_by(chunk) {
         let count = chunk.min(rows - first);
         let logits = &mut logits[..count * stride];
-        let stored = logits_of(context, head, (x, weight), (first, count), logits)?;
+        let floats = HeadData::Floats(weight);
+        let stored = logits_of(context, head, (x, floats), (first, count), logits)?;
         let chunk_rows = Chunk {
             logits,
             vocabulary,

@@ -68,15 +68,19 @@ fn rms_norm_as<T: Element>(context: &mut Context<'_>, op: &ops::RmsNorm) -> Done
     let per_task = rows_per_task(rows, width);
     let ys = Parts::new(y, y_stride * per_task);
     let rstds = Parts::new(rstd, per_task);
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     context.pool.run(rows.div_ceil(per_task), |task| {
+        let mut sums = tally.task();
         let (y, rstd) = (ys.take(task), rstds.take(task));
         for (row, rstd) in rstd.iter_mut().enumerate() {
             let x = &x[(task * per_task + row) * x_stride..][..width];
             let y = &mut y[row * y_stride..][..width];
-            *rstd = dispatch(isa, NormRow { x, weight, eps, y });
+            sums.read([(0, x)]);
+            *rstd = dispatch(isa, NormRow { x, weight, eps, y: &mut *y });
+            sums.written([(2, &*y)]);
         }
     });
+    context.note(tally);
     Ok(())
 }
 
@@ -97,19 +101,23 @@ fn add_rms_norm_as<T: Element>(context: &mut Context<'_>, op: &ops::AddRmsNorm) 
     let sums = Parts::new(sum, sum_s * per_task);
     let ys = Parts::new(y, y_s * per_task);
     let rstds = Parts::new(rstd, per_task);
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     context.pool.run(rows.div_ceil(per_task), |task| {
+        let mut of_task = tally.task();
         let (sum, y, rstd) = (sums.take(task), ys.take(task), rstds.take(task));
         for (row, rstd) in rstd.iter_mut().enumerate() {
             let at = task * per_task + row;
             let a = &x[at * x_s..][..width];
             let b = &residual[at * residual_s..][..width];
             let sum = &mut sum[row * sum_s..][..width];
-            dispatch(isa, SumRow { a, b, y: sum });
+            of_task.read([(0, a), (1, b)]);
+            dispatch(isa, SumRow { a, b, y: &mut *sum });
             let y = &mut y[row * y_s..][..width];
-            *rstd = dispatch(isa, NormRow { x: sum, weight, eps, y });
+            *rstd = dispatch(isa, NormRow { x: sum, weight, eps, y: &mut *y });
+            of_task.written([(3, &*sum), (4, &*y)]);
         }
     });
+    context.note(tally);
     Ok(())
 }
 
@@ -196,12 +204,16 @@ fn backward<T: Element>(context: &mut Context<'_>, op: &Bwd<'_>) -> Done {
     // One task takes whole blocks of rows; each block has a partial weight gradient of its own.
     let blocks = rows.div_ceil(ROW_BLOCK).max(1);
     let blocks_per_task = blocks.div_ceil(crate::ffi::PARTS_MAX);
+    let tally = context.tally();
     let [partial] = context.work.floats([blocks * width]);
     partial.fill(0.0);
     let partials = Parts::new(&mut *partial, blocks_per_task * width);
     let dxs = Parts::new(dx, blocks_per_task * ROW_BLOCK * dx_s);
     let isa = context.isa;
+    // An absent gradient of the sum takes no place among the operands.
+    let (of_x, of_dx) = if op.dsum.is_some() { (2, 5) } else { (1, 4) };
     context.pool.run(blocks.div_ceil(blocks_per_task), |task| {
+        let mut sums = tally.task();
         let (partial, dx) = (partials.take(task), dxs.take(task));
         let first = task * blocks_per_task * ROW_BLOCK;
         for row in 0..(blocks_per_task * ROW_BLOCK).min(rows - first) {
@@ -215,7 +227,12 @@ fn backward<T: Element>(context: &mut Context<'_>, op: &Bwd<'_>) -> Done {
                 dx: &mut dx[row * dx_s..][..width],
                 dweight: &mut partial[row / ROW_BLOCK * width..][..width],
             };
+            sums.read([(0, one_row.dy), (of_x, one_row.x)]);
+            if let Some(dsum) = one_row.dsum {
+                sums.read([(1, dsum)]);
+            }
             dispatch(isa, one_row);
+            sums.written([(of_dx, &dx[row * dx_s..][..width])]);
         }
     });
     if op.accumulate == Accumulate::Overwrite {
@@ -227,5 +244,6 @@ fn backward<T: Element>(context: &mut Context<'_>, op: &Bwd<'_>) -> Done {
         total.iter_mut().zip(block).for_each(|(sum, part)| *sum += part);
     }
     dweight.iter_mut().zip(total.iter()).for_each(|(sum, part)| *sum += part);
+    context.note(tally);
     Ok(())
 }

@@ -3,14 +3,19 @@
 //!
 //! What no kernel sums by itself is summed in a pass before or after. Read next: `gemm/verify.rs`.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use bytemuck::Pod;
 use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked};
 use pontoon_ops::{DeviceError, DeviceErrorKind, Op, OpName, View};
 
 use super::Context;
+use super::sums::WordSum;
 use crate::gemm::{
     Flip, GemmArgs, GroupedGemmArgs, ProductSums, WrongColumn, gemm, gemm_checked, grouped_gemm,
     grouped_gemm_checked,
 };
+use crate::simd::{Isa, dispatch};
 
 /// What is checked while an operation runs, and what came of it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,6 +46,87 @@ impl Checks {
     }
 }
 
+/// Sums that the tasks of one operation form row by row.
+pub(crate) struct Tally {
+    isa: Isa,
+    on: bool,
+    read: [AtomicU32; ROW_OPERANDS],
+    written: [AtomicU32; ROW_OPERANDS],
+}
+
+/// Most operands of an operation whose rows are summed by its own kernel.
+const ROW_OPERANDS: usize = 8;
+
+impl Tally {
+    /// The sums of one task.
+    pub fn task(&self) -> TaskSums<'_> {
+        TaskSums { tally: self, read: [0; ROW_OPERANDS], written: [0; ROW_OPERANDS] }
+    }
+}
+
+/// What one task sums; added to the others' when it is dropped.
+pub(crate) struct TaskSums<'a> {
+    tally: &'a Tally,
+    read: [u32; ROW_OPERANDS],
+    written: [u32; ROW_OPERANDS],
+}
+
+impl TaskSums<'_> {
+    /// Takes in rows as they are read.
+    #[inline]
+    pub fn read<T: Pod, const COUNT: usize>(&mut self, rows: [(usize, &[T]); COUNT]) {
+        if self.tally.on {
+            for (operand, row) in rows {
+                let sum = dispatch(self.tally.isa, WordSum(bytemuck::cast_slice(row)));
+                self.read[operand] = self.read[operand].wrapping_add(sum);
+            }
+        }
+    }
+
+    /// Takes in rows as they are written.
+    #[inline]
+    pub fn written<T: Pod, const COUNT: usize>(&mut self, rows: [(usize, &[T]); COUNT]) {
+        if self.tally.on {
+            for (operand, row) in rows {
+                let sum = dispatch(self.tally.isa, WordSum(bytemuck::cast_slice(row)));
+                self.written[operand] = self.written[operand].wrapping_add(sum);
+            }
+        }
+    }
+}
+
+impl Drop for TaskSums<'_> {
+    fn drop(&mut self) {
+        if self.tally.on {
+            for operand in 0..ROW_OPERANDS {
+                self.tally.read[operand].fetch_add(self.read[operand], Ordering::Relaxed);
+                self.tally.written[operand].fetch_add(self.written[operand], Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+impl Context<'_> {
+    /// A tally for one operation.
+    pub(crate) fn tally(&self) -> Tally {
+        Tally {
+            isa: self.isa,
+            on: self.checks.on,
+            read: Default::default(),
+            written: Default::default(),
+        }
+    }
+
+    /// Notes what an operation's tasks summed.
+    pub(crate) fn note(&mut self, tally: Tally) {
+        let Tally { read, written, .. } = tally;
+        for (operand, (read, written)) in read.into_iter().zip(written).enumerate() {
+            self.checks.read(operand, read.into_inner());
+            self.checks.written(operand, written.into_inner());
+        }
+    }
+}
+
 /// The operands that the kernel of an operation sums itself.
 fn formed_by(op: &Op) -> Ask {
     match op {
@@ -55,6 +141,16 @@ fn formed_by(op: &Op) -> Ask {
             let before = if reads { 1 << dhead } else { 0 };
             Ask { read: before, written: 0b11 << (dhead - 1) }
         }
+        Op::SwiGlu(_) => Ask { read: 0b011, written: 0b100 },
+        Op::SwiGluBwd(_) => Ask { read: 0b00_111, written: 0b11_000 },
+        Op::RmsNorm(_) => Ask { read: 0b0001, written: 0b0100 },
+        Op::AddRmsNorm(_) => Ask { read: 0b00_0011, written: 0b01_1000 },
+        Op::RmsNormBwd(_) => Ask { read: 0b00_0011, written: 0b01_0000 },
+        // What may be absent has its place after it filled up by the next.
+        Op::AddRmsNormBwd(op) => match op.dsum {
+            Some(_) => Ask { read: 0b000_0111, written: 0b010_0000 },
+            None => Ask { read: 0b00_0011, written: 0b01_0000 },
+        },
         Op::Add(_) if super::handles_in_place(op) => Ask { read: 0b11, written: 0b100 },
         _ => Ask::default(),
     }

@@ -250,6 +250,42 @@ impl Simd for Avx2 {
         unreachable!("AVX2 has no dot product of pairs")
     }
     #[inline(always)]
+    fn widen_bytes(self, raw: __m256) -> [__m256; 4] {
+        // SAFETY: see the first impl block.
+        unsafe {
+            let raw = _mm256_castps_si256(raw);
+            [
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(raw)),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn widen_half_bytes(self, raw: __m256) -> [__m256; 8] {
+        // SAFETY: see the first impl block.
+        unsafe {
+            let raw = _mm256_castps_si256(raw);
+            [
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<28>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<24>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<20>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<16>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<12>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<8>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(_mm256_slli_epi32::<4>(raw))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<28>(raw)),
+            ]
+        }
+    }
+    fn pair_bytes(self, _raw: __m256) -> [__m256; 2] {
+        unreachable!("AVX2 has no dot product of pairs");
+    }
+    fn pair_half_bytes(self, _raw: __m256) -> [__m256; 4] {
+        unreachable!("AVX2 has no dot product of pairs");
+    }
+    #[inline(always)]
     unsafe fn load_raw(self, from: *const u8) -> __m256 {
         // SAFETY: the caller promises 32 readable bytes.
         unsafe { _mm256_loadu_ps(from.cast()) }
@@ -258,10 +294,10 @@ impl Simd for Avx2 {
     unsafe fn load_columns(self, from: *const u8, row_bytes: usize) -> [__m256; 4] {
         // SAFETY: the caller promises the rows.
         unsafe {
-            let quad = |row: usize| _mm_loadu_ps(from.add(row * row_bytes).cast());
-            let rows =
-                |i: usize| _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(quad(i)), quad(4 + i));
-            let (a, b, c, d) = (rows(0), rows(1), rows(2), rows(3));
+            let a = every_fourth_row(from, row_bytes);
+            let b = every_fourth_row(from.add(row_bytes), row_bytes);
+            let c = every_fourth_row(from.add(2 * row_bytes), row_bytes);
+            let d = every_fourth_row(from.add(3 * row_bytes), row_bytes);
             let (low_ab, high_ab) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
             let (low_cd, high_cd) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
             [
@@ -316,5 +352,20 @@ unsafe fn transpose(square: Square) -> Square {
             out[4 + c] = _mm256_permute2f128_ps::<0x31>(b[c], b[4 + c]);
         }
         Square(out)
+    }
+}
+
+/// Four values from each of two rows that are four rows apart. A function, as a closure would not
+/// be compiled with the caller's instructions.
+///
+/// # Safety
+/// 16 bytes must be readable in each row, and the CPU must have AVX.
+#[inline(always)]
+unsafe fn every_fourth_row(from: *const u8, row_bytes: usize) -> __m256 {
+    // SAFETY: the caller promises the rows and the instructions.
+    unsafe {
+        let low = _mm_loadu_ps(from.cast());
+        let high = _mm_loadu_ps(from.add(4 * row_bytes).cast());
+        _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
     }
 }

@@ -1,4 +1,5 @@
-//! AVX-512 (F, BW, DQ, VL), with or without the bf16 dot product of AVX512_BF16.
+//! AVX-512 (F, BW, DQ, VL), with or without the bf16 dot product of AVX512_BF16. The dot product
+//! comes with the byte permutations of AVX512_VBMI, by which quantised weights become bf16.
 //!
 //! Conversion to bf16 is done with integer instructions, not `vcvtneps2bf16`, which flushes
 //! subnormals to zero: storage must hold the same bits whatever the instruction set.
@@ -20,9 +21,9 @@ pub(super) fn is_present() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Whether the CPU has the dot product of bf16 pairs.
+/// Whether the CPU has the dot product of bf16 pairs and the permutations of bytes.
 pub(super) fn is_bf16_present() -> bool {
-    is_x86_feature_detected!("avx512bf16")
+    is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vbmi")
 }
 
 /// Runs a kernel with AVX-512.
@@ -38,7 +39,7 @@ pub(super) unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
 ///
 /// # Safety
 /// [`is_present`] and [`is_bf16_present`] must have returned true.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
 pub(super) unsafe fn enter_bf16<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512::<true>(()))
 }
@@ -64,6 +65,52 @@ impl AsMut<[__m512]> for Square {
         &mut self.0
     }
 }
+
+/// The upper or lower byte of the bf16 value of every number below 128.
+const fn byte_of_bf16(shift: u32) -> [u8; 128] {
+    let mut table = [0; 128];
+    let mut number = 0;
+    while number < 128 {
+        table[number] = ((number as f32).to_bits() >> (16 + shift)) as u8;
+        number += 1;
+    }
+    table
+}
+
+/// Where the bytes of a lane's pair come from: two neighbours' low bytes in one vector, their high
+/// bytes in the next.
+const fn pair_places(first: usize) -> [u8; 64] {
+    let mut places = [0; 64];
+    let mut lane = 0;
+    while lane < 16 {
+        let byte = (4 * lane + first) as u8;
+        places[4 * lane] = byte;
+        places[4 * lane + 1] = 64 + byte;
+        places[4 * lane + 2] = byte + 1;
+        places[4 * lane + 3] = 64 + byte + 1;
+        lane += 1;
+    }
+    places
+}
+
+/// The value of a signed half byte, by its bits.
+const fn half_byte_bits(shift: u32) -> [u32; 16] {
+    let mut table = [0; 16];
+    let mut bits = 0;
+    while bits < 16 {
+        let value = if bits < 8 { bits as i32 } else { bits as i32 - 16 };
+        table[bits] = (value as f32).to_bits() >> shift;
+        bits += 1;
+    }
+    table
+}
+
+static LOW_BYTES: [u8; 128] = byte_of_bf16(0);
+static HIGH_BYTES: [u8; 128] = byte_of_bf16(8);
+static FIRST_PAIRS: [u8; 64] = pair_places(0);
+static SECOND_PAIRS: [u8; 64] = pair_places(2);
+static HALF_BYTES: [u32; 16] = half_byte_bits(0);
+static HALF_BYTES_LOW: [u32; 16] = half_byte_bits(16);
 
 /// Mask of the first `count` of 16 lanes.
 #[inline(always)]
@@ -292,6 +339,83 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         }
     }
     #[inline(always)]
+    fn widen_bytes(self, raw: __m512) -> [__m512; 4] {
+        // SAFETY: see the first impl block.
+        unsafe {
+            let raw = _mm512_castps_si512(raw);
+            [
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(raw))),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(raw))),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(raw))),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(raw)),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn widen_half_bytes(self, raw: __m512) -> [__m512; 8] {
+        // A permutation of lanes reads four bits of its index, so it is a table of 16 values.
+        // SAFETY: see the first impl block.
+        unsafe {
+            let raw = _mm512_castps_si512(raw);
+            let table = _mm512_loadu_ps(HALF_BYTES.as_ptr().cast());
+            [
+                _mm512_permutexvar_ps(raw, table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(raw), table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<8>(raw), table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<12>(raw), table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<16>(raw), table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<20>(raw), table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(raw), table),
+                _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(raw), table),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn pair_bytes(self, raw: __m512) -> [__m512; 2] {
+        assert!(DOT, "this set was entered without the dot product of pairs");
+        // Both bytes of a bf16 are looked up by the magnitude, then the sign is set.
+        // SAFETY: see the first impl block; AVX512_VBMI is there where `DOT` is true.
+        unsafe {
+            let raw = _mm512_castps_si512(raw);
+            let size = _mm512_abs_epi8(raw);
+            let near = _mm512_loadu_si512(LOW_BYTES.as_ptr().cast());
+            let far = _mm512_loadu_si512(LOW_BYTES.as_ptr().add(64).cast());
+            let low = _mm512_permutex2var_epi8(near, size, far);
+            let near = _mm512_loadu_si512(HIGH_BYTES.as_ptr().cast());
+            let far = _mm512_loadu_si512(HIGH_BYTES.as_ptr().add(64).cast());
+            let high = _mm512_permutex2var_epi8(near, size, far);
+            // high | (raw & sign)
+            let sign = _mm512_set1_epi8(-128);
+            let high = _mm512_ternarylogic_epi32::<0xf8>(high, raw, sign);
+            let first = _mm512_loadu_si512(FIRST_PAIRS.as_ptr().cast());
+            let second = _mm512_loadu_si512(SECOND_PAIRS.as_ptr().cast());
+            [
+                _mm512_castsi512_ps(_mm512_permutex2var_epi8(low, first, high)),
+                _mm512_castsi512_ps(_mm512_permutex2var_epi8(low, second, high)),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn pair_half_bytes(self, raw: __m512) -> [__m512; 4] {
+        assert!(DOT, "this set was entered without the dot product of pairs");
+        // SAFETY: see the first impl block.
+        unsafe {
+            let raw = _mm512_castps_si512(raw);
+            let high = _mm512_loadu_ps(HALF_BYTES.as_ptr().cast());
+            let low = _mm512_loadu_ps(HALF_BYTES_LOW.as_ptr().cast());
+            let first = _mm512_permutexvar_ps(raw, low);
+            let second = _mm512_permutexvar_ps(_mm512_srli_epi32::<8>(raw), low);
+            let third = _mm512_permutexvar_ps(_mm512_srli_epi32::<16>(raw), low);
+            let fourth = _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(raw), low);
+            [
+                _mm512_or_ps(first, _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(raw), high)),
+                _mm512_or_ps(second, _mm512_permutexvar_ps(_mm512_srli_epi32::<12>(raw), high)),
+                _mm512_or_ps(third, _mm512_permutexvar_ps(_mm512_srli_epi32::<20>(raw), high)),
+                _mm512_or_ps(fourth, _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(raw), high)),
+            ]
+        }
+    }
+    #[inline(always)]
     unsafe fn load_raw(self, from: *const u8) -> __m512 {
         // SAFETY: the caller promises 64 readable bytes.
         unsafe { _mm512_loadu_ps(from.cast()) }
@@ -302,14 +426,10 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         // half the shuffles of a full transpose, and few registers.
         // SAFETY: the caller promises the rows.
         unsafe {
-            let quad = |row: usize| _mm_loadu_ps(from.add(row * row_bytes).cast());
-            let rows = |i: usize| {
-                let all = _mm512_castps128_ps512(quad(i));
-                let all = _mm512_mask_broadcast_f32x4(all, 0x00f0, quad(4 + i));
-                let all = _mm512_mask_broadcast_f32x4(all, 0x0f00, quad(8 + i));
-                _mm512_mask_broadcast_f32x4(all, 0xf000, quad(12 + i))
-            };
-            let (a, b, c, d) = (rows(0), rows(1), rows(2), rows(3));
+            let a = every_fourth_row(from, row_bytes);
+            let b = every_fourth_row(from.add(row_bytes), row_bytes);
+            let c = every_fourth_row(from.add(2 * row_bytes), row_bytes);
+            let d = every_fourth_row(from.add(3 * row_bytes), row_bytes);
             let (low_ab, high_ab) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
             let (low_cd, high_cd) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
             [
@@ -334,6 +454,25 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     fn prefetch(self, from: *const u8) {
         // SAFETY: a prefetch of any address has no effect but on the cache.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
+    }
+}
+
+/// Four values from each of four rows that are four rows apart, a quad of lanes each. A function,
+/// as a closure would not be compiled with the caller's instructions.
+///
+/// # Safety
+/// 16 bytes must be readable in each row, and the CPU must have AVX-512DQ.
+#[inline(always)]
+unsafe fn every_fourth_row(from: *const u8, row_bytes: usize) -> __m512 {
+    // SAFETY: the caller promises the rows and the instructions.
+    unsafe {
+        let all = _mm512_castps128_ps512(_mm_loadu_ps(from.cast()));
+        let next = _mm_loadu_ps(from.add(4 * row_bytes).cast());
+        let all = _mm512_mask_broadcast_f32x4(all, 0x00f0, next);
+        let next = _mm_loadu_ps(from.add(8 * row_bytes).cast());
+        let all = _mm512_mask_broadcast_f32x4(all, 0x0f00, next);
+        let next = _mm_loadu_ps(from.add(12 * row_bytes).cast());
+        _mm512_mask_broadcast_f32x4(all, 0xf000, next)
     }
 }
 

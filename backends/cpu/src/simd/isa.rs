@@ -48,11 +48,11 @@ impl std::fmt::Display for IsaError {
         match self {
             IsaError::Unknown { name } => {
                 let known = NAMES.join(", ");
-                write!(out, "{ISA_VARIABLE}: unknown instruction set `{name}`; known are {known}")
+                write!(out, "unknown instruction set `{name}`; known are {known}")
             }
             IsaError::Missing { name, have } => {
                 let have = have.join(", ");
-                write!(out, "{ISA_VARIABLE}: this CPU has no `{name}`; it has {have}")
+                write!(out, "this CPU has no `{name}`; it has {have}")
             }
         }
     }

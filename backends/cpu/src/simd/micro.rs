@@ -172,9 +172,11 @@ pub(crate) fn load_units<S: Simd>(simd: S, bytes: &[u8], unit: usize) -> S::F32 
 /// Bytes of a cache line, for prefetching.
 const LINE_BYTES: usize = 64;
 
-/// Bytes that prefetches run ahead at least: what memory delivers to a thread in about two
-/// microseconds, many times its latency.
-const AHEAD_BYTES_MIN: usize = 32 << 10;
+/// Asks for memory that will be streamed, where no earlier rows have asked for it.
+#[inline(always)]
+pub(crate) fn fetch<S: Simd>(simd: S, bytes: &[u8]) {
+    bytes.chunks(LINE_BYTES).for_each(|line| simd.prefetch(line.as_ptr()));
+}
 
 /// Whole squares of a right operand that is streamed in place, with few rows on the left.
 pub(crate) struct Stream<'a> {
@@ -190,6 +192,8 @@ pub(crate) struct Stream<'a> {
     pub(crate) right_row_bytes: usize,
     /// How many squares follow each other along the rows.
     pub(crate) squares: usize,
+    /// Whether as many rows that follow are asked for meanwhile.
+    pub(crate) fetch_ahead: bool,
 }
 
 /// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
@@ -203,7 +207,7 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
     stream: &Stream<'_>,
     sums: &mut [[S::F32; VECTORS]; ROWS],
 ) {
-    let Stream { left, left_stride, right, right_start, right_row_bytes, squares } = *stream;
+    let Stream { left, left_stride, right, right_start, right_row_bytes, squares, .. } = *stream;
     if squares == 0 {
         return;
     }
@@ -212,7 +216,7 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
     assert!(end <= right.len(), "squares end at {end} of {}", right.len());
     assert!((ROWS - 1) * left_stride + squares * S::LANES <= left.len());
     let mut values = *sums;
-    let ahead = (VECTORS * S::LANES * right_row_bytes).max(AHEAD_BYTES_MIN);
+    let ahead = VECTORS * S::LANES * right_row_bytes;
     // SAFETY: the assertions bound every address that is read; prefetches may go anywhere.
     unsafe {
         let mut left = left.as_ptr().cast::<u8>();
@@ -222,10 +226,12 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
             for vector in 0..VECTORS {
                 let rows = right.add(vector * S::LANES * right_row_bytes);
                 for quad in 0..S::LANES / 4 {
-                    for line in 0..S::LANES * 16 / LINE_BYTES {
-                        simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                    if stream.fetch_ahead {
+                        for line in 0..S::LANES * 16 / LINE_BYTES {
+                            simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                        }
+                        next = next.wrapping_add(S::LANES * 16);
                     }
-                    next = next.wrapping_add(S::LANES * 16);
                     let columns = simd.load_columns(rows.add(quad * 16), right_row_bytes);
                     for (step, weights) in columns.into_iter().enumerate() {
                         let left = left.add((quad * 4 + step) * 4);

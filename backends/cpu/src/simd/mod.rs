@@ -33,7 +33,7 @@
 //!
 //! The files here are the only ones besides `ffi.rs` that hold `unsafe`: an instruction set plays
 //! the part a vendor's library plays for other chips. No algorithm lives here except the inner
-//! loops in [`micro`] and [`columns`]; matrix products are in `gemm/`.
+//! loops in [`micro`], [`columns`] and [`quantised`]; matrix products are in `gemm/`.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -47,11 +47,12 @@ pub(crate) mod micro;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
+pub(crate) mod quantised;
 #[cfg(test)]
 mod tests;
 
 pub use element::Element;
-pub use isa::{Geometry, Isa, IsaError, dispatch};
+pub use isa::{Geometry, ISA_VARIABLE, Isa, IsaError, dispatch};
 
 use half::{bf16, f16};
 
@@ -151,6 +152,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `acc + a.even * b.even + a.odd * b.odd` on raw bf16 pairs, in the hardware's own rounding.
     /// Panics where `BF16_DOT` is false.
     fn dot_pairs(self, acc: Self::F32, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Widens the 4 signed bytes of each lane into 4 vectors, the lowest byte first.
+    fn widen_bytes(self, raw: Self::F32) -> [Self::F32; 4];
+    /// Widens the 8 signed half bytes of each lane into 8 vectors, the lowest half byte first.
+    fn widen_half_bytes(self, raw: Self::F32) -> [Self::F32; 8];
+    /// As [`Simd::widen_bytes`], into raw bf16 pairs: bytes 0 and 1, then bytes 2 and 3. No byte
+    /// may be -128. Panics where `BF16_DOT` is false.
+    fn pair_bytes(self, raw: Self::F32) -> [Self::F32; 2];
+    /// As [`Simd::widen_half_bytes`], into raw bf16 pairs of neighbours. Panics where `BF16_DOT`
+    /// is false.
+    fn pair_half_bytes(self, raw: Self::F32) -> [Self::F32; 4];
     /// Reads `LANES` raw 32-bit lanes.
     ///
     /// # Safety

@@ -247,6 +247,36 @@ impl Simd for Neon {
         unreachable!("this set does not use the dot product of pairs")
     }
     #[inline(always)]
+    fn widen_bytes(self, raw: float32x4_t) -> [float32x4_t; 4] {
+        // SAFETY: the set is present.
+        unsafe {
+            let raw = vreinterpretq_s32_f32(raw);
+            let byte = |up: i32| {
+                let top = vshlq_s32(raw, vdupq_n_s32(up));
+                vcvtq_f32_s32(vshrq_n_s32::<24>(top))
+            };
+            [byte(24), byte(16), byte(8), byte(0)]
+        }
+    }
+    #[inline(always)]
+    fn widen_half_bytes(self, raw: float32x4_t) -> [float32x4_t; 8] {
+        // SAFETY: the set is present.
+        unsafe {
+            let raw = vreinterpretq_s32_f32(raw);
+            let half = |up: i32| {
+                let top = vshlq_s32(raw, vdupq_n_s32(up));
+                vcvtq_f32_s32(vshrq_n_s32::<28>(top))
+            };
+            [half(28), half(24), half(20), half(16), half(12), half(8), half(4), half(0)]
+        }
+    }
+    fn pair_bytes(self, _raw: float32x4_t) -> [float32x4_t; 2] {
+        unreachable!("this set has no dot product of pairs");
+    }
+    fn pair_half_bytes(self, _raw: float32x4_t) -> [float32x4_t; 4] {
+        unreachable!("this set has no dot product of pairs");
+    }
+    #[inline(always)]
     unsafe fn load_raw(self, from: *const u8) -> float32x4_t {
         // SAFETY: the caller promises 16 readable bytes.
         unsafe { vreinterpretq_f32_u8(vld1q_u8(from)) }

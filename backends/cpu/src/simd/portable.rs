@@ -157,6 +157,25 @@ impl Simd for Portable {
         unreachable!("the portable set has no dot product of pairs")
     }
     #[inline(always)]
+    fn widen_bytes(self, raw: V) -> [V; 4] {
+        std::array::from_fn(|byte| {
+            raw.map(|lane| f32::from(lane.to_bits().to_le_bytes()[byte] as i8))
+        })
+    }
+    #[inline(always)]
+    fn widen_half_bytes(self, raw: V) -> [V; 8] {
+        std::array::from_fn(|half| {
+            let up = 28 - 4 * half as u32;
+            raw.map(|lane| (((lane.to_bits() << up) as i32) >> 28) as f32)
+        })
+    }
+    fn pair_bytes(self, _raw: V) -> [V; 2] {
+        unreachable!("the portable set has no dot product of pairs");
+    }
+    fn pair_half_bytes(self, _raw: V) -> [V; 4] {
+        unreachable!("the portable set has no dot product of pairs");
+    }
+    #[inline(always)]
     unsafe fn load_raw(self, from: *const u8) -> V {
         // SAFETY: the caller promises `LANES * 4` readable bytes.
         unsafe { from.cast::<V>().read_unaligned() }

@@ -10,16 +10,19 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 use pontoon_fleet::world::SystemClock;
-use pontoon_models::{GeneratorOptions, HostWeights, Model, SamplingSettings, preset};
+use pontoon_models::{
+    ExtraLayer, GeneratorOptions, HostTensors, Model, SamplingSettings, TensorSource, WeightFormat,
+    preset,
+};
 use pontoon_ops::philox::Stream;
-use pontoon_ops::{DType, OpName};
+use pontoon_ops::{Backend, DType, OpName};
 use pontoon_train::data::Batch;
 use pontoon_train::{Checking, RunConfig, TrainingState};
 use serde_json::json;
 
 use super::show;
 use crate::devices;
-use crate::engine::{Engine, dtype};
+use crate::engine::{Engine, dtype, weight_format};
 use crate::model_source::ModelSource;
 
 /// What is measured.
@@ -88,6 +91,9 @@ pub struct DecodeArguments {
     /// bf16, f16 or f32.
     #[arg(long, default_value = "bf16")]
     dtype: String,
+    /// How weights are stored: as --dtype says, int8 or int4 (integers with a scale per group).
+    #[arg(long)]
+    weights: Option<String>,
     /// Tokens to decode.
     #[arg(short = 'n', long, default_value_t = 64)]
     tokens: usize,
@@ -112,29 +118,26 @@ pub fn run(command: &Command) -> Result<()> {
     }
 }
 
-fn train(arguments: &TrainArguments) -> Result<()> {
-    ensure!(arguments.steps >= 2, "--steps should be at least 2, as the first is not counted");
-    let settings = format!(
-        "[data]\nsequence = {}\n[train]\nmicro_batch = {}\ndtype = \"{}\"\nrecompute = \"{}\"\n\
-         warmup = 0\nschedule = \"constant\"\n",
-        arguments.sequence, arguments.batch, arguments.dtype, arguments.recompute
-    );
-    let config = RunConfig::parse(&settings, &[], "the benchmark's settings")?;
-    let compute = config.train.dtype.dtype();
-    let peak = devices::peak_flops(&arguments.device, compute)?;
-    let model = Model::new(preset(&arguments.preset)?)?;
-    let mut backend = devices::open(&arguments.device)?;
-    let weights = model.initialise(config.train.seed);
-    let mut state = TrainingState::load(backend.as_mut(), &model, &config, &weights)?;
-    drop(weights);
-    let batch = random_batch(arguments, model.config.vocab_size);
+/// Times and losses of steps, and times with checks over times without.
+struct Timed {
+    times: Vec<f64>,
+    loss: Vec<f64>,
+    ratios: Vec<f64>,
+}
+
+fn timed_steps(
+    arguments: &TrainArguments,
+    state: &mut TrainingState,
+    backend: &mut dyn Backend,
+    batch: &Batch,
+) -> Result<Timed> {
     let (mut loss, mut times, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     let checked = [Checking::Off, Checking::On];
     for step in 1..=arguments.steps {
         let mut timed = |checking: Checking| -> Result<(f64, f64)> {
-            state.check(backend.as_ref(), checking);
+            state.check(backend, checking);
             let started = Instant::now();
-            let result = state.step(backend.as_mut(), step, std::slice::from_ref(&batch))?;
+            let result = state.step(backend, step, std::slice::from_ref(batch))?;
             Ok((started.elapsed().as_secs_f64(), result.loss))
         };
         let (seconds, of_step) = match arguments.checks {
@@ -152,6 +155,27 @@ fn train(arguments: &TrainArguments) -> Result<()> {
         times.push(seconds);
         loss.push(of_step);
     }
+    Ok(Timed { times, loss, ratios })
+}
+
+fn train(arguments: &TrainArguments) -> Result<()> {
+    ensure!(arguments.steps >= 2, "--steps should be at least 2, as the first is not counted");
+    let settings = format!(
+        "[data]\nsequence = {}\n[train]\nmicro_batch = {}\ndtype = \"{}\"\nrecompute = \"{}\"\n\
+         warmup = 0\nschedule = \"constant\"\n",
+        arguments.sequence, arguments.batch, arguments.dtype, arguments.recompute
+    );
+    let config = RunConfig::parse(&settings, &[], "the benchmark's settings")?;
+    let compute = config.train.dtype.dtype();
+    let peak = devices::peak_flops(&arguments.device, compute)?;
+    let model = Model::new(preset(&arguments.preset)?)?;
+    let mut backend = devices::open(&arguments.device)?;
+    let weights = model.initialise(config.train.seed);
+    let mut state = TrainingState::load(backend.as_mut(), &model, &config, &weights)?;
+    drop(weights);
+    let batch = random_batch(arguments, model.config.vocab_size);
+    let Timed { times, loss, ratios } =
+        timed_steps(arguments, &mut state, backend.as_mut(), &batch)?;
     let checks_overhead = (ratios.len() > 1).then(|| median(&ratios[1..]) - 1.0);
     let median = median(&times[1..]);
     let tokens_per_s = batch.ids.len() as f64 / median;
@@ -222,12 +246,13 @@ fn random_batch(arguments: &TrainArguments, vocabulary: usize) -> Batch {
 
 fn decode(arguments: &DecodeArguments) -> Result<()> {
     let compute = dtype(&arguments.dtype)?;
-    let (model, weights) = model_of(&arguments.model)?;
+    let format = weight_format(arguments.weights.as_deref(), &arguments.dtype)?;
+    let (model, source) = model_of(&arguments.model, format)?;
     let bytes = bytes_per_token(&model, compute);
     let prompt = vec![1_u32; 16];
     let options = GeneratorOptions::new(compute, prompt.len() + arguments.tokens + 1, 1);
-    let mut engine = Engine::load(&arguments.device, &model, &weights, options)?;
-    drop(weights);
+    let mut engine = Engine::load_from(&arguments.device, &model, source.as_ref(), options)?;
+    drop(source);
     let settings = SamplingSettings::greedy(arguments.tokens);
     let mut before = devices::bandwidth(&arguments.device)?;
     let (mut token_s, mut bandwidths, mut fractions) = (Vec::new(), Vec::new(), Vec::new());
@@ -263,7 +288,7 @@ fn decode(arguments: &DecodeArguments) -> Result<()> {
     println!(
         "{} {}: {:.1} tokens/s, {} a token, {:.0}% of {}B/s",
         arguments.model,
-        arguments.dtype,
+        arguments.weights.as_ref().unwrap_or(&arguments.dtype),
         1.0 / median,
         show::bytes(bytes as f64),
         100.0 * fraction,
@@ -272,31 +297,38 @@ fn decode(arguments: &DecodeArguments) -> Result<()> {
     Ok(())
 }
 
-fn model_of(name: &str) -> Result<(Model, HostWeights)> {
+fn model_of(name: &str, format: WeightFormat) -> Result<(Model, Box<dyn TensorSource>)> {
     if Path::new(name).is_dir() {
         let source = ModelSource::open(&PathBuf::from(name))?;
-        let weights = source.weights()?;
-        return Ok((source.model, weights));
+        return Ok((source.stored(format)?, Box::new(source.tensors()?)));
     }
-    let model = Model::new(preset(name)?)?;
-    let weights = model.initialise(1);
-    Ok((model, weights))
+    let config = preset(name)?;
+    let float = Model::new(config.clone())?;
+    let weights = float.initialise(1);
+    Ok((
+        Model::stored(config, format, ExtraLayer::Absent)?,
+        Box::new(HostTensors::new(float, weights)),
+    ))
 }
 
 /// Weights a token must read: all but an embedding that is no head, and of the experts only those
-/// a token goes to.
+/// a token goes to; of integers also their scales.
 fn bytes_per_token(model: &Model, compute: DType) -> usize {
     let tied = model.table.get("lm_head.weight").is_err();
     let parameters = model.table.parameters().iter();
-    let elements = parameters.map(|parameter| match parameter.spec.name.as_str() {
+    let bytes = parameters.map(|parameter| match parameter.spec.name.as_str() {
         "model.embed_tokens.weight" if !tied => 0,
         name if name.contains(".experts.{}.") => {
             let count = parameter.spec.shape[0];
-            parameter.elements() / count * model.config.experts_per_token()
+            let read = parameter.elements() / count * model.config.experts_per_token();
+            compute.bytes(read)
         }
-        _ => parameter.elements(),
+        _ => match parameter.quantised_bytes() {
+            Some(bytes) => bytes,
+            None => compute.bytes(parameter.elements()),
+        },
     });
-    compute.bytes(elements.sum())
+    bytes.sum()
 }
 
 fn median(values: &[f64]) -> f64 {

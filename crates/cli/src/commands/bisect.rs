@@ -21,7 +21,7 @@ use crate::engine::dtype;
 use crate::steps::{Packed, Steps, layer_of, model_of, parameters_of, random_documents};
 
 /// The arguments of `pontoon bisect`.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Arguments {
     /// A preset, which gets random weights, or a model, snapshot or run folder.
     model: String,
@@ -47,6 +47,8 @@ pub struct Arguments {
 
 /// Bisects. Exit code 1 if the devices disagree.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    let devices = devices::listed(&arguments.devices);
+    let arguments = &Arguments { devices, ..arguments.clone() };
     let names = &arguments.devices;
     ensure!(
         names.len() == 2,

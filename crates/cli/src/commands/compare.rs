@@ -10,9 +10,7 @@ use clap::Args;
 use pontoon_models::{GeneratorOptions, HostWeights, Model, SamplingSettings};
 use pontoon_ops::{Backend, DType};
 use pontoon_program::{Class, GRADIENTS};
-use pontoon_qualify::compare::{
-    Certificate, Comparison, Experts, Measured, Sizes, Tensor, certify,
-};
+use pontoon_qualify::compare::{Certificate, Comparison, Measured, Tensor, certify};
 use pontoon_qualify::exact::{evaluate, feasible};
 use pontoon_train::data::Batch;
 use pontoon_train::{RunConfig, TrainingState};
@@ -22,7 +20,7 @@ use super::show;
 use crate::devices;
 use crate::engine::{Engine, dtype};
 use crate::model_source::ModelSource;
-use crate::steps::{Packed, Steps, model_of, random_documents};
+use crate::steps::{Packed, Steps, model_of, random_documents, sizes};
 
 /// Prompts made up where none are given, and their tokens.
 const RANDOM_PROMPTS: [usize; 2] = [3, 12];
@@ -34,7 +32,7 @@ const TRAINED_MAX: usize = 1 << 28;
 const DRIFT_BATCH: [usize; 2] = [4, 32];
 
 /// The arguments of `pontoon compare`.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub struct Arguments {
     /// A preset, which gets random weights, or a model, snapshot or run folder.
     model: String,
@@ -66,6 +64,8 @@ pub struct Arguments {
 
 /// Compares. Exit code 1 if the devices disagree.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    let devices = devices::listed(&arguments.devices);
+    let arguments = &Arguments { devices, ..arguments.clone() };
     let names = &arguments.devices;
     ensure!(names.len() >= 2, "--devices takes two or more, such as cpu,cpu:threads=1");
     ensure!(arguments.tokens > 0, "--tokens should be at least 1");
@@ -88,16 +88,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let exact = work.exact()?;
     let generated = generated(&prompts, &texts);
     let certificate = certify(&Comparison {
-        sizes: Sizes {
-            dtype: compute,
-            layers: model.config.layer_count,
-            width: model.config.width.max(model.config.mlp_width),
-            steps: work.drift_steps as usize,
-            experts: match model.config.experts_per_token() {
-                0 => Experts::None,
-                _ => Experts::Some,
-            },
-        },
+        sizes: sizes(&model, compute, work.drift_steps as usize),
         vocabulary: model.config.vocab_size,
         generated: &generated,
         tensors: &work.tensors,

@@ -1,9 +1,9 @@
-//! `pontoon demo`: a model learns to add from nothing on three workers, of which one crashes, one
-//! hangs and one flips a bit, survives the loss of its supervisor too, and ends with the same bits
-//! as a run that was left in peace.
+//! `pontoon demo`: a model learns to add from nothing on two emulated chips that misbehave, is
+//! moved live to the CPU, survives the loss of its supervisor too, ends with the same bits as a run
+//! that was left in peace, and with the certificate of the move.
 //!
 //! Training happens in processes of their own, as the kills are real. Read next: `train.rs`,
-//! `eval.rs`.
+//! `moving.rs`, `eval.rs`.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use pontoon_fleet::control::{ControlSocket, Request};
 use pontoon_fleet::run_dir::read_lines;
-use pontoon_fleet::world::RealDisk;
+use pontoon_fleet::world::{Control, RealDisk};
 use pontoon_ops::DType;
 use pontoon_train::RunConfig;
 use pontoon_train::arithmetic::{Addition, Purpose, additions};
@@ -21,7 +22,8 @@ use pontoon_train::data::{Import, Prepare, train_tokenizer};
 use serde_json::{Value, json};
 
 use super::eval::{Answered, Exam};
-use super::{faults, show};
+use super::{faults, moving, show};
+use crate::devices;
 use crate::model_source::ModelSource;
 
 /// Additions to learn from: more than the steps take, so that none comes twice.
@@ -54,25 +56,26 @@ weight_decay = 0.0
 every = 40
 "#;
 
-/// What goes wrong on purpose.
+/// What goes wrong on purpose, before the run is moved.
 const FAULTS: &str = r#"
 [[fault]]
 worker = 1
-step = 40
+step = 20
 kind = "crash"
 [[fault]]
-worker = 2
-step = 80
+worker = 0
+step = 40
 kind = "hang"
 [[fault]]
-worker = 0
-step = 100
+worker = 1
+step = 60
 kind = "bitflip"
 tensor = "weights"
 bit = 29
 "#;
-/// The workers of the disturbed run.
-const WORKERS: [&str; 2] = ["--workers", "3"];
+/// When the run is moved, and when its supervisor is killed.
+const MOVED_AT: u64 = 80;
+const KILLED_AT: u64 = 150;
 /// Columns of the loss curve.
 const COLUMNS: usize = 60;
 
@@ -100,23 +103,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let dir = kept.map_or(temporary.path(), PathBuf::as_path);
     say("1  Data: additions with every step written out, and a tokenizer for them");
     prepare(dir)?;
-    say("2  Training a Qwen3 of a million parameters from nothing, on three workers: one will");
-    say("   crash, one will hang, one will flip a bit of its weights; then their supervisor goes");
     let config = RunConfig::parse(SETTINGS, &[], "the demo's settings")?;
-    let chaos = dir.join("chaos.toml").display().to_string();
-    let disturbed = [&WORKERS[..], &["--chaos", &chaos]].concat();
-    let half = config.train.steps / 2 + 7;
-    let killed_at = train_and_kill(dir, half, &disturbed)?;
-    say(&format!("   supervisor killed with SIGKILL at step {killed_at}; it is started again"));
-    let resumed = train(dir, "disturbed", &[&disturbed[..], &["--resume"]].concat())?;
+    let (disturbed, certificate, killed_at) = disturb(dir, &config)?;
     let survived = faults::of_run(&dir.join("disturbed"))?;
     say("   the loss, and where the faults struck:");
-    loss_curve(dir, &survived, config.train.steps)?.iter().for_each(|line| say(line));
+    let moved_at = certificate["step"].as_u64().unwrap_or(MOVED_AT);
+    loss_curve(dir, &survived, moved_at, config.train.steps)?.iter().for_each(|line| say(line));
     faults::table(&survived).iter().for_each(|line| say(line));
-    say("3  The same run once more, in one process and in peace, to compare");
-    let peaceful = train(dir, "peaceful", &[])?;
+    let peaceful = in_peace(dir, &config, moved_at)?;
     let hash = |summary: &Value| summary["weights_blake3"].as_str().unwrap_or("?").to_owned();
-    let (interrupted, undisturbed) = (hash(&resumed), hash(&peaceful));
+    let (interrupted, undisturbed) = (hash(&disturbed), hash(&peaceful));
     say(&format!("   disturbed    {interrupted}\n   undisturbed  {undisturbed}"));
     ensure!(
         interrupted == undisturbed,
@@ -124,6 +120,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     );
     say("   the same weights, bit for bit");
     let (untrained, trained) = ask(&dir.join("disturbed"), config.train.seed)?;
+    say("5  The certificate of the move, on which the trust in the second half rests");
+    moving::lines(&certificate).iter().for_each(|line| say(&format!("   {line}")));
     say(&format!("done in {}", show::duration(begun.elapsed().as_secs_f64())));
     if let Some(dir) = kept {
         let dir = dir.display();
@@ -132,8 +130,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.json {
         let result = json!({
             "killed_at_step": killed_at,
+            "moved_at_step": moved_at,
+            "certificate": certificate,
             "faults": survived,
-            "goodput": resumed["goodput"],
+            "goodput": disturbed["goodput"],
             "weights_blake3": interrupted,
             "undisturbed_weights_blake3": undisturbed,
             "exact_match_untrained": untrained,
@@ -144,6 +144,51 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         println!("{result}");
     }
     Ok(())
+}
+
+/// Trains through faults, a move and the loss of the supervisor; returns what the run says at its
+/// end, the move's certificate, and the step at which the supervisor was killed.
+fn disturb(dir: &Path, config: &RunConfig) -> Result<(Value, Value, u64)> {
+    let chip = devices::emulated();
+    say(&format!("2  Training a Qwen3 of a million parameters from nothing, on two of {chip}:"));
+    say("   one will crash and flip a bit of its weights, one will hang; then the run is moved");
+    say("   live to the CPU, and there its supervisor is killed");
+    let run = dir.join("disturbed");
+    let chaos = dir.join("chaos.toml").display().to_string();
+    let chips = ["--device", chip, "--device", chip, "--chaos", &chaos];
+    let mut child = start(dir, "disturbed", &chips)?;
+    await_step(&run, MOVED_AT, &mut child)?;
+    let to = devices::destination();
+    say(&format!("   pontoon move {} --to {}", run.display(), to.join(",")));
+    let answer = ControlSocket
+        .ask(&run, &Request::Move { to })
+        .context("cannot ask the run")?
+        .context("the run answers nobody")?;
+    ensure!(answer.ok, "the run could not be moved: {}", answer.text);
+    say(&format!("   {}", answer.text));
+    let certificate = answer.facts.get("certificate").cloned().unwrap_or_default();
+    let killed_at = await_step(&run, KILLED_AT, &mut child)?;
+    child.kill().context("cannot kill the training process")?;
+    child.wait()?;
+    ensure!(killed_at < config.train.steps, "the run was done before it could be killed");
+    say(&format!("   supervisor killed with SIGKILL at step {killed_at}; it is started again"));
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let mut command = Command::new(program);
+    command.arg("train").arg(&run).args(["--resume", "--json"]);
+    Ok((finish(spawn(&mut command)?)?, certificate, killed_at))
+}
+
+/// The same run with no fault, no kill and no fleet: on one chip up to where it was moved, and from
+/// there on the CPU.
+fn in_peace(dir: &Path, config: &RunConfig, moved_at: u64) -> Result<Value> {
+    say("3  The same run once more, in one process and in peace, to compare");
+    let decays_from = config.train.steps as f64 * (1.0 - config.train.decay);
+    ensure!((moved_at as f64) < decays_from, "this machine is too slow for the demo's settings");
+    let (chip, steps) = (devices::emulated(), moved_at.to_string());
+    // Up to there the learning rate does not fall, so it does not matter where the run would end.
+    let first = ["--device", chip, "--steps", &steps, "--set", "train.schedule=constant"];
+    finish(start(dir, "peaceful", &first)?)?;
+    finish(start(dir, "peaceful", &["--resume", "--device", "cpu"])?)
 }
 
 /// Puts fresh problems to the untrained and to the trained model; the share each answers rightly.
@@ -178,8 +223,8 @@ fn say(text: &str) {
     eprintln!("{text}");
 }
 
-/// The losses of the disturbed run as a line of bars, and a line with the faults below it.
-fn loss_curve(dir: &Path, faults: &[Value], steps: u64) -> Result<Vec<String>> {
+/// The losses of the disturbed run as a line of bars, with a line of faults and the move below.
+fn loss_curve(dir: &Path, faults: &[Value], moved_at: u64, steps: u64) -> Result<Vec<String>> {
     let lines = read_lines(&RealDisk, &dir.join("disturbed/metrics.jsonl"))?;
     let mut losses = vec![f64::NAN; COLUMNS];
     let column = |step: u64| ((step.saturating_sub(1)) as usize * COLUMNS / steps as usize).min(59);
@@ -199,6 +244,7 @@ fn loss_curve(dir: &Path, faults: &[Value], steps: u64) -> Result<Vec<String>> {
         let letter = fault["kind"].as_str().and_then(|kind| kind.chars().next());
         marks[column(fault["step"].as_u64().unwrap_or(1))] = letter.unwrap_or('?');
     }
+    marks[column(moved_at)] = '→';
     let curve: String = losses.iter().map(bar).collect();
     let marks: String = marks.into_iter().collect();
     let last = losses.last().copied().unwrap_or(f64::NAN);
@@ -247,38 +293,35 @@ fn prepare(dir: &Path) -> Result<()> {
 /// Starts a training process on the demo's settings.
 fn start(dir: &Path, name: &str, more: &[&str]) -> Result<Child> {
     let program = std::env::current_exe().context("cannot find this program's own file")?;
-    Command::new(program)
-        .arg("train")
-        .arg(dir.join("run.toml"))
-        .arg("--dir")
-        .arg(dir.join(name))
-        .arg("--json")
-        .args(more)
+    let mut command = Command::new(program);
+    command.arg("train").arg(dir.join("run.toml")).arg("--dir").arg(dir.join(name));
+    spawn(command.arg("--json").args(more))
+}
+
+fn spawn(command: &mut Command) -> Result<Child> {
+    command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start a training process")
 }
 
-fn train(dir: &Path, name: &str, more: &[&str]) -> Result<Value> {
-    let output = start(dir, name, more)?.wait_with_output()?;
+fn finish(child: Child) -> Result<Value> {
+    let output = child.wait_with_output()?;
     ensure!(output.status.success(), "the training process failed: {}", output.status);
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// Starts the run and kills it once it has done `step` steps; returns the last step it wrote.
-fn train_and_kill(dir: &Path, step: u64, more: &[&str]) -> Result<u64> {
-    let mut child = start(dir, "disturbed", more)?;
-    let metrics = dir.join("disturbed/metrics.jsonl");
+/// Waits until a run has done `step` steps; returns the last step it wrote.
+fn await_step(run: &Path, step: u64, child: &mut Child) -> Result<u64> {
+    let metrics = run.join("metrics.jsonl");
     loop {
         let last = read_lines(&RealDisk, &metrics)?.last().and_then(|line| line["step"].as_u64());
         if let Some(last) = last.filter(|&last| last >= step) {
-            child.kill().context("cannot kill the training process")?;
-            child.wait()?;
             return Ok(last);
         }
         if let Some(status) = child.try_wait()? {
-            bail!("the training process ended before it could be killed: {status}");
+            bail!("the training process ended before it was to: {status}");
         }
         std::thread::sleep(LOOK_EVERY);
     }

@@ -10,7 +10,8 @@ use pontoon_fleet::world::RealDisk;
 use serde_json::Value;
 
 /// Kinds of events that are no faults.
-const HARMLESS: [&str; 6] = ["started", "snapshot", "joined", "moved", "resumed", "finished"];
+const HARMLESS: [&str; 8] =
+    ["started", "snapshot", "joined", "moved", "move_refused", "took_over", "resumed", "finished"];
 /// Longer causes are cut.
 const CAUSE: usize = 58;
 

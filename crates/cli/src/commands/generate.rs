@@ -9,7 +9,7 @@ use clap::Args;
 use pontoon_models::{GeneratorOptions, SamplingSettings, SpecialTokens, Tokenizer};
 use serde_json::json;
 
-use crate::engine::{Engine, dtype};
+use crate::engine::{Engine, dtype, weight_format};
 use crate::model_source::{ModelSource, chat_prompt};
 
 /// The arguments of `pontoon generate`.
@@ -53,6 +53,9 @@ pub struct Arguments {
     /// bf16, f16 or f32.
     #[arg(long, default_value = "bf16")]
     dtype: String,
+    /// How weights are stored: as --dtype says, int8 or int4 (integers with a scale per group).
+    #[arg(long)]
+    weights: Option<String>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -74,7 +77,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         )
     };
     let settings = settings_of(arguments);
-    let mut engine = Engine::load(&arguments.device, &source.model, &source.weights()?, options)?;
+    let model = source.stored(weight_format(arguments.weights.as_deref(), &arguments.dtype)?)?;
+    let tensors = source.tensors()?;
+    let mut engine = Engine::load_from(&arguments.device, &model, &tensors, options)?;
     let mut stream = tokenizer.stream(SpecialTokens::Show);
     let mut refused = None;
     let started = Instant::now();

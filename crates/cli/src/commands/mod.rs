@@ -10,6 +10,7 @@ pub mod eval;
 pub mod export;
 pub mod faults;
 pub mod generate;
+pub mod moving;
 pub mod new;
 pub mod qualify;
 pub mod run_status;

@@ -80,8 +80,7 @@ pub fn standing(dir: &Path) -> Result<Standing> {
 fn is_locked(dir: &Path) -> bool {
     let path = dir.join("run.lock");
     // Without the file nobody has it, and asking would make one.
-    path.is_file()
-        && matches!(RealDisk.try_lock(&path, "looking\n"), Ok(Locking::Busy { .. }))
+    path.is_file() && matches!(RealDisk.try_lock(&path, "looking\n"), Ok(Locking::Busy { .. }))
 }
 
 /// Steps whose snapshots were uploaded and not yet removed, newest first.
@@ -122,6 +121,7 @@ impl RunStatus {
             false => SnapshotReader::new(&RealDisk, &place).list()?,
         };
         let answer = if running { ask(dir) } else { None };
+        let micro_batches = settings.as_ref().map(|settings| settings.train.micro_batches);
         let fleet = answer.and_then(|answer| answer.facts.get("workers")?.as_array().cloned());
         let mut status = RunStatus {
             dir: dir.to_owned(),
@@ -134,8 +134,22 @@ impl RunStatus {
         };
         if !running {
             status.standing = status.how_it_ended();
+        } else if status.fleet.is_empty() {
+            status.fleet.extend(status.only_worker(micro_batches));
         }
         Ok(status)
+    }
+
+    /// A run in one process, as if it were its worker.
+    fn only_worker(&self, micro_batches: Option<usize>) -> Option<Value> {
+        let begun = self.events.iter().rev().find(|event| event["device"].is_string())?;
+        let alone = begun["kind"] == "started" || begun["kind"] == "resumed";
+        let seconds = self.last()["step_ms"].as_f64().zip(micro_batches);
+        let seconds = seconds.map(|(ms, count)| ms / 1e3 / count as f64);
+        alone.then(|| {
+            json!({ "worker": 0, "device": begun["device"], "state": "member",
+                    "seconds": seconds, "processes": 1 })
+        })
     }
 
     fn how_it_ended(&self) -> Standing {

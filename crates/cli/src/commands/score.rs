@@ -7,7 +7,7 @@ use clap::Args;
 use pontoon_models::{GeneratorOptions, SpecialTokens};
 use serde_json::json;
 
-use crate::engine::{Engine, dtype};
+use crate::engine::{Engine, dtype, weight_format};
 use crate::model_source::ModelSource;
 
 /// The arguments of `pontoon score`.
@@ -24,6 +24,9 @@ pub struct Arguments {
     /// bf16, f16 or f32.
     #[arg(long, default_value = "f32")]
     dtype: String,
+    /// How weights are stored: as --dtype says, int8 or int4 (integers with a scale per group).
+    #[arg(long)]
+    weights: Option<String>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -45,7 +48,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         path.display()
     );
     let options = GeneratorOptions::new(dtype(&arguments.dtype)?, count, 1);
-    let mut engine = Engine::load(&arguments.device, &source.model, &source.weights()?, options)?;
+    let model = source.stored(weight_format(arguments.weights.as_deref(), &arguments.dtype)?)?;
+    let tensors = source.tensors()?;
+    let mut engine = Engine::load_from(&arguments.device, &model, &tensors, options)?;
     let scores = engine.generator.score(engine.backend.as_mut(), &tokens)?;
     let sum: f64 = scores.iter().map(|&score| f64::from(score)).sum();
     let perplexity = (-sum / scores.len() as f64).exp();

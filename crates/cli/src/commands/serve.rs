@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use clap::Args;
-use pontoon_models::{Family, Model, ModelConfig, SamplingSettings};
+use clap::{Args, ValueEnum};
+use pontoon_models::{Adapters, ExtraLayer, Family, Model, ModelConfig, SamplingSettings};
 use pontoon_ops::DType;
 use pontoon_qualify::compare::{Experts, Sizes};
 use pontoon_serve::engine::blocks::BLOCK;
 use pontoon_serve::engine::device::DeviceOptions;
+use pontoon_serve::engine::draft::Speculation;
 use pontoon_serve::pool::agreement::{Distance, LimitsOf};
 use pontoon_serve::pool::events::{OnEvent, PoolEvent};
 use pontoon_serve::pool::{Pool, PoolParts};
@@ -21,13 +22,25 @@ use pontoon_serve::{App, AppParts, Limits, ServerOptions, serve};
 use serde_json::json;
 
 use crate::devices;
-use crate::engine::dtype;
+use crate::engine::{dtype, weight_format};
 use crate::model_source::ModelSource;
 
 /// The longest context served unless asked for: the cache of more is mostly unused memory.
 const CONTEXT_DEFAULT: usize = 32_768;
 /// Share of a device's memory that the cache takes unless told.
 const CACHE_SHARE: f64 = 0.25;
+
+/// Tokens guessed at a time unless told.
+const DRAFT_TOKENS_DEFAULT: usize = 4;
+
+/// How tokens are guessed.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Speculate {
+    /// What followed the last tokens where they stood before.
+    PromptLookup,
+    /// By the model's layer for multi-token prediction (DeepSeek-V3).
+    Mtp,
+}
 
 /// The arguments of `pontoon serve`.
 #[derive(Args)]
@@ -52,6 +65,18 @@ pub struct Arguments {
     /// bf16, f16 or f32.
     #[arg(long, default_value = "bf16")]
     dtype: String,
+    /// How weights are stored: as --dtype says, int8 or int4 (integers with a scale per group).
+    #[arg(long)]
+    weights: Option<String>,
+    /// Guess tokens and check them together; answers stay the same, bit for bit.
+    #[arg(long, value_enum)]
+    speculate: Option<Speculate>,
+    /// Tokens guessed at a time, at most.
+    #[arg(long, requires = "speculate", value_parser = clap::value_parser!(u8).range(1..=31))]
+    draft_tokens: Option<u8>,
+    /// An adapter in PEFT's format, asked for by its name as `model`; give several for several.
+    #[arg(long = "lora", value_name = "NAME=FOLDER", value_parser = named_folder)]
+    adapters: Vec<(String, PathBuf)>,
     /// The longest sequence, prompt included; by default the model's, up to 32768.
     #[arg(long)]
     context: Option<usize>,
@@ -98,12 +123,25 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let options = options(arguments, &source.model, tokenizer.vocab_size())?;
     let audit = arguments.audit;
     ensure!((0.0..=1.0).contains(&audit), "--audit should be from 0 to 1 but is {audit}");
-    let weights = Arc::new(source.weights()?);
+    let format = weight_format(arguments.weights.as_deref(), &arguments.dtype)?;
+    let weights = Arc::new(source.tensors()?);
+    let extra = match arguments.speculate {
+        Some(Speculate::Mtp) => ExtraLayer::Present,
+        _ => ExtraLayer::Absent,
+    };
+    let mut model = Model::stored(source.model.config.clone(), format, extra)?;
+    let mut adapters = None;
+    if !arguments.adapters.is_empty() {
+        let opened = Adapters::open(&model.config, &arguments.adapters)?;
+        model = model.with_adapters(opened.shapes().clone());
+        adapters = Some(Arc::new(opened));
+    }
     let pool = Pool::start(PoolParts {
         devices: arguments.devices.clone(),
         open: Arc::new(|name| devices::open(name).map_err(|error| format!("{error:#}"))),
-        model: Arc::new(source.model.clone()),
+        model: Arc::new(model),
         weights,
+        adapters,
         options,
         rejoin_after: seconds(arguments.rejoin_after, "--rejoin-after")?,
         limits: limits(&source.model, options.dtype),
@@ -192,7 +230,21 @@ fn options(arguments: &Arguments, model: &Model, vocabulary: usize) -> Result<De
         "--cache-tokens should be at least the context of {context} but is {cache_tokens}"
     );
     let step_deadline = seconds(arguments.hang_after, "--hang-after")?;
-    Ok(DeviceOptions { dtype, context, sequences, blocks, vocabulary, step_deadline })
+    let speculation = match arguments.speculate {
+        None => Speculation::Off,
+        Some(Speculate::PromptLookup) => Speculation::PromptLookup,
+        Some(Speculate::Mtp) => Speculation::Mtp,
+    };
+    Ok(DeviceOptions {
+        dtype,
+        context,
+        sequences,
+        blocks,
+        vocabulary,
+        step_deadline,
+        speculation,
+        draft_tokens: arguments.draft_tokens.map_or(DRAFT_TOKENS_DEFAULT, usize::from),
+    })
 }
 
 /// Tokens that the default share of this machine's memory holds, at most as many as can be used.
@@ -207,6 +259,15 @@ fn cache_tokens(config: &ModelConfig, dtype: DType, usable: usize) -> Result<usi
     };
     let per_token = dtype.bytes(per_layer * config.layer_count).max(1);
     Ok(((bytes as f64 * CACHE_SHARE) as usize / per_token).min(usable))
+}
+
+fn named_folder(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, folder)) if !name.is_empty() && !folder.is_empty() => {
+            Ok((name.to_owned(), PathBuf::from(folder)))
+        }
+        _ => Err("it should be NAME=FOLDER".to_owned()),
+    }
 }
 
 fn keys(file: Option<&Path>) -> Result<Vec<String>> {

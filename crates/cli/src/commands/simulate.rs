@@ -32,13 +32,13 @@ pub struct Arguments {
     #[arg(long, default_value = "per-device", requires = "days")]
     rate: String,
     /// Seconds of a step in the long run.
-    #[arg(long, default_value_t = 60.0, requires = "days")]
+    #[arg(long, default_value_t = 120.0, requires = "days")]
     step_seconds: f64,
     /// Minutes between snapshots in the long run.
     #[arg(long, default_value_t = 15.0, requires = "days")]
     snapshot_minutes: f64,
     /// The share of micro-batches that a second worker computes too.
-    #[arg(long, default_value_t = 0.01, requires = "days")]
+    #[arg(long, default_value_t = 0.0, requires = "days")]
     audit: f64,
     /// Print one JSON object.
     #[arg(long)]

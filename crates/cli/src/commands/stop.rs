@@ -28,7 +28,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     run_status::expect_run(dir)?;
     eprintln!("stopping `{}` at the next step; its state is saved first", dir.display());
     let asked = ControlSocket.ask(dir, &Request::Stop);
-    let Some(answer) = asked.with_context(|| format!("cannot reach the run in `{}`", dir.display()))?
+    let Some(answer) =
+        asked.with_context(|| format!("cannot reach the run in `{}`", dir.display()))?
     else {
         match run_status::standing(dir)? {
             Standing::Running => bail!(

@@ -11,11 +11,14 @@ use pontoon_fleet::control::ControlSocket;
 use pontoon_fleet::processes::Processes;
 use pontoon_fleet::run_dir::{Event, EventKind};
 use pontoon_fleet::snapshot::{is_url, place};
+use pontoon_fleet::supervisor::Tolerance;
 use pontoon_fleet::world::{Disk, Launching, SystemClock};
+use pontoon_qualify::compare::Limits;
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
-use pontoon_train::{Beginning, Metrics, Observer, Run, RunConfig, Start, Summary};
+use pontoon_train::{Beginning, Devices, Metrics, Observer, Run, RunConfig, Start, Summary};
 
 use super::{faults, show, worker};
+use crate::steps::sizes;
 use crate::{devices, snapshot_place};
 
 /// The arguments of `pontoon train`.
@@ -106,8 +109,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         run.peak_flops = Some(fleet_peak(&run.config)?);
         supervise(&run, plan.as_ref(), &mut display)
     } else {
-        let mut backend = devices::open(&device)?;
+        // First, as closing a device can close another of its kind that this process has open.
         run.peak_flops = Some(devices::peak_flops(&device, dtype)?);
+        let mut backend = devices::open(&device)?;
         pontoon_train::train(&run, backend.as_mut(), &mut display).map_err(Into::into)
     };
     display.bar.finish_and_clear();
@@ -173,7 +177,21 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
     }
     let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
     let mut processes = Processes { command: |what: &Launching| start.of(what) };
-    Ok(pontoon_train::supervise(run, &names, &mut processes, display)?)
+    let deal =
+        |names: &[String]| devices::dealt(names, names.len()).map_err(|error| format!("{error:#}"));
+    let devices = Devices { names: &names, tolerance: tolerance(run)?, deal: &deal };
+    Ok(pontoon_train::supervise(run, &devices, &mut processes, display)?)
+}
+
+/// How far devices of two numeric classes may be apart on a run's model, by the limits of
+/// `pontoon compare`.
+fn tolerance(run: &Run<'_>) -> Result<Tolerance> {
+    let model = pontoon_train::model_of(&run.config, &run.base)?;
+    let limits = Limits::of(&sizes(&model, run.config.train.dtype.dtype(), 1), 1.0);
+    let (gradient, drift) = (limits.gradient_error, limits.loss_drift);
+    // A loss is rounded on the way through the layers once, a gradient twice; but where nearly
+    // all is learnt, a few rows decide both.
+    Ok(Tolerance { gradient, loss: gradient, drift })
 }
 
 /// The settings' file and the run folder.
@@ -249,6 +267,9 @@ impl Observer for Display {
         let said = match event.kind {
             EventKind::Snapshot | EventKind::Started | EventKind::Finished => return,
             EventKind::Resumed => format!("resumed at step {}", event.step),
+            EventKind::Moved => {
+                format!("step {}: moved {}", event.step, event.action.as_deref().unwrap_or("?"))
+            }
             kind => {
                 let cause = event.cause.as_deref().unwrap_or_default();
                 format!("step {}: {kind:?}: {cause}", event.step)

@@ -174,13 +174,18 @@ fn wherever_the_network_goes_a_snapshot_is_there_or_not_and_older_ones_stay() {
             world.allow(i64::MAX);
             // Another process looks, before and after it has cleared away what was left.
             let next = world.disk();
-            let newest = SnapshotReader::new(&next, Path::new(URL)).read_newest(Parts::All).unwrap();
+            let newest =
+                SnapshotReader::new(&next, Path::new(URL)).read_newest(Parts::All).unwrap();
             assert!(newest.rejected.is_empty(), "{requests}: {:?}", newest.rejected);
             let writer = SnapshotWriter::open(&next, Path::new(URL)).unwrap();
-            let newest = SnapshotReader::new(&next, Path::new(URL)).read_newest(Parts::All).unwrap();
+            let newest =
+                SnapshotReader::new(&next, Path::new(URL)).read_newest(Parts::All).unwrap();
             assert!(newest.rejected.is_empty(), "{requests}: {:?}", newest.rejected);
             let found = newest.snapshot.unwrap().state.step;
-            assert!(found == 2 || (!retained && found == 1 && done.is_err()), "{requests}: {found}");
+            assert!(
+                found == 2 || (!retained && found == 1 && done.is_err()),
+                "{requests}: {found}"
+            );
             if done.is_ok() || replaced {
                 assert_eq!(found, 2, "{requests}");
             }

@@ -1,13 +1,14 @@
 //! The beginning and the end of a step: who takes part, what is handed out, what is saved.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::policy::{Verdict, assign, is_audited, slow, verdict};
-use crate::protocol::{Area, Command, Publish, Rates, StateDigest};
+use crate::policy::{Verdict, apart, assign, is_audited, slow, verdict};
+use crate::protocol::{Area, Command, Node, Publish, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 use super::losing::Loss;
-use super::round::{Audit, Evidence, Round};
+use super::round::{Audit, Round};
 use super::workers::Standing;
 use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
 
@@ -72,6 +73,7 @@ impl Supervisor {
         self.ledger.lose(if first { "startup" } else { "restart" }, self.since_round());
         let kind = if step == 0 { EventKind::Started } else { EventKind::Resumed };
         self.tell(Event::new(step, kind));
+        self.begin_with_class();
         self.round = Round::new(self.now);
         if step >= self.settings.steps || self.stop_asked {
             self.finish()
@@ -89,6 +91,7 @@ impl Supervisor {
         self.round = Round::new(self.now);
         self.phase = Phase::Computing;
         let Some(donor) = self.fastest() else { return };
+        self.begin_trial();
         let joining = !self.those(Standing::Ready).is_empty();
         if joining && self.join_donor.is_none() {
             self.export(donor, Area::Join);
@@ -119,64 +122,60 @@ impl Supervisor {
         };
         let seconds: Vec<f64> =
             members.iter().map(|w| self.workers[*w].seconds.unwrap_or(usual)).collect();
+        let mut replays = Vec::new();
+        let mixed = self.is_mixed();
         for (worker, nodes) in members.iter().zip(assign(leaves, &seconds)) {
             if nodes.is_empty() {
                 continue;
             }
             let mut digests = Vec::new();
             for leaf in nodes.iter().flat_map(|node| node.first..node.first + node.count) {
-                if self.audit(leaf, *worker, &members) {
+                if let Some(auditor) = self.audit(leaf, *worker, &members) {
                     digests.push(leaf);
+                    replays.push((auditor, leaf));
+                    if mixed {
+                        self.round.single.insert(leaf);
+                    }
                 }
             }
+            let single = &self.round.single;
+            let nodes: Vec<Node> = nodes.into_iter().flat_map(|of| apart(of, single)).collect();
             self.round.pending.extend(nodes.iter().map(|node| (*worker, *node, self.now)));
             let (step, publish) = (self.step + 1, self.round.publish);
             self.send(*worker, Command::Compute { step, nodes, digests, publish });
         }
-        let replays: Vec<(usize, u32)> = self
-            .round
-            .audits
-            .iter_mut()
-            .filter(|audit| audit.asked.is_empty() && audit.votes.is_empty())
-            .map(|audit| {
-                let others: Vec<usize> =
-                    members.iter().copied().filter(|w| *w != audit.owner).collect();
-                let auditor = others[audit.leaf as usize % others.len()];
-                audit.asked.push(auditor);
-                (auditor, audit.leaf)
-            })
-            .collect();
         for (worker, leaf) in replays {
             self.replay(worker, leaf);
         }
     }
 
-    pub(super) fn replay(&mut self, worker: usize, leaf: u32) {
-        self.round.replays += 1;
-        self.send(worker, Command::Replay { step: self.step + 1, leaf });
-    }
-
-    /// Notes an audit of a leaf if it is drawn and there is someone to do it.
-    fn audit(&mut self, leaf: u32, owner: usize, members: &[usize]) -> bool {
+    /// Notes an audit of a leaf if it is drawn and there is someone to do it, who is returned.
+    fn audit(&mut self, leaf: u32, owner: usize, members: &[usize]) -> Option<usize> {
         let settings = &self.settings;
         let drawn = self.workers[owner].on_probation
             || is_audited(settings.audit, settings.seed, self.step + 1, leaf);
-        if !drawn || members.len() < 2 {
-            return false;
+        if !drawn {
+            return None;
         }
+        let auditor = self.auditor(leaf, owner, members)?;
         self.round.audits.retain(|audit| audit.leaf != leaf);
-        let (votes, asked) = (Vec::new(), Vec::new());
-        let evidence = Evidence::Gradient;
-        self.round.audits.push(Audit { leaf, evidence, owner, votes, asked });
-        true
+        self.round.audits.push(Audit::new(leaf, owner, auditor));
+        Some(auditor)
     }
 
-    /// Every replica has applied the step: compares them and closes it.
+    /// Every writer has applied the step: compares them, and hands their state on or closes it.
     pub(super) fn try_close(&mut self) -> bool {
-        if self.awaits_a_replica(|round, worker| round.applied.contains_key(&worker)) {
+        if self.round.applied.len() < self.round.told.len() {
             return false;
         }
-        let replicas = self.replicas();
+        let writers = self.writers();
+        if writers.is_empty() {
+            self.start_over("no worker is left");
+            return false;
+        }
+        if !self.let_apply(&writers) {
+            return false;
+        }
         let applied: Vec<(usize, StateDigest)> =
             self.round.applied.iter().map(|(worker, (_, after))| (*worker, *after)).collect();
         let votes: Vec<(usize, u64)> = applied
@@ -197,10 +196,21 @@ impl Supervisor {
                 return false;
             }
         }
-        self.agreed = applied[0].1;
-        self.skips = 0;
-        self.step_done(&replicas);
+        self.round.after = Some(applied[0].1);
+        let replicas = self.replicas();
+        if writers.len() < replicas.len() {
+            self.hand_on(writers[0]);
+        } else {
+            self.close_with_state(&replicas);
+        }
         true
+    }
+
+    /// All replicas have the state after the step.
+    pub(super) fn close_with_state(&mut self, replicas: &[usize]) {
+        self.agreed = self.round.after.expect("it was agreed on before it was handed on");
+        self.skips = 0;
+        self.step_done(replicas);
     }
 
     /// Passes over a step's data: nothing is applied.
@@ -248,9 +258,12 @@ impl Supervisor {
 
     fn close_step(&mut self) {
         let disturbance = self.settle();
-        let members = self.those(Standing::Member);
-        let missing = members.len() < self.workers.len();
-        let cause = disturbance.or(missing.then_some("missing_workers"));
+        let mut members = self.those(Standing::Member);
+        members.retain(|worker| !self.workers[*worker].trial);
+        let wanted = self.workers.iter().filter(|of| !of.left && !of.trial).count();
+        let missing = (members.len() < wanted).then_some("missing_workers");
+        let moving = self.round.moving.then_some("move");
+        let cause = disturbance.or(moving).or(missing);
         let wall = self.now.saturating_sub(self.round.begun);
         let checking = match self.fastest().and_then(|worker| self.workers[worker].seconds) {
             Some(seconds) => f64::from(self.round.replays) * seconds / members.len() as f64,
@@ -260,7 +273,7 @@ impl Supervisor {
         self.ledger.lose("audit", checking);
         let lost = self.ledger.step(self.step, wall.as_secs_f64() - checking, cause);
         self.round.begun = self.now;
-        let rates = self.round.applied.values().next().map_or(Rates::default(), |of| of.0);
+        let lr = self.round.applied.values().next().map_or(0.0, |(lr, _)| *lr);
         let norm = self.round.combined.values().next().map_or(f64::NAN, |of| of.norm);
         let losses = self.round.losses();
         self.ledger.last_losses(&losses);
@@ -268,18 +281,37 @@ impl Supervisor {
             step: self.step,
             losses,
             norm,
-            rates,
+            lr,
             wall,
             lost: Duration::from_secs_f64(lost + checking),
             goodput: self.ledger.goodput(self.now),
             workers: members.len() as u32,
+            classes: self.leaves_by_class(),
+            apart: self.round.apart,
             valid_loss: self.round.valid_loss,
         }));
         self.look_for_slowness(&members);
+        self.complete_move(wall);
         let every = self.settings.snapshot_every;
         self.snapshot_due |= every > 0 && self.step.is_multiple_of(every);
         let over = self.step >= self.settings.steps || self.stop_asked;
         if over { self.finish() } else { self.begin_step() }
+    }
+
+    /// Which members are slow for their kind: a slower kind is no fault, it just gets less.
+    fn slow_for_their_kind(&self, members: &[usize], seconds: &[f64]) -> Vec<bool> {
+        let mut kinds: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for (place, &worker) in members.iter().enumerate() {
+            kinds.entry(&self.workers[worker].numeric_class).or_default().push(place);
+        }
+        let mut are = vec![false; members.len()];
+        for places in kinds.values() {
+            let alike: Vec<f64> = places.iter().map(|place| seconds[*place]).collect();
+            for (place, is_slow) in places.iter().zip(slow(&alike)) {
+                are[*place] = is_slow;
+            }
+        }
+        are
     }
 
     /// Names those that fell behind; gives up those that get no leaf any more.
@@ -291,7 +323,7 @@ impl Supervisor {
         };
         let counts = crate::policy::shares(self.settings.leaves, &seconds);
         let even = self.settings.leaves / members.len().max(1) as u32;
-        let is_slow = slow(&seconds);
+        let is_slow = self.slow_for_their_kind(members, &seconds);
         for (index, &worker) in members.iter().enumerate() {
             let of = &mut self.workers[worker];
             of.slow_steps = if is_slow[index] { of.slow_steps + 1 } else { 0 };
@@ -314,6 +346,7 @@ impl Supervisor {
 
     /// The last snapshot, then the end.
     pub(super) fn finish(&mut self) {
+        self.refuse_move("the run is ending".to_owned());
         self.phase = Phase::Finishing;
         // Of a step that could not be done; one that was done is accounted for.
         self.ledger.lose("given_up", self.since_round());
@@ -326,7 +359,8 @@ impl Supervisor {
             self.round.begun = self.now;
             let finished = self.step >= self.settings.steps;
             if finished && self.ending.is_none() {
-                self.tell(Event::new(self.step, EventKind::Finished));
+                let action = Some(self.ledger.account(self.now));
+                self.tell(Event { action, ..Event::new(self.step, EventKind::Finished) });
             }
             let usual = if finished { Ending::Finished } else { Ending::Stopped };
             let ending = self.ending.take().unwrap_or(usual);
@@ -335,8 +369,8 @@ impl Supervisor {
         }
         if self.saving.is_none() {
             if self.save_failures >= SAVE_TRIES {
-                let text = "the last snapshot could not be written; free some space or set \
-                            snapshot.to, then go on with --resume";
+                let text = "the last snapshot could not be written, see events.jsonl; free some \
+                            space, see to the store or set snapshot.to, then go on with --resume";
                 self.end(Ending::Failed(text.to_owned()));
                 return false;
             }
@@ -350,11 +384,20 @@ impl Supervisor {
     }
 
     pub(super) fn exported(&mut self, worker: usize, step: u64, area: Area, digest: u64) {
+        if area == Area::Step {
+            // One that was asked before its step was given up says nothing any more.
+            let awaited = self.phase == Phase::Handing && self.round.handing == Some(worker);
+            if awaited {
+                self.handed(worker, digest);
+            }
+            return;
+        }
         if step != self.step || digest != self.agreed[0] {
             let cause = "copied another state than all agreed on".to_owned();
             return self.lose(worker, Loss::new(EventKind::Corrupt, cause).discarding());
         }
         match area {
+            Area::Step => {}
             Area::Join => {
                 self.join_donor = None;
                 for joiner in self.those(Standing::Ready) {
@@ -364,7 +407,7 @@ impl Supervisor {
             }
             Area::Snapshot => {
                 self.saving = Some(Saving::Writing { step });
-                let numeric_class = self.workers[worker].numeric_class.clone();
+                let numeric_class = self.writing.clone().unwrap_or_default();
                 self.outputs.push(Output::Save { step, digest, numeric_class });
             }
         }
@@ -374,6 +417,9 @@ impl Supervisor {
         if digest != self.agreed {
             let cause = "took another state from its peer than the peer gave".to_owned();
             return self.lose(worker, Loss::new(EventKind::Corrupt, cause));
+        }
+        if self.workers[worker].trial {
+            return self.transferred();
         }
         let event = self.event(worker, EventKind::Joined);
         self.tell(event);

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::policy::{Verdict, verdict};
+use crate::policy::Verdict;
 use crate::protocol::{Area, Command, Node, Publish};
 use crate::run_dir::{Event, EventKind};
 
@@ -22,6 +22,7 @@ impl Supervisor {
             self.start_over("no worker is left");
             return false;
         }
+        self.ask_trial();
         if !self.round.is_complete(self.settings.leaves) {
             return false;
         }
@@ -33,6 +34,9 @@ impl Supervisor {
         }
         if self.join_donor.is_some() {
             return false;
+        }
+        if let Some(moved) = self.judge_trial() {
+            return moved;
         }
         self.ask_for_sums();
         true
@@ -81,11 +85,14 @@ impl Supervisor {
         let audit = &self.round.audits[index];
         let leaf = audit.leaf;
         let votes = |worker: &usize| audit.votes.iter().filter(|(of, _)| of == worker).count();
-        let fewest = members.iter().map(votes).min().unwrap_or(0);
+        let judges: Vec<usize> =
+            members.iter().copied().filter(|worker| self.can_judge(*worker, audit)).collect();
+        let fewest = judges.iter().map(votes).min().unwrap_or(usize::MAX);
         let mut asked: Vec<usize> = self.those(Standing::Joining);
-        asked.retain(|worker| votes(worker) == 0);
+        asked.retain(|worker| votes(worker) == 0 && self.can_judge(*worker, audit));
+        asked.retain(|worker| !self.workers[*worker].trial);
         if fewest < 2 {
-            asked = members.iter().copied().filter(|w| votes(w) == fewest).collect();
+            asked = judges.into_iter().filter(|worker| votes(worker) == fewest).collect();
             for &worker in members {
                 self.send(worker, Command::Check { step: self.step + 1 });
             }
@@ -161,9 +168,8 @@ impl Supervisor {
             self.round.spikes.push(leaf);
             self.round.audits.retain(|audit| audit.leaf != leaf);
             let votes = vec![(owner, loss.to_bits())];
-            let asked = vec![other];
-            let evidence = Evidence::Loss;
-            self.round.audits.push(Audit { leaf, evidence, owner, votes, asked });
+            let audit = Audit::new(leaf, owner, other);
+            self.round.audits.push(Audit { evidence: Evidence::Loss, votes, ..audit });
             self.replay(other, leaf);
             new = true;
         }
@@ -214,7 +220,7 @@ impl Supervisor {
             .map(|worker| (*worker, &self.round.combined[worker]))
             .map(|(worker, of)| (worker, of.gradient ^ of.norm.to_bits()))
             .collect();
-        match verdict(&votes) {
+        match self.verdict_by_class(&votes) {
             Verdict::Agreed => {}
             Verdict::Outvoted(liars) => {
                 for worker in liars {
@@ -233,7 +239,17 @@ impl Supervisor {
                 return true;
             }
         }
-        let norm = self.round.combined[&replicas[0]].norm;
+        if let Some(text) = self.norms_apart(&replicas) {
+            if self.round.recombined {
+                self.start_over(&text);
+                return false;
+            }
+            self.round.recombined = true;
+            self.ask_for_sums();
+            return true;
+        }
+        let writers = self.writers();
+        let norm = self.round.combined[&writers[0]].norm;
         if !norm.is_finite() {
             return self.once_more("the gradient's norm", norm, Vec::new());
         }
@@ -242,8 +258,9 @@ impl Supervisor {
             if self.workers[worker].standing == Standing::Joining {
                 self.workers[worker].standing = Standing::Member;
             }
-            self.send(worker, Command::Apply { step: self.step + 1 });
         }
+        self.round.told.clear();
+        self.let_apply(&writers);
         true
     }
 
@@ -284,5 +301,7 @@ fn evidence(audit: &Audit, liar: usize) -> String {
         votes.map(|(worker, value)| format!("worker {worker}: {value:016x}")).collect::<Vec<_>>()
     };
     let (mine, others) = (of(true).join(", "), of(false).join(", "));
-    format!("micro-batch {}: another {what} ({mine}) than others ({others})", audit.leaf)
+    let across = audit.across.iter().map(|(worker, said)| format!("; worker {worker}: {said}"));
+    let across: String = across.collect();
+    format!("micro-batch {}: another {what} ({mine}) than others ({others}){across}", audit.leaf)
 }

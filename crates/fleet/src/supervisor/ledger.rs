@@ -74,11 +74,27 @@ impl Ledger {
         self.useful / now.as_secs_f64().max(1e-9)
     }
 
+    /// Useful seconds so far.
+    pub fn useful(&self) -> f64 {
+        self.useful
+    }
+
+    /// Every second by what became of it, in one line.
+    pub fn account(&self, now: Duration) -> String {
+        let parts = self.lost.iter().map(|(cause, seconds)| format!("{seconds:.3} s to {cause}"));
+        let lost = match self.lost.is_empty() {
+            true => String::new(),
+            false => format!("; lost {}", parts.collect::<Vec<_>>().join(", ")),
+        };
+        format!("useful {:.3} s of {:.3} s{lost}", self.useful, now.as_secs_f64())
+    }
+
     pub fn lost(&self) -> Vec<(&'static str, f64)> {
         self.lost.iter().map(|(cause, seconds)| (*cause, *seconds)).collect()
     }
 
-    fn typical(&self) -> Option<f64> {
+    /// What a step takes that nothing disturbs.
+    pub fn typical(&self) -> Option<f64> {
         let mut clean: Vec<f64> = self.clean.iter().copied().collect();
         clean.sort_by(f64::total_cmp);
         clean.get(clean.len() / 2).copied()

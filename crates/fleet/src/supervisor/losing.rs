@@ -64,6 +64,9 @@ impl Supervisor {
         if matches!(was, Standing::Out | Standing::Retired) {
             return;
         }
+        if self.workers[worker].trial {
+            return self.refuse_move(format!("worker {worker}: {}", loss.cause));
+        }
         self.outputs.push(Output::Kill { worker });
         let mut lost = self.round.take_pending(worker);
         if loss.discards {
@@ -71,6 +74,8 @@ impl Supervisor {
         }
         self.round.combined.remove(&worker);
         self.round.applied.remove(&worker);
+        self.round.told.remove(&worker);
+        self.round.handing = self.round.handing.filter(|donor| *donor != worker);
         let mut event = self.event(worker, loss.kind);
         event.step = self.step + u64::from(was == Standing::Member);
         event.cause = Some(loss.cause.clone());
@@ -109,13 +114,15 @@ impl Supervisor {
 
     fn carry_on_without(&mut self, worker: usize, lost: &[u32]) {
         let in_step = matches!(self.phase, Phase::Computing | Phase::Combining);
-        if !in_step && !matches!(self.phase, Phase::Applying | Phase::Scoring | Phase::Finishing) {
+        let after = matches!(self.phase, Phase::Applying | Phase::Handing | Phase::Scoring);
+        if !in_step && !after && self.phase != Phase::Finishing {
             return;
         }
         let mut members = self.those(Standing::Member);
         if members.is_empty() {
             // Those that were told to take a peer's state hold it, or will be found out.
             members = self.those(Standing::Joining);
+            members.retain(|&of| !self.workers[of].trial || self.has_passed());
             members.iter().for_each(|&of| self.workers[of].standing = Standing::Member);
         }
         if members.is_empty() {
@@ -171,6 +178,7 @@ impl Supervisor {
 
     /// All go back to the newest snapshot.
     pub(super) fn start_over(&mut self, cause: &str) {
+        self.refuse_move(format!("all workers go back to a snapshot: {cause}"));
         self.restarts += 1;
         if self.restarts > RESTARTS {
             let text = format!("{cause}, {RESTARTS} times without a step between");
@@ -178,7 +186,9 @@ impl Supervisor {
         }
         let event = Event::new(self.step, EventKind::RolledBack);
         let action = Some(match (self.saving, self.saved) {
-            (Some(Saving::Writing { step }), _) => format!("all go on from step {step}, if it is saved"),
+            (Some(Saving::Writing { step }), _) => {
+                format!("all go on from step {step}, if it is saved")
+            }
             (_, back) => format!("all go on from step {}", back.unwrap_or(0)),
         });
         self.ledger.faults += 1;
@@ -222,6 +232,7 @@ impl Supervisor {
             Trouble::Corrupt => {
                 return self.lose(worker, Loss::new(EventKind::Corrupt, text).discarding());
             }
+            Trouble::Run if self.workers[worker].trial => return self.refuse_move(text),
             Trouble::Run => return self.end(Ending::Failed(text)),
         };
         self.lose(worker, Loss::new(kind, text));
@@ -236,7 +247,7 @@ impl Supervisor {
             }
             let silent = self.now.saturating_sub(of.progressed);
             let deadline = match of.standing {
-                Standing::Loading => load_deadline(self.longest_load),
+                Standing::Loading | Standing::Warming => load_deadline(self.longest_load),
                 _ => self.settings.hang_after.deadline(of.longest_pause),
             };
             if silent > deadline {
@@ -270,9 +281,10 @@ impl Supervisor {
         if of.open as usize > pending.len() {
             return false;
         }
-        let (leaves, since) = pending.iter().fold((0, self.now), |(leaves, since), (_, node, at)| {
-            (leaves + node.count, since.min(*at))
-        });
+        let (leaves, since) =
+            pending.iter().fold((0, self.now), |(leaves, since), (_, node, at)| {
+                (leaves + node.count, since.min(*at))
+            });
         let since = since.max(of.answered);
         match of.seconds {
             Some(seconds) => {

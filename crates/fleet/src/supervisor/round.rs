@@ -1,11 +1,11 @@
 //! What one step holds while it is computed: subtrees, audits, what replicas say of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::policy::{Verdict, verdict};
-use crate::protocol::{Bits, Node, Publish, Rates, StateDigest};
+use crate::protocol::{Apart, Node, Publish, StateDigest};
 
 /// A computed subtree.
 #[derive(Clone, Debug)]
@@ -23,6 +23,15 @@ pub(super) struct Combined {
     pub nodes: Arc<[u64]>,
     pub gradient: u64,
     pub norm: f64,
+}
+
+/// A leaf that was computed again.
+#[derive(Clone, Debug)]
+pub(super) struct Replayed {
+    pub leaf: u32,
+    pub digest: u64,
+    pub loss: f64,
+    pub apart: Option<Apart>,
 }
 
 /// What is compared in an audit.
@@ -43,13 +52,38 @@ pub(super) struct Audit {
     pub votes: Vec<(usize, u64)>,
     /// Those whose answer is awaited, the owner aside.
     pub asked: Vec<usize>,
+    /// What workers of other classes said of the owner's result: how far theirs is, in words.
+    pub across: Vec<(usize, String)>,
+    /// Answers to a question about something else than what is published now.
+    pub rereads: u32,
 }
 
 impl Audit {
+    /// An audit of a leaf's gradient, which another worker is asked for.
+    pub fn new(leaf: u32, owner: usize, auditor: usize) -> Audit {
+        let (votes, across) = (Vec::new(), Vec::new());
+        let evidence = Evidence::Gradient;
+        Audit { leaf, evidence, owner, votes, asked: vec![auditor], across, rereads: 0 }
+    }
+
     /// What the votes come to, once all are there.
     pub fn verdict(&self) -> Option<Verdict> {
-        let owner_voted = self.votes.iter().any(|(worker, _)| *worker == self.owner);
-        (self.asked.is_empty() && owner_voted && self.votes.len() > 1).then(|| verdict(&self.votes))
+        let owned = self.owned()?;
+        if !self.asked.is_empty() || self.votes.len() < 2 {
+            return None;
+        }
+        if self.across.is_empty() {
+            return Some(verdict(&self.votes));
+        }
+        // Honest workers of two classes say two values: what counts is for or against the owner's.
+        let sides = self.votes.iter().map(|(worker, value)| (*worker, u64::from(*value != owned)));
+        Some(verdict(&sides.collect::<Vec<_>>()))
+    }
+
+    /// What the owner said first.
+    pub fn owned(&self) -> Option<u64> {
+        let vote = self.votes.iter().find(|(worker, _)| *worker == self.owner);
+        vote.map(|(_, value)| *value)
     }
 }
 
@@ -60,16 +94,32 @@ pub(super) struct Round {
     /// Who computes what, and since when.
     pub pending: Vec<(usize, Node, Duration)>,
     pub audits: Vec<Audit>,
+    /// Leaves that are subtrees of their own, so that other classes can be held against them.
+    pub single: BTreeSet<u32>,
     /// Leaves computed only to check others.
     pub replays: u32,
     /// Leaves whose losses were checked for a spike.
     pub spikes: Vec<u32>,
     pub combined: BTreeMap<usize, Combined>,
     pub recombined: bool,
-    pub applied: BTreeMap<usize, (Rates, StateDigest)>,
+    pub applied: BTreeMap<usize, (f64, StateDigest)>,
+    /// Those that were told to apply the sum.
+    pub told: BTreeSet<usize>,
+    /// The state after the step, as all that applied it agree.
+    pub after: Option<StateDigest>,
+    /// Who copies the state after the step for the other classes, until it is there.
+    pub handing: Option<usize>,
+    /// Whether it is there.
+    pub handed: bool,
+    /// Those that have taken it.
+    pub took: BTreeSet<usize>,
     /// Those whose losses were not finite the first time.
     pub suspects: Option<Vec<usize>>,
     pub valid_loss: Option<f64>,
+    /// The furthest that gradients of two classes were apart.
+    pub apart: Option<f64>,
+    /// Whether new workers of a move are tried in it.
+    pub moving: bool,
 }
 
 impl Round {
@@ -80,13 +130,21 @@ impl Round {
             done: BTreeMap::new(),
             pending: Vec::new(),
             audits: Vec::new(),
+            single: BTreeSet::new(),
             replays: 0,
             spikes: Vec::new(),
             combined: BTreeMap::new(),
             recombined: false,
             applied: BTreeMap::new(),
+            told: BTreeSet::new(),
+            after: None,
+            handing: None,
+            handed: false,
+            took: BTreeSet::new(),
             suspects: None,
             valid_loss: None,
+            apart: None,
+            moving: false,
         }
     }
 
@@ -111,18 +169,15 @@ impl Round {
         true
     }
 
-    pub fn replayed(&mut self, worker: usize, leaf: u32, digest: u64, loss: Bits) {
-        for audit in self.audits.iter_mut().filter(|audit| audit.leaf == leaf) {
-            if let Some(place) = audit.asked.iter().position(|asked| *asked == worker) {
-                audit.asked.swap_remove(place);
-                let value = match audit.evidence {
-                    Evidence::Gradient => digest,
-                    Evidence::Loss => loss.bits(),
-                };
-                audit.votes.push((worker, value));
-                return;
-            }
-        }
+    /// The audit in which an answer about a leaf is awaited from a worker.
+    pub fn awaiting(&mut self, worker: usize, leaf: u32) -> Option<&mut Audit> {
+        let awaits = |audit: &&mut Audit| audit.leaf == leaf && audit.asked.contains(&worker);
+        self.audits.iter_mut().find(awaits)
+    }
+
+    /// The digest of a leaf that was published by itself.
+    pub fn published(&self, leaf: u32) -> Option<&Subtree> {
+        self.done.get(&leaf).filter(|subtree| subtree.node.count == 1)
     }
 
     /// Whether every leaf is there.

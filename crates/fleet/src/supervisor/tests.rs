@@ -1,18 +1,18 @@
 //! The supervisor against pretended workers, whose digests are those of an honest chip.
 
-use std::collections::VecDeque;
+mod moving;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use super::*;
-use crate::protocol::{Bits, DeviceFacts, Rates};
-
-const RATES: Rates = Rates { lr: 0.1, imbalance: None };
+use crate::protocol::{Against, Apart, Bits, DeviceFacts, Node, Trouble};
 
 const LEAVES: u32 = 8;
 const STEPS: u64 = 6;
 
 /// What a worker does wrong once, at a step.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Wrong {
     Crash,
     Hang,
@@ -24,6 +24,13 @@ enum Wrong {
     State,
     /// It computes wrongly from now on, with the right state.
     Stubborn,
+    /// Its memory is too small; steps do not count.
+    Load,
+    /// It is gone when it is told to apply a step, or to hand on the state after it.
+    Apply,
+    HandOn,
+    /// It computes something else each time it is asked once more.
+    Fickle,
 }
 
 struct World {
@@ -40,6 +47,18 @@ struct World {
     /// Those with another state, and those that compute wrongly.
     changed: Vec<(usize, u32)>,
     stubborn: Vec<(usize, u32)>,
+    /// By worker; a device's name up to a digit is its numeric class.
+    devices: Vec<String>,
+    /// What lies in the exchange by first leaf.
+    published: BTreeMap<u32, u64>,
+    /// Who was told to apply a step, and the leaves of each class.
+    applied: Vec<(u64, usize)>,
+    classes: Vec<BTreeMap<String, u32>>,
+    /// Still to be asked for: the step from which on, and the devices.
+    moves: VecDeque<(u64, Vec<String>)>,
+    outcomes: Vec<MoveOutcome>,
+    /// Steps done.
+    step: u64,
     outbox: VecDeque<Input>,
 }
 
@@ -62,8 +81,17 @@ impl World {
         wrongs: &[(usize, u64, Wrong)],
         non_finite: NonFinite,
     ) -> World {
+        World::on(&vec!["chip"; workers], audit, wrongs, non_finite).to_its_end()
+    }
+
+    fn on(
+        devices: &[&str],
+        audit: f64,
+        wrongs: &[(usize, u64, Wrong)],
+        non_finite: NonFinite,
+    ) -> World {
         let settings = Settings {
-            devices: vec!["chip".to_owned(); workers],
+            devices: devices.iter().map(|&device| device.to_owned()).collect(),
             leaves: LEAVES,
             steps: STEPS,
             seed: 1,
@@ -72,13 +100,14 @@ impl World {
             audit,
             non_finite,
             hang_after: HangAfter::Auto,
+            tolerance: Tolerance { gradient: 0.01, loss: 0.01, drift: 0.001 },
             source: Source::Fresh,
         };
-        let mut world = World {
+        World {
             supervisor: Supervisor::new(settings),
             now: Duration::ZERO,
             queue: VecDeque::new(),
-            incarnations: vec![0; workers],
+            incarnations: Vec::new(),
             wrongs: wrongs.to_vec(),
             events: Vec::new(),
             losses: Vec::new(),
@@ -86,16 +115,25 @@ impl World {
             hung: Vec::new(),
             changed: Vec::new(),
             stubborn: Vec::new(),
-            outbox: VecDeque::new(),
-        };
-        world.outbox.push_back(Input::Start);
-        for _ in 0..100_000 {
-            if world.ending.is_some() {
-                return world;
-            }
-            world.turn();
+            devices: Vec::new(),
+            published: BTreeMap::new(),
+            applied: Vec::new(),
+            classes: Vec::new(),
+            moves: VecDeque::new(),
+            outcomes: Vec::new(),
+            step: 0,
+            outbox: VecDeque::from([Input::Start]),
         }
-        panic!("the run does not end; events: {:?}", world.events);
+    }
+
+    fn to_its_end(mut self) -> World {
+        for _ in 0..100_000 {
+            if self.ending.is_some() {
+                return self;
+            }
+            self.turn();
+        }
+        panic!("the run does not end; events: {:?}", self.events);
     }
 
     fn turn(&mut self) {
@@ -114,19 +152,36 @@ impl World {
 
     fn obey(&mut self, output: Output) {
         match output {
-            Output::Launch { worker, incarnation, .. } => self.incarnations[worker] = incarnation,
+            Output::Launch { worker, incarnation, device, .. } => {
+                self.incarnations.resize(self.incarnations.len().max(worker + 1), 0);
+                self.devices.resize(self.devices.len().max(worker + 1), String::new());
+                self.incarnations[worker] = incarnation;
+                self.devices[worker] = device;
+            }
             Output::Kill { .. } => {}
             Output::Send { worker, command } => {
                 self.queue.push_back((worker, self.incarnations[worker], command));
             }
-            Output::Event(event) => self.events.push(event),
+            Output::Event(event) => {
+                if matches!(event.kind, EventKind::Started | EventKind::Resumed) {
+                    self.step = event.step;
+                }
+                self.events.push(event);
+            }
             Output::Step(done) => {
-                assert_eq!(done.step, self.losses.len() as u64 % STEPS + 1);
+                assert_eq!(done.step, self.step + 1);
+                self.step = done.step;
                 self.losses.push(done.losses.iter().sum());
+                self.classes.push(done.classes);
+                if let Some((_, devices)) = self.moves.pop_front_if(|(step, _)| *step <= done.step)
+                {
+                    self.outbox.push_back(Input::Move { devices });
+                }
             }
             Output::Save { step, .. } => {
                 self.outbox.push_back(Input::Saved { step, folder: format!("step-{step}") });
             }
+            Output::Moved(outcome) => self.outcomes.push(*outcome),
             Output::End(ending) => self.ending = Some(ending),
         }
     }
@@ -135,6 +190,17 @@ impl World {
     fn is_wrong(&mut self, worker: usize, step: u64, wrong: Wrong) -> bool {
         let place = self.wrongs.iter().position(|of| *of == (worker, step, wrong));
         place.map(|place| self.wrongs.swap_remove(place)).is_some()
+    }
+
+    fn class(&self, worker: usize) -> String {
+        let is_class = |letter: &char| !letter.is_ascii_digit();
+        self.devices[worker].chars().take_while(is_class).collect()
+    }
+
+    /// A leaf's gradient as this worker's class computes it.
+    fn of_leaf(&self, worker: usize, step: u64, leaf: u32) -> u64 {
+        let class = self.class(worker).bytes().map(u64::from).sum::<u64>();
+        (class << 32) + of_leaf(step, leaf)
     }
 
     fn lie(&self, worker: usize, incarnation: u32) -> u64 {
@@ -154,44 +220,24 @@ impl World {
         };
         match command {
             Command::Load { from } => {
+                if self.is_wrong(worker, 0, Wrong::Load) {
+                    let (trouble, text) = (Trouble::OutOfMemory, "no room".to_owned());
+                    return say(self, Report::Failed { trouble, text });
+                }
                 let digest = (from != Source::Nothing).then(|| self.state(0));
-                let device = DeviceFacts::default();
+                let numeric_class = self.class(worker);
+                let device = DeviceFacts { numeric_class, ..DeviceFacts::default() };
                 say(self, Report::Ready { step: 0, digest, device });
             }
             Command::Import { step } => {
                 say(self, Report::Imported { step, digest: self.state(step) })
             }
             Command::Compute { step, nodes, digests, .. } => {
-                if self.is_wrong(worker, step, Wrong::Crash) {
-                    let cause = "gone".to_owned();
-                    return self.outbox.push_back(Input::Gone { worker, incarnation, cause });
-                }
-                if self.is_wrong(worker, step, Wrong::Hang) {
-                    return self.hung.push((worker, incarnation));
-                }
-                if self.is_wrong(worker, step, Wrong::State) {
-                    self.changed.push((worker, incarnation));
-                }
-                if self.is_wrong(worker, step, Wrong::Stubborn) {
-                    self.stubborn.push((worker, incarnation));
-                }
-                let lie = u64::from(self.is_wrong(worker, step, Wrong::Gradient))
-                    + self.lie(worker, incarnation);
-                let bad_loss = self.is_wrong(worker, step, Wrong::Loss);
-                for node in nodes {
-                    let range = node.first..node.first + node.count;
-                    let inside = digests.iter().filter(|leaf| range.contains(leaf));
-                    let leaves = inside.map(|leaf| (*leaf, of_leaf(step, *leaf) + lie)).collect();
-                    let value = if bad_loss { f64::NAN } else { 1.0 };
-                    let losses = vec![Bits::from(value); node.count as usize];
-                    let (digest, seconds) = (of_leaf(step, node.first), 0.01);
-                    say(self, Report::Computed { step, node, digest, leaves, losses, seconds });
-                }
+                self.compute((worker, incarnation), step, &nodes, &digests);
             }
-            Command::Replay { step, leaf } => {
-                let lie = self.lie(worker, incarnation);
-                let (digest, loss) = (of_leaf(step, leaf) + lie, 1.0.into());
-                say(self, Report::Replayed { step, leaf, digest, loss });
+            Command::Replay { step, leaf, against } => {
+                let report = self.replay((worker, incarnation), step, leaf, against);
+                say(self, report);
             }
             Command::Check { step } => {
                 let mut digest = self.state(step - 1);
@@ -199,7 +245,7 @@ impl World {
                 say(self, Report::Checked { step, digest });
             }
             Command::Combine { step, nodes } => {
-                let nodes = nodes.iter().map(|node| of_leaf(step, node.first)).collect();
+                let nodes = nodes.iter().map(|node| self.published[&node.first]).collect();
                 let [before, weights] = self.state(step - 1);
                 let flip = u64::from(self.is_wrong(worker, step, Wrong::Weights));
                 let gradient = step + u64::from(self.is_wrong(worker, step, Wrong::Sum));
@@ -207,14 +253,74 @@ impl World {
                 say(self, Report::Combined { step, before, nodes, gradient, norm });
             }
             Command::Apply { step } => {
-                say(self, Report::Applied { step, rates: RATES, after: self.state(step) });
+                if self.is_wrong(worker, step, Wrong::Apply) {
+                    return self.gone((worker, incarnation));
+                }
+                self.applied.push((step, worker));
+                say(self, Report::Applied { step, lr: 0.1, after: self.state(step) });
             }
             Command::Export { step, area } => {
+                if area == Area::Step && self.is_wrong(worker, step, Wrong::HandOn) {
+                    return self.gone((worker, incarnation));
+                }
                 say(self, Report::Exported { step, area, digest: self.state(step)[0] });
             }
             Command::Score { step } => say(self, Report::Scored { step, loss: 1.0.into() }),
             Command::Stop => {}
         }
+    }
+
+    fn gone(&mut self, (worker, incarnation): (usize, u32)) {
+        let cause = "gone".to_owned();
+        self.outbox.push_back(Input::Gone { worker, incarnation, cause });
+    }
+
+    fn compute(&mut self, of: (usize, u32), step: u64, nodes: &[Node], digests: &[u32]) {
+        let (worker, incarnation) = of;
+        if self.is_wrong(worker, step, Wrong::Crash) {
+            return self.gone(of);
+        }
+        if self.is_wrong(worker, step, Wrong::Hang) {
+            return self.hung.push(of);
+        }
+        if self.is_wrong(worker, step, Wrong::State) {
+            self.changed.push(of);
+        }
+        if self.is_wrong(worker, step, Wrong::Stubborn) {
+            self.stubborn.push(of);
+        }
+        let lie =
+            u64::from(self.is_wrong(worker, step, Wrong::Gradient)) + self.lie(worker, incarnation);
+        let bad_loss = self.is_wrong(worker, step, Wrong::Loss);
+        for &node in nodes {
+            let range = node.first..node.first + node.count;
+            let inside = digests.iter().filter(|leaf| range.contains(leaf));
+            let value = |leaf: &u32| (*leaf, self.of_leaf(worker, step, *leaf) + lie);
+            let leaves = inside.map(value).collect();
+            let value = if bad_loss { f64::NAN } else { 1.0 };
+            let losses = vec![Bits::from(value); node.count as usize];
+            let (digest, seconds) = (self.of_leaf(worker, step, node.first) + lie, 0.01);
+            self.published.insert(node.first, digest);
+            let report = Report::Computed { step, node, digest, leaves, losses, seconds };
+            self.outbox.push_back(Input::Report { worker, incarnation, report });
+        }
+    }
+
+    fn replay(&mut self, of: (usize, u32), step: u64, leaf: u32, against: Against) -> Report {
+        let (worker, incarnation) = of;
+        if self.is_wrong(worker, step, Wrong::Stubborn) {
+            self.stubborn.push(of);
+        }
+        let fickle = u64::from(self.is_wrong(worker, step, Wrong::Fickle));
+        let lie = self.lie(worker, incarnation) + 7 * fickle;
+        let (digest, loss) = (self.of_leaf(worker, step, leaf) + lie, 1.0.into());
+        let apart = (against == Against::Published).then(|| {
+            let published = self.published[&leaf];
+            // Classes differ in the upper half, lies in the lower.
+            let error = if published as u32 == digest as u32 { 0.001 } else { 0.5 };
+            Apart { published, error: error.into(), tensor: "a.weight".to_owned() }
+        });
+        Report::Replayed { step, leaf, digest, loss, apart }
     }
 
     fn kinds(&self) -> Vec<&'static str> {

@@ -17,6 +17,11 @@ pub(super) enum Standing {
     Out,
     /// A process that loads.
     Loading,
+    /// Loaded, computing something for the first time, so that what a device does only once is done
+    /// before the run waits for it.
+    Warming,
+    /// Loaded and warm, waiting for the other targets of its move.
+    Waiting,
     /// Loaded, waiting for a step to begin.
     Ready,
     /// It was told to take a peer's state and ends the present step with the others.
@@ -36,7 +41,7 @@ pub struct Seen<'a> {
     device: &'a str,
     /// The class within which equal inputs give equal bits; empty before it has loaded.
     numeric_class: &'a str,
-    /// `out`, `loading`, `ready`, `joining`, `member` or `retired`.
+    /// `out`, `loading`, `warming`, `waiting`, `ready`, `joining`, `member` or `retired`.
     state: Standing,
     /// Processes started so far.
     processes: u32,
@@ -79,6 +84,12 @@ pub(super) struct Worker {
     pub injected: Option<(String, Duration)>,
     /// The state it loaded by itself.
     pub loaded: Option<(u64, StateDigest)>,
+    /// The class that wrote the snapshot it loaded.
+    pub written_by: Option<String>,
+    /// Whether it is the target of a move that is not decided yet.
+    pub trial: bool,
+    /// Whether the run has moved away from it, or never to it.
+    pub left: bool,
 }
 
 impl Worker {
@@ -103,6 +114,9 @@ impl Worker {
             slow_steps: 0,
             injected: None,
             loaded: None,
+            written_by: None,
+            trial: false,
+            left: false,
         }
     }
 

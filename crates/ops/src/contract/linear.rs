@@ -80,12 +80,15 @@ contract!(Matmul |op, check| { a: Read, b: Read, bias: Read, c: op.accumulate.ac
     }
 });
 
-/// `c = x · dequantised(weight)^T`, the weight stored in few bits with scales per block.
+/// `c = x · dequantised(weight)^T + bias`, the weight stored in few bits with scales per block.
 ///
-/// Shapes    x [m,k]; weight [n,k]; scales [ceil(n/block_n), ceil(k/block_k)]; c [m,n]
-/// Dtypes    x, c: f32, bf16 or f16, equal, or c f32; weight f8e4m3, i8 or i4; scales f32
+/// Shapes    x [m,k]; weight [n,k]; scales [ceil(n/block_n), ceil(k/block_k)]; c [m,n]; bias [n]
+/// Dtypes    x, c: f32, bf16 or f16, equal, or c f32; weight f8e4m3, i8 (never -128) or i4; scales
+///           f32; bias as x
 /// Writes    c
-/// Numerics  value = weight * scale in f32, then as [`Matmul`]; edge blocks may be partial
+/// Numerics  x is not rounded; a block's scale may be applied to its values or to its sum, all in
+///           f32; an element's bits do not depend on m or n; edge blocks may be partial; then bias
+///           is added, then one rounding
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MatmulQuant {
     /// Activations.
@@ -98,11 +101,13 @@ pub struct MatmulQuant {
     pub block_n: usize,
     /// Columns of the weight that share a scale.
     pub block_k: usize,
+    /// Added to every row.
+    pub bias: Option<View>,
     /// Result.
     pub c: View,
 }
 contract!(MatmulQuant |op, check| {
-    x: Read, weight: Read, scales: Read, c: crate::op::Access::Write,
+    x: Read, weight: Read, scales: Read, bias: Read, c: crate::op::Access::Write,
 } {
     check.rank("x", &op.x, 2)?;
     check.rank("weight", &op.weight, 2)?;
@@ -120,6 +125,9 @@ contract!(MatmulQuant |op, check| {
     check.dtype("scales", &op.scales, &[DType::F32])?;
     check.shape("c", &op.c, [m, n])?;
     check.dtype("c", &op.c, &[op.x.dtype, DType::F32])?;
+    if let Some(bias) = &op.bias {
+        check.tensor("bias", bias, op.x.dtype, [n])?;
+    }
 });
 
 /// One product per group of consecutive rows, each with its own weight (experts).

@@ -48,13 +48,22 @@ fn head_fits(
     head: &View,
     targets: &View,
 ) -> Result<usize, OpError> {
+    check.dtype("head", head, &[x.dtype])?;
+    head_shape_fits(check, x, head, targets)
+}
+
+fn head_shape_fits(
+    check: &crate::check::Check,
+    x: &View,
+    head: &View,
+    targets: &View,
+) -> Result<usize, OpError> {
     check.rank("x", x, 2)?;
     check.rank("head", head, 2)?;
     check.dtype("x", x, &DType::FLOATS)?;
     check.dense_rows("x", x)?;
     let (rows, width) = (x.dim(0), x.dim(1));
     check.packed("head", head, [head.dim(0), width])?;
-    check.dtype("head", head, &[x.dtype])?;
     check.tensor("targets", targets, DType::I32, [rows])?;
     Ok(rows)
 }
@@ -107,16 +116,21 @@ contract!(CrossEntropyBwd |op, check| {
 /// what reinforcement learning and scoring read.
 /// `logprob[r] = logits[r, t] / temperature - log(sum(exp(logits[r] / temperature)))`.
 ///
-/// Shapes    x [rows, width]; head [vocabulary, width]; targets, logprob, entropy [rows]
-/// Dtypes    as [`CrossEntropy`]; logprob, entropy f32
+/// Shapes    x [rows, width]; head [vocabulary, width]; targets, logprob, entropy [rows]; scales as
+///           [`super::MatmulQuant`] with one row to a scale
+/// Dtypes    as [`CrossEntropy`]; logprob, entropy f32; with scales, head i8 or i4
 /// Writes    logprob (0 where [`IGNORED`]), entropy
-/// Numerics  as [`CrossEntropy`]
+/// Numerics  as [`CrossEntropy`]; logits of a quantised head as [`super::MatmulQuant`]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogProb {
     /// The last layer's rows.
     pub x: View,
     /// Output head.
     pub head: View,
+    /// One scale per row and block of a quantised head.
+    pub scales: Option<View>,
+    /// Columns of the head that share a scale, a multiple of 32 up to 256; 0 without scales.
+    pub block_k: usize,
     /// The token of each row.
     pub targets: View,
     /// Divides the logits; positive.
@@ -127,9 +141,21 @@ pub struct TokenLogProb {
     pub entropy: View,
 }
 contract!(TokenLogProb |op, check| {
-    x: Read, head: Read, targets: Read, logprob: Write, entropy: Write,
+    x: Read, head: Read, scales: Read, targets: Read, logprob: Write, entropy: Write,
 } {
-    let rows = head_fits(&check, &op.x, &op.head, &op.targets)?;
+    let rows = match &op.scales {
+        None => head_fits(&check, &op.x, &op.head, &op.targets)?,
+        Some(scales) => {
+            let rows = head_shape_fits(&check, &op.x, &op.head, &op.targets)?;
+            check.dtype("head", &op.head, &[DType::I8, DType::I4])?;
+            check.that(op.block_k > 0 && op.block_k <= 256 && op.block_k % 32 == 0, || {
+                format!("block_k should be a multiple of 32 up to 256 but is {}", op.block_k)
+            })?;
+            let blocks = op.x.dim(1).div_ceil(op.block_k);
+            check.tensor("scales", scales, DType::F32, [op.head.dim(0), blocks])?;
+            rows
+        }
+    };
     check.tensor("logprob", &op.logprob, DType::F32, [rows])?;
     check.tensor("entropy", &op.entropy, DType::F32, [rows])?;
     check.that(op.temperature > 0.0, || {

@@ -51,8 +51,33 @@ fn products(maker: Maker) -> Vec<Case> {
             let weight = d.tame(weight, &[13, 36], 3.0);
             let scales = d.tame(DType::F32, &[3, 5], 0.1);
             let c = d.poisoned(dtype, &[m, 13]);
-            let op = MatmulQuant { x, weight, scales, block_n: 5, block_k: 8, c };
+            let bias = None;
+            let op = MatmulQuant { x, weight, scales, block_n: 5, block_k: 8, bias, c };
             cases.push(d.done(format!("{m} rows, {}", weight.dtype), op));
+        }
+    }
+    cases.extend(group_scaled(maker));
+    cases
+}
+
+/// Integers with one scale per row and group, as weights are served: whole groups and cut off ones,
+/// few rows and many.
+fn group_scaled(maker: Maker) -> Vec<Case> {
+    let dtype = maker.dtype;
+    let mut cases = Vec::new();
+    let shapes = [(1, 33, 256), (2, 16, 128), (3, 19, 36), (6, 40, 200), (21, 37, 328)];
+    for (turn, weight) in [DType::I8, DType::I4].into_iter().enumerate() {
+        for (place, (m, n, k)) in shapes.into_iter().enumerate() {
+            let block_k = if place % 2 == 0 { 64 } else { 32 };
+            let mut d = maker.start(9150 + 10 * turn + place);
+            let x = d.floats(&[m, k]);
+            let reach = if weight == DType::I8 { 120.0 } else { 7.0 };
+            let weight = d.tame(weight, &[n, k], reach);
+            let scales = d.tame(DType::F32, &[n, usize::div_ceil(k, block_k)], 0.01);
+            let bias = (place > 2).then(|| d.floats(&[n]));
+            let c = d.poisoned(dtype, &[m, n]);
+            let op = MatmulQuant { x, weight, scales, block_n: 1, block_k, bias, c };
+            cases.push(d.done(format!("{m}x{n}x{k} by groups of {block_k}, {}", weight.dtype), op));
         }
     }
     cases

@@ -34,6 +34,8 @@ pub(super) fn cases(maker: Maker) -> Vec<Case> {
                 0 => d.done(name, CrossEntropy { x, head, targets, loss: first, lse: second }),
                 1 => {
                     let op = TokenLogProb {
+                        scales: None,
+                        block_k: 0,
                         x,
                         head,
                         targets,

@@ -183,7 +183,9 @@ impl Sized {
         let weight = d.bulk(DType::I8, &[width, width], 30.0);
         let scales = d.bulk(DType::F32, &[width, width / 64], 0.01);
         let c = d.room(dtype, &[rows, width]);
-        cases.push(self.done(d, MatmulQuant { x, weight, scales, block_n: 1, block_k: 64, c }));
+        cases.push(
+            self.done(d, MatmulQuant { x, weight, scales, block_n: 1, block_k: 64, bias: None, c }),
+        );
         let mut d = self.draft(34);
         let a = d.bulk(dtype, &[rows, width], 1.0);
         let b = d.bulk(dtype, &[EXPERTS[0], width, width], 1.0);
@@ -326,7 +328,19 @@ impl Sized {
         let mut d = self.draft(62);
         let [x, head, targets] = read(&mut d);
         let (logprob, entropy) = (each(&mut d), each(&mut d));
-        cases.push(self.done(d, TokenLogProb { x, head, targets, temperature, logprob, entropy }));
+        cases.push(self.done(
+            d,
+            TokenLogProb {
+                x,
+                head,
+                scales: None,
+                block_k: 0,
+                targets,
+                temperature,
+                logprob,
+                entropy,
+            },
+        ));
         let mut d = self.draft(63);
         let [x, head, targets] = read(&mut d);
         let dlogprob = d.bulk(DType::F32, &[rows], 1.0);

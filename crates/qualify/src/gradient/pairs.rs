@@ -144,7 +144,9 @@ fn token_log_prob(mut case: Case, op: &ops::TokenLogProbBwd) -> Pair {
     let logprob = room(&mut case, DType::F32, op.targets.dims());
     let entropy = room(&mut case, DType::F32, op.targets.dims());
     let ops::TokenLogProbBwd { x, head, targets, temperature, .. } = *op;
-    let forward = TokenLogProb { x, head, targets, temperature, logprob, entropy }.into();
+    let (scales, block_k) = (None, 0);
+    let forward =
+        TokenLogProb { x, head, scales, block_k, targets, temperature, logprob, entropy }.into();
     let inputs = vec![(x, op.dx), (head, op.dhead)];
     Pair { case, forward, inputs, upstream: vec![(logprob, op.dlogprob)] }
 }

@@ -52,6 +52,7 @@ pub(super) fn matmul(op: &ops::Matmul, memory: &Memory) -> Vec<Expected> {
 pub(super) fn matmul_quant(op: &ops::MatmulQuant, memory: &Memory) -> Vec<Expected> {
     let (x, weight) = (memory.read(&op.x), memory.read(&op.weight));
     let scales = memory.read(&op.scales);
+    let bias = op.bias.map(|bias| memory.read(&bias));
     let (m, n, k) = (op.x.dim(0), op.weight.dim(0), op.x.dim(1));
     let scale =
         |column: usize, i: usize| scales[column / op.block_n * op.scales.dim(1) + i / op.block_k];
@@ -60,7 +61,8 @@ pub(super) fn matmul_quant(op: &ops::MatmulQuant, memory: &Memory) -> Vec<Expect
         for column in 0..n {
             let term = |i: usize| x[row * k + i] * weight[column * k + i] * scale(column, i);
             let (value, size) = sum((0..k).map(term));
-            wants.push(near(value, size));
+            let bias = bias.as_ref().map_or(0.0, |bias| bias[column]);
+            wants.push(near(value + bias, size + bias.abs()));
         }
     }
     vec![expected(&op.c, wants)]

@@ -10,6 +10,8 @@ use crate::memory::Memory;
 struct Head<'a> {
     x: &'a View,
     head: &'a View,
+    /// The scales of a quantised head, and how many columns share one.
+    scales: Option<(&'a View, usize)>,
     targets: &'a View,
     temperature: f64,
 }
@@ -54,8 +56,14 @@ impl Row {
 }
 
 fn rows(head: &Head<'_>, memory: &Memory) -> Vec<Row> {
-    let (x, weight) = (memory.read(head.x), memory.read(head.head));
+    let (x, mut weight) = (memory.read(head.x), memory.read(head.head));
     let width = head.x.dim(1);
+    if let Some((view, block)) = head.scales {
+        let (scales, blocks) = (memory.read(view), view.dim(1));
+        for (index, value) in weight.iter_mut().enumerate() {
+            *value *= scales[index / width * blocks + index % width / block];
+        }
+    }
     let one = |(x, target): (&[f64], i64)| {
         let mut size: f64 = 0.0;
         let logit = |weight: &[f64]| {
@@ -136,12 +144,12 @@ fn losses(rows: &[Row], loss: &View, lse: &View) -> Vec<Expected> {
 
 pub(super) fn cross_entropy(op: &ops::CrossEntropy, memory: &Memory) -> Vec<Expected> {
     let ops::CrossEntropy { x, head, targets, loss, lse } = op;
-    losses(&rows(&Head { x, head, targets, temperature: 1.0 }, memory), loss, lse)
+    losses(&rows(&Head { x, head, scales: None, targets, temperature: 1.0 }, memory), loss, lse)
 }
 
 pub(super) fn cross_entropy_bwd(op: &ops::CrossEntropyBwd, memory: &Memory) -> Vec<Expected> {
     let ops::CrossEntropyBwd { x, head, targets, dloss, loss, lse, dx, dhead, accumulate } = op;
-    let head = Head { x, head, targets, temperature: 1.0 };
+    let head = Head { x, head, scales: None, targets, temperature: 1.0 };
     let to = Gradients { upstream: dloss, sign: 1.0, dx, dhead, accumulate: *accumulate };
     let rows = rows(&head, memory);
     let mut all = losses(&rows, loss, lse);
@@ -150,8 +158,9 @@ pub(super) fn cross_entropy_bwd(op: &ops::CrossEntropyBwd, memory: &Memory) -> V
 }
 
 pub(super) fn token_log_prob(op: &ops::TokenLogProb, memory: &Memory) -> Vec<Expected> {
-    let ops::TokenLogProb { x, head, targets, temperature, logprob, entropy } = op;
-    let rows = rows(&Head { x, head, targets, temperature: wide(*temperature) }, memory);
+    let ops::TokenLogProb { x, head, targets, temperature, logprob, entropy, .. } = op;
+    let scales = op.scales.as_ref().map(|scales| (scales, op.block_k));
+    let rows = rows(&Head { x, head, scales, targets, temperature: wide(*temperature) }, memory);
     let logprobs = rows.iter().map(Row::log_prob).collect();
     let entropies = rows.iter().map(Row::entropy).collect();
     vec![expected(logprob, logprobs), expected(entropy, entropies)]
@@ -160,7 +169,7 @@ pub(super) fn token_log_prob(op: &ops::TokenLogProb, memory: &Memory) -> Vec<Exp
 pub(super) fn token_log_prob_bwd(op: &ops::TokenLogProbBwd, memory: &Memory) -> Vec<Expected> {
     let ops::TokenLogProbBwd { x, head, targets, temperature, dlogprob, dx, dhead, accumulate } =
         op;
-    let head = Head { x, head, targets, temperature: wide(*temperature) };
+    let head = Head { x, head, scales: None, targets, temperature: wide(*temperature) };
     let to = Gradients { upstream: dlogprob, sign: -1.0, dx, dhead, accumulate: *accumulate };
     gradients(&head, &to, &rows(&head, memory), memory)
 }

@@ -11,9 +11,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::blocks::BlockPool;
-use super::device::{Device, Drawn, Piece, PrefillHead, PrefillResult};
+use super::device::{Device, DeviceOptions, Drawn, Piece, PrefillHead, PrefillResult};
+use super::draft::{Speculation, look_up};
+use super::mtp::{self, Passed};
 use super::request::{Epoch, Event, Finish, Ticket, Wanted};
-use super::sequence::Sequence;
+use super::rows::DrawRow;
+use super::sequence::{Sequence, Stake};
 use super::worker::Stats;
 use crate::error::ServeError;
 
@@ -69,7 +72,7 @@ impl Batch {
     /// Takes a request up, from its tokens so far.
     pub fn add(&mut self, ticket: Arc<Ticket>, epoch: Epoch) {
         self.arrivals += 1;
-        match Sequence::new(Arc::clone(&ticket), epoch, self.arrivals) {
+        match Sequence::new(Arc::clone(&ticket), epoch, self.arrivals, self.draft_tokens()) {
             Ok(sequence) => self.waiting.push_back(sequence),
             Err(reason) => {
                 ticket.tell(epoch, Event::Failed(reason));
@@ -146,9 +149,11 @@ impl Batch {
                 rest -= taken;
             }
         }
+        bites.sort_by_key(|(at, _)| adapter_order(self.running[*at].adapter()));
         let piece = |&(at, end): &(usize, usize)| {
             let one: &Sequence = &self.running[at];
-            Piece { tokens: &one.tokens, start: one.cached, end, blocks: &one.blocks }
+            let (tokens, start, blocks) = (&one.tokens[..], one.cached, &one.blocks[..]);
+            Piece { tokens, start, end, blocks, adapter: one.adapter() }
         };
         let pieces: Vec<Piece<'_>> = bites.iter().map(piece).collect();
         let result = self.device.prefill(&pieces, head)?;
@@ -203,35 +208,29 @@ impl Batch {
         Ok(())
     }
 
-    /// Draws one token of every sequence that is ready.
+    fn draft_tokens(&self) -> usize {
+        self.device.options().draft_tokens
+    }
+
+    /// Draws of every sequence that is ready: one token, and one more for each guess that was
+    /// right.
     fn draw(&mut self) -> Result<(), ServeError> {
         self.make_room();
-        let vocabulary = self.device.options().vocabulary;
-        let mut ready: Vec<(usize, Vec<f32>)> = Vec::new();
-        let mut failed = Vec::new();
-        for (at, one) in self.running.iter_mut().enumerate() {
-            if one.cached + 1 != one.tokens.len() || one.generate().is_none() {
-                continue;
+        let (stakes, mut ended) = self.stakes();
+        if !stakes.is_empty() {
+            let mut rows: Vec<DrawRow<'_>> = Vec::new();
+            for (index, (at, stake)) in stakes.iter().enumerate() {
+                let own = self.running[*at].rows(index, stake);
+                rows.extend(own.expect("only sequences that generate are ready"));
             }
-            match one.bias(vocabulary) {
-                Ok(bias) => ready.push((at, bias)),
-                Err(reason) => failed.push((at, reason)),
-            }
-        }
-        if !ready.is_empty() {
-            let places: Vec<usize> = ready.iter().map(|(at, _)| *at).collect();
-            let row = |(at, bias)| {
-                let row = Sequence::row(&self.running[at], bias);
-                row.expect("only sequences that generate are ready")
-            };
-            let rows: Vec<_> = ready.into_iter().map(row).collect();
             let drawn = self.device.draw(&rows)?;
+            let hidden = self.device.drawn_hidden(&rows)?;
             drop(rows);
-            self.stats.generated_tokens.fetch_add(drawn.len() as u64, Relaxed);
-            self.deliver(&places, drawn, &mut failed);
+            let passed = self.deliver(stakes, drawn, &hidden, &mut ended);
+            self.guess(&passed)?;
         }
-        failed.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
-        for (at, reason) in failed {
+        ended.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
+        for (at, reason) in ended {
             let one = &self.running[at];
             if !reason.is_empty() {
                 one.ticket.tell(one.epoch, Event::Failed(reason));
@@ -241,32 +240,101 @@ impl Batch {
         Ok(())
     }
 
-    /// Tells the drawn tokens; adds to `ended` who leaves, with a reason if it is a failure.
-    fn deliver(&mut self, places: &[usize], drawn: Vec<Drawn>, ended: &mut Vec<(usize, String)>) {
-        let context = self.device.options().context;
+    /// What every ready sequence puts into the step, and who fails on the way.
+    fn stakes(&mut self) -> (Vec<(usize, Stake)>, Vec<(usize, String)>) {
+        let DeviceOptions { vocabulary, context, speculation, .. } = *self.device.options();
+        let is_ready =
+            |one: &Sequence| one.cached + 1 == one.tokens.len() && one.generate().is_some();
+        let ready = self.running.iter().filter(|one| is_ready(one)).count();
+        let mut spare = self.device.options().draw_rows().saturating_sub(ready);
+        let (mut stakes, mut failed) = (Vec::new(), Vec::new());
         let mut pool = lock(&self.blocks);
-        for (&at, drawn) in places.iter().zip(drawn) {
-            let one = &mut self.running[at];
-            let Some(scored) = drawn else {
-                let drawn = one.tokens.len() - one.prompt_tokens();
-                ended.push((
-                    at,
-                    format!(
-                        "no token has a finite logit after {drawn} drawn ones: logit_bias or the \
-                         grammar forbids all, or the weights hold NaN"
-                    ),
-                ));
+        for (at, one) in self.running.iter_mut().enumerate() {
+            if !is_ready(one) {
                 continue;
-            };
-            match one.tell_drawn(scored, context) {
-                Ok(After::Stays) => one.publish(&mut pool),
-                Ok(After::Leaves) => {
-                    one.publish(&mut pool);
-                    ended.push((at, String::new()));
+            }
+            let guesses = match speculation {
+                Speculation::Off => Vec::new(),
+                Speculation::PromptLookup => {
+                    let limit = one.reach.next().min(spare).min(one.room(context));
+                    let found = look_up(&one.tokens, limit).to_vec();
+                    let fitting = one.grow_for(found.len(), &mut pool);
+                    found[..fitting].to_vec()
                 }
+                Speculation::Mtp => {
+                    let mut guesses = std::mem::take(&mut one.guesses);
+                    guesses.truncate(spare.min(one.room(context)));
+                    let fitting = one.grow_for(guesses.len(), &mut pool);
+                    guesses.truncate(fitting);
+                    guesses
+                }
+            };
+            match one.stake(vocabulary, &guesses) {
+                Ok(stake) => {
+                    spare -= stake.guessed;
+                    self.stats.drafted_tokens.fetch_add(stake.guessed as u64, Relaxed);
+                    stakes.push((at, stake));
+                }
+                Err(reason) => failed.push((at, reason)),
+            }
+        }
+        drop(pool);
+        stakes.sort_by_key(|(at, _)| adapter_order(self.running[*at].adapter()));
+        (stakes, failed)
+    }
+
+    /// Guesses at what comes after the tokens just drawn, by the model's extra layer.
+    fn guess(&mut self, passed: &[Passed]) -> Result<(), ServeError> {
+        if passed.is_empty() {
+            return Ok(());
+        }
+        let guesses = mtp::guess(&mut self.device, &self.running, passed)?;
+        for (one, guesses) in passed.iter().zip(guesses) {
+            self.running[one.at].guesses = guesses;
+        }
+        Ok(())
+    }
+
+    /// Tells the drawn tokens; adds to `ended` who leaves, with a reason if it is a failure. Gives
+    /// who stays and is to be guessed at, with the hidden states it has passed.
+    fn deliver(
+        &mut self,
+        stakes: Vec<(usize, Stake)>,
+        drawn: Vec<Drawn>,
+        hidden: &[u8],
+        ended: &mut Vec<(usize, String)>,
+    ) -> Vec<Passed> {
+        let context = self.device.options().context;
+        let width = self.device.hidden_bytes();
+        let (mut row, mut passed) = (0, Vec::new());
+        let mut pool = lock(&self.blocks);
+        let mut drawn = drawn.into_iter();
+        for (at, stake) in stakes {
+            let one = &mut self.running[at];
+            let before = one.tokens.len();
+            let rows: Vec<Drawn> = drawn.by_ref().take(stake.biases.len()).collect();
+            let left = one.tell_rows(rows, &stake, context);
+            let told = one.tokens.len() - before;
+            let right = told.saturating_sub(1);
+            one.reach.learn(stake.guessed, right);
+            self.stats.generated_tokens.fetch_add(told as u64, Relaxed);
+            self.stats.accepted_tokens.fetch_add(right as u64, Relaxed);
+            one.publish(&mut pool);
+            let own = row * width..(row + told) * width;
+            row += stake.biases.len();
+            match left {
+                Ok(After::Stays) if !hidden.is_empty() => {
+                    let wanted = one.reach.steady().min(one.room(context));
+                    let wanted = one.grow_for(wanted, &mut pool);
+                    let hidden = hidden[own].to_vec();
+                    passed.push(Passed { at, position: before - 1, hidden, wanted });
+                }
+                Ok(After::Stays) => {}
+                Ok(After::Leaves) => ended.push((at, String::new())),
                 Err(reason) => ended.push((at, reason)),
             }
         }
+        passed
     }
 
     /// Gives every sequence that draws the block its next token needs; who came last gives way.
@@ -284,7 +352,7 @@ impl Batch {
             sequence.release(&mut lock(&self.blocks));
             self.stats.preemptions.fetch_add(1, Relaxed);
             let (ticket, epoch) = (Arc::clone(&sequence.ticket), sequence.epoch);
-            match Sequence::new(ticket, epoch, sequence.arrival) {
+            match Sequence::new(ticket, epoch, sequence.arrival, self.draft_tokens()) {
                 Ok(again) => self.waiting.push_front(again),
                 Err(reason) => {
                     sequence.ticket.tell(epoch, Event::Failed(reason));
@@ -306,6 +374,33 @@ impl Batch {
 }
 
 impl Sequence {
+    /// Tells the tokens of its rows, up to the first that is not the one guessed.
+    fn tell_rows(
+        &mut self,
+        rows: Vec<Drawn>,
+        stake: &Stake,
+        context: usize,
+    ) -> Result<After, String> {
+        for drawn in rows {
+            let Some(scored) = drawn else {
+                let drawn = self.tokens.len() - self.prompt_tokens();
+                return Err(format!(
+                    "no token has a finite logit after {drawn} drawn ones: logit_bias or the \
+                     grammar forbids all, or the weights hold NaN"
+                ));
+            };
+            let token = scored.token;
+            if let After::Leaves = self.tell_drawn(scored, context)? {
+                return Ok(After::Leaves);
+            }
+            // What follows was drawn after the guess, and means nothing after another token.
+            if stake.tokens.get(self.tokens.len() - 1) != Some(&token) {
+                break;
+            }
+        }
+        Ok(After::Stays)
+    }
+
     fn tell_drawn(
         &mut self,
         scored: super::request::Scored,
@@ -323,6 +418,11 @@ impl Sequence {
         }
         Ok(if wanted == Wanted::Yes { After::Stays } else { After::Leaves })
     }
+}
+
+/// Rows of a step are sorted so: by adapter, those without one last.
+fn adapter_order(adapter: Option<usize>) -> usize {
+    adapter.unwrap_or(usize::MAX)
 }
 
 fn lock(blocks: &Mutex<BlockPool>) -> MutexGuard<'_, BlockPool> {

@@ -15,6 +15,11 @@ pub type Prefix = u64;
 /// The prefix without tokens.
 pub const ROOT: Prefix = 0;
 
+/// The empty prefix of texts that go through an adapter: keys and values are not those of others.
+pub fn root(adapter: Option<usize>) -> Prefix {
+    adapter.map_or(ROOT, |adapter| Prefix::MAX - adapter as Prefix)
+}
+
 /// What a block holds: its own tokens after a prefix. Compared in full, so nothing can collide.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Content {
@@ -102,13 +107,13 @@ impl BlockPool {
     }
 
     /// How many tokens at the beginning are in the cache already.
-    pub fn cached_tokens(&self, tokens: &[u32]) -> usize {
-        self.found(tokens).count() * BLOCK
+    pub fn cached_tokens(&self, root: Prefix, tokens: &[u32]) -> usize {
+        self.found(root, tokens).count() * BLOCK
     }
 
     /// Takes the blocks that hold the beginning of these tokens; gives the prefix they end at.
-    pub fn reuse(&mut self, tokens: &[u32]) -> (Vec<u32>, Prefix) {
-        let found: Vec<(u32, Prefix)> = self.found(tokens).collect();
+    pub fn reuse(&mut self, root: Prefix, tokens: &[u32]) -> (Vec<u32>, Prefix) {
+        let found: Vec<(u32, Prefix)> = self.found(root, tokens).collect();
         for (index, _) in &found {
             let block = &mut self.blocks[*index as usize];
             if block.users == 0 {
@@ -116,7 +121,7 @@ impl BlockPool {
             }
             block.users += 1;
         }
-        let end = found.last().map_or(ROOT, |(_, prefix)| *prefix);
+        let end = found.last().map_or(root, |(_, prefix)| *prefix);
         (found.into_iter().map(|(index, _)| index).collect(), end)
     }
 
@@ -136,8 +141,12 @@ impl BlockPool {
         self.prefixes
     }
 
-    fn found<'a>(&'a self, tokens: &'a [u32]) -> impl Iterator<Item = (u32, Prefix)> + 'a {
-        let mut before = ROOT;
+    fn found<'a>(
+        &'a self,
+        root: Prefix,
+        tokens: &'a [u32],
+    ) -> impl Iterator<Item = (u32, Prefix)> + 'a {
+        let mut before = root;
         tokens.chunks_exact(BLOCK).map_while(move |chunk| {
             let index = *self.by_content.get(&content(before, chunk))?;
             before = self.prefix_of(index);
@@ -183,9 +192,9 @@ mod tests {
         let blocks = fill(&mut pool, &text);
         blocks.iter().for_each(|&block| pool.release(block));
         assert_eq!(pool.available(), 8);
-        assert_eq!(pool.cached_tokens(&text), 32);
-        assert_eq!(pool.cached_tokens(&text[1..]), 0);
-        let (again, _) = pool.reuse(&text);
+        assert_eq!(pool.cached_tokens(ROOT, &text), 32);
+        assert_eq!(pool.cached_tokens(ROOT, &text[1..]), 0);
+        let (again, _) = pool.reuse(ROOT, &text);
         assert_eq!(again, blocks[..2]);
         assert_eq!(pool.available(), 6);
     }
@@ -195,7 +204,7 @@ mod tests {
         let mut pool = BlockPool::new(4);
         let text = tokens(32, 0);
         let first = fill(&mut pool, &text);
-        let (second, _) = pool.reuse(&text);
+        let (second, _) = pool.reuse(ROOT, &text);
         first.iter().for_each(|&block| pool.release(block));
         assert_eq!(pool.available(), 2);
         second.iter().for_each(|&block| pool.release(block));
@@ -210,8 +219,19 @@ mod tests {
             pool.release(blocks[0]);
         }
         assert!(pool.take().is_some());
-        assert_eq!(pool.cached_tokens(&tokens(16, 0)), 0);
-        assert_eq!(pool.cached_tokens(&tokens(16, 100)), 16);
+        assert_eq!(pool.cached_tokens(ROOT, &tokens(16, 0)), 0);
+        assert_eq!(pool.cached_tokens(ROOT, &tokens(16, 100)), 16);
+    }
+
+    #[test]
+    fn texts_of_one_adapter_are_not_found_for_another() {
+        let mut pool = BlockPool::new(4);
+        let text = tokens(16, 0);
+        let block = pool.take().unwrap();
+        pool.publish(root(Some(1)), &text, block);
+        assert_eq!(pool.cached_tokens(root(Some(1)), &text), 16);
+        assert_eq!(pool.cached_tokens(root(Some(0)), &text), 0);
+        assert_eq!(pool.cached_tokens(ROOT, &text), 0);
     }
 
     #[test]
@@ -221,6 +241,6 @@ mod tests {
         let (first, second) = (fill(&mut pool, &text), fill(&mut pool, &text));
         pool.release(second[0]);
         assert_eq!(pool.available(), 3);
-        assert_eq!(pool.reuse(&text).0, first);
+        assert_eq!(pool.reuse(ROOT, &text).0, first);
     }
 }

@@ -6,13 +6,15 @@
 
 use std::time::Duration;
 
-use pontoon_models::{DrawReads, HostWeights, Model, PagedHead, PagedShape};
+use pontoon_models::{Adapters, DrawReads, ExtraLayer, Model, PagedHead, PagedShape, TensorSource};
 use pontoon_ops::{Backend, DType};
 use pontoon_program::{Executor, Memory, Plan, Program, ProgramError};
 
 use super::blocks::BLOCK;
+use super::draft::Speculation;
+use super::mtp::{GuessRow, Guessed};
 use super::request::Scored;
-use super::rows::{DrawHost, DrawRow, PieceHost};
+use super::rows::{DrawHost, DrawRow, PieceHost, adapter_offsets};
 use crate::error::ServeError;
 
 /// Rows of the prefill programs; few sizes keep the number of programs small, and a factor of
@@ -20,6 +22,8 @@ use crate::error::ServeError;
 const PREFILL_ROWS: [usize; 3] = [16, 128, 512];
 /// Rows of the prefill programs that give all logits, whose size is rows times vocabulary.
 const LOGIT_ROWS: [usize; 2] = [16, 128];
+/// Rows of a step up to which guesses are added.
+const DRAFT_ROWS: usize = 32;
 /// Sequences of which a prefill takes a piece each, at most.
 const PIECES_MAX: usize = 16;
 
@@ -38,6 +42,20 @@ pub struct DeviceOptions {
     pub vocabulary: usize,
     /// How long one step may take before the device is taken to hang.
     pub step_deadline: Duration,
+    /// How tokens are guessed.
+    pub speculation: Speculation,
+    /// Tokens guessed of one sequence in a step, at most.
+    pub draft_tokens: usize,
+}
+
+impl DeviceOptions {
+    /// Rows of a step that draws, at most: one of every sequence, and guesses as long as a step is
+    /// bound by reading the weights.
+    pub fn draw_rows(&self) -> usize {
+        let drafts = if self.speculation == Speculation::Off { 0 } else { self.draft_tokens };
+        let wanted = self.sequences.saturating_mul(1 + drafts);
+        self.sequences.max(wanted.min(DRAFT_ROWS))
+    }
 }
 
 /// What a prefill computes of its rows.
@@ -64,6 +82,8 @@ pub struct Piece<'a> {
     pub end: usize,
     /// The sequence's blocks, up to the part's end at least.
     pub blocks: &'a [u32],
+    /// The adapter it goes through. Pieces come in the order of these, those without one last.
+    pub adapter: Option<usize>,
 }
 
 /// What a prefill gave.
@@ -87,12 +107,15 @@ pub struct Device {
     sequence_blocks: usize,
     padded_vocabulary: usize,
     width: usize,
+    adapters: usize,
     cache_only: Vec<(usize, Executor)>,
     score: Vec<(usize, Executor)>,
     score_with_logits: Vec<(usize, Executor)>,
     hidden: Vec<(usize, Executor)>,
     plain: Vec<(usize, Executor)>,
     full: Vec<(usize, Executor)>,
+    /// Programs of the layer for multi-token prediction; none without it.
+    guess: Vec<(usize, Executor)>,
 }
 
 impl Device {
@@ -100,17 +123,20 @@ impl Device {
     pub fn new(
         mut backend: Box<dyn Backend>,
         model: &Model,
-        weights: &HostWeights,
+        (weights, adapters): (&dyn TensorSource, Option<&Adapters>),
         options: DeviceOptions,
     ) -> Result<Device, ServeError> {
         let mut memory = Memory::new();
-        weights.upload(backend.as_mut(), &mut memory, options.dtype)?;
+        model.upload(weights, backend.as_mut(), &mut memory, options.dtype)?;
+        if let Some(adapters) = adapters {
+            adapters.upload(backend.as_mut(), &mut memory, options.dtype)?;
+        }
         let context = options.context;
         let sequence_blocks = context.div_ceil(BLOCK);
         let loader = Loader { model, options, sequence_blocks };
         let full_rows = sizes(&PREFILL_ROWS, context);
         let logit_rows = sizes(&LOGIT_ROWS, context);
-        let draw_rows = draw_sizes(options.sequences);
+        let draw_rows = draw_sizes(options.draw_rows());
         let vocabulary = options.vocabulary;
         let serve = |reads| PagedHead::Serve { vocabulary, reads };
         let cache_only = loader.pieces(&full_rows, PagedHead::CacheOnly)?;
@@ -119,7 +145,11 @@ impl Device {
         let hidden = loader.pieces(&full_rows, PagedHead::Hidden)?;
         let plain = loader.draws(&draw_rows, serve(DrawReads::Plain))?;
         let full = loader.draws(&draw_rows, serve(DrawReads::Full))?;
-        let all = [&cache_only, &score, &with_logits, &hidden, &plain, &full];
+        let guess = match model.extra_layer {
+            ExtraLayer::Absent => Vec::new(),
+            ExtraLayer::Present => loader.guesses(&draw_rows)?,
+        };
+        let all = [&cache_only, &score, &with_logits, &hidden, &plain, &full, &guess];
         let bytes = all.into_iter().flatten().map(|(_, one)| Plan::new(one).arena_bytes).max();
         let arena = backend.alloc(bytes.unwrap_or(0).max(1))?;
         let mut load = |programs: Vec<(usize, Program)>| {
@@ -132,6 +162,7 @@ impl Device {
         };
         let (cache_only, score, hidden) = (load(cache_only)?, load(score)?, load(hidden)?);
         let (score_with_logits, plain, full) = (load(with_logits)?, load(plain)?, load(full)?);
+        let guess = load(guess)?;
         model.upload_constants(backend.as_mut(), &mut memory, context, context)?;
         let (padded_vocabulary, width) = (model.config.vocab_size, model.config.width);
         Ok(Device {
@@ -140,12 +171,14 @@ impl Device {
             sequence_blocks,
             padded_vocabulary,
             width,
+            adapters: model.adapters.as_ref().map_or(0, |shapes| shapes.count),
             cache_only,
             score,
             score_with_logits,
             hidden,
             plain,
             full,
+            guess,
         })
     }
 
@@ -182,6 +215,16 @@ impl Device {
         let backend = self.backend.as_mut();
         let host = PieceHost::new(pieces, rows, PIECES_MAX, self.sequence_blocks);
         host.write(program, backend)?;
+        if self.adapters > 0 {
+            let rows = pieces.iter().map(|piece| (piece.adapter, piece.end - piece.start));
+            let offsets = adapter_offsets(self.adapters, rows);
+            program.write(backend, "adapters", bytemuck::cast_slice(&offsets))?;
+        }
+        if head == PrefillHead::CacheOnly && !self.guess.is_empty() {
+            let next_ids = PieceHost::targets(pieces, rows).into_iter().map(|id| id.max(0));
+            let next_ids: Vec<i32> = next_ids.collect();
+            program.write(backend, "next_ids", bytemuck::cast_slice(&next_ids))?;
+        }
         if matches!(head, PrefillHead::Score | PrefillHead::ScoreWithTop(_)) {
             let targets = PieceHost::targets(pieces, rows);
             program.write(backend, "targets", bytemuck::cast_slice(&targets))?;
@@ -226,6 +269,10 @@ impl Device {
         let backend = self.backend.as_mut();
         let host = DrawHost::new(rows, count, self.sequence_blocks);
         host.write(program, backend)?;
+        if self.adapters > 0 {
+            let offsets = adapter_offsets(self.adapters, rows.iter().map(|row| (row.adapter, 1)));
+            program.write(backend, "adapters", bytemuck::cast_slice(&offsets))?;
+        }
         if full {
             let history = DrawHost::history(rows, count, self.options.context);
             program.write(backend, "history", bytemuck::cast_slice(&history))?;
@@ -249,6 +296,41 @@ impl Device {
             Some(logits.scored(index, Asked { token, logprob: logprobs[index], top, vocabulary }))
         };
         Ok(rows.iter().enumerate().map(drawn).collect())
+    }
+
+    /// Bytes of one row's hidden state.
+    pub fn hidden_bytes(&self) -> usize {
+        self.options.dtype.bytes(self.width)
+    }
+
+    /// The hidden states of the last draw's rows, row after row; empty without the extra layer.
+    pub fn drawn_hidden(&mut self, rows: &[DrawRow<'_>]) -> Result<Vec<u8>, ServeError> {
+        if self.guess.is_empty() {
+            return Ok(Vec::new());
+        }
+        let full = rows.iter().any(DrawRow::needs_full);
+        let programs = if full { &self.full } else { &self.plain };
+        let (count, program) = smallest(programs, rows.len());
+        let mut hidden = vec![0_u8; count * self.options.dtype.bytes(self.width)];
+        program.read(self.backend.as_mut(), "hidden", &mut hidden)?;
+        Ok(hidden)
+    }
+
+    /// Runs the layer for multi-token prediction on rows.
+    pub fn guess(&mut self, rows: &[GuessRow<'_>]) -> Result<Guessed, ServeError> {
+        let (count, program) = smallest(&self.guess, rows.len());
+        let backend = self.backend.as_mut();
+        let host = DrawHost::of_guesses(rows, count, self.sequence_blocks);
+        host.write(program, backend)?;
+        let width = self.options.dtype.bytes(self.width);
+        let mut given: Vec<u8> = rows.iter().flat_map(|row| row.hidden).copied().collect();
+        given.resize(count * width, 0);
+        program.write(backend, "given", &given)?;
+        program.run_and_wait(backend, self.options.step_deadline)?;
+        let (mut tokens, mut hidden) = (vec![0_i32; count], vec![0_u8; count * width]);
+        program.read(backend, "token", bytemuck::cast_slice_mut(&mut tokens))?;
+        program.read(backend, "hidden", &mut hidden)?;
+        Ok(Guessed { tokens, hidden })
     }
 
     fn programs(&self, head: PrefillHead) -> &[(usize, Executor)] {
@@ -281,21 +363,34 @@ impl Loader<'_> {
         sizes.iter().map(|&rows| Ok((rows, self.program(rows, rows, head)?))).collect()
     }
 
+    fn guesses(&self, sizes: &[usize]) -> Result<Vec<(usize, Program)>, ServeError> {
+        let DeviceOptions { dtype, vocabulary, .. } = self.options;
+        let program = |&rows: &usize| {
+            let shape = self.shape(rows, rows);
+            Ok((rows, self.model.guess_program(shape, dtype, vocabulary)?))
+        };
+        sizes.iter().map(program).collect()
+    }
+
     fn program(
         &self,
         rows: usize,
         sequences: usize,
         head: PagedHead,
     ) -> Result<Program, ServeError> {
-        let shape = PagedShape {
+        let shape = self.shape(rows, sequences);
+        Ok(self.model.paged_program(shape, self.options.dtype, head)?)
+    }
+
+    fn shape(&self, rows: usize, sequences: usize) -> PagedShape {
+        PagedShape {
             rows,
             sequences,
             block: BLOCK,
             blocks: self.options.blocks,
             sequence_blocks: self.sequence_blocks,
             positions_max: self.options.context,
-        };
-        Ok(self.model.paged_program(shape, self.options.dtype, head)?)
+        }
     }
 }
 

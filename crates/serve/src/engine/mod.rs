@@ -7,6 +7,8 @@
 pub mod batch;
 pub mod blocks;
 pub mod device;
+pub mod draft;
+pub mod mtp;
 pub mod probe;
 pub mod request;
 pub mod rows;

@@ -44,8 +44,8 @@ impl Probe {
         let blocks: Vec<u32> = (0..count.div_ceil(BLOCK) as u32).collect();
         let mut prefill = |head: PrefillHead| {
             let (most, _) = device.prefill_limits(head);
-            let piece =
-                Piece { tokens: &tokens, start: 0, end: most.min(count - 1), blocks: &blocks };
+            let (end, adapter) = (most.min(count - 1), None);
+            let piece = Piece { tokens: &tokens, start: 0, end, blocks: &blocks, adapter };
             match device.prefill(&[piece], head)? {
                 PrefillResult::Scores(scores) => Ok::<_, ServeError>(scores),
                 PrefillResult::Nothing | PrefillResult::Hidden(_) => Ok(Vec::new()),
@@ -61,12 +61,14 @@ impl Probe {
         for repetition_penalty in [1.0, PENALTY] {
             let sampling = SamplingSettings { repetition_penalty, ..SamplingSettings::greedy(1) };
             let row = |back: usize| DrawRow {
+                sequence: back,
+                adapter: None,
                 tokens: &tokens[..=cached - back],
                 prompt_tokens: 1,
                 blocks: &blocks,
                 sampling: &sampling,
                 choice: 0,
-                bias: Vec::new(),
+                bias: &[],
                 top_logprobs: vocabulary,
             };
             let batch: Vec<DrawRow<'_>> = (0..drawn_rows).map(row).collect();

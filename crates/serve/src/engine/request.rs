@@ -16,6 +16,9 @@ pub trait Constraint: Send {
 
     /// Goes on by one token.
     fn accept(&mut self, token: u32) -> Result<(), String>;
+
+    /// Another one that stands where this does, to try tokens with.
+    fn fork(&self) -> Box<dyn Constraint>;
 }
 
 /// Makes a constraint at its start; after a move it is brought up to date by the tokens so far.
@@ -26,6 +29,8 @@ pub type ConstraintSource = dyn Fn() -> Result<Box<dyn Constraint>, String> + Se
 pub struct Request {
     /// The prompt.
     pub prompt: Vec<u32>,
+    /// The adapter it goes through, by its number.
+    pub adapter: Option<usize>,
     /// What to do with it.
     pub task: Task,
 }
@@ -134,8 +139,18 @@ struct Progress {
     /// The places in the pool that drew them: from which token on, and where.
     holders: Vec<(usize, usize)>,
     prompt_told: bool,
-    moves: u32,
+    moves: Moves,
+    tokens_at_move: usize,
     sender: Option<UnboundedSender<(usize, Event)>>,
+}
+
+/// How often a request has moved because its device failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// Since it last drew a token.
+    pub idle: u32,
+    /// In all.
+    pub all: u32,
 }
 
 /// What has come of a request.
@@ -162,7 +177,8 @@ impl Ticket {
             logprobs: Vec::new(),
             holders: Vec::new(),
             prompt_told: false,
-            moves: 0,
+            moves: Moves::default(),
+            tokens_at_move: 0,
             sender: Some(sender),
         };
         Arc::new(Ticket { request, index, progress: Mutex::new(progress) })
@@ -193,10 +209,16 @@ impl Ticket {
         }
     }
 
-    /// Counts a move caused by a failure; gives how many there have been.
-    pub fn count_move(&self) -> u32 {
+    /// Counts a move caused by a failure.
+    pub fn count_move(&self) -> Moves {
         let mut progress = self.lock();
-        progress.moves += 1;
+        let drawn = progress.tokens.len();
+        if drawn > progress.tokens_at_move {
+            progress.moves.idle = 0;
+        }
+        progress.tokens_at_move = drawn;
+        progress.moves.idle += 1;
+        progress.moves.all += 1;
         progress.moves
     }
 
@@ -277,7 +299,7 @@ mod tests {
     #[test]
     fn a_device_that_lost_the_request_is_not_heard_any_more() {
         let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
-        let request = Request { prompt: vec![1], task: Task::Embed };
+        let request = Request { prompt: vec![1], adapter: None, task: Task::Embed };
         let ticket = Ticket::new(request, 3, sender);
         let token = |token| Event::Token(Scored { token, logprob: -1.0, top: Vec::new() });
         let first = ticket.hand_over();
@@ -290,5 +312,17 @@ mod tests {
         assert_eq!(receiver.try_recv().unwrap(), (3, token(9)));
         drop(receiver);
         assert_eq!(ticket.wanted(second), Wanted::No);
+    }
+
+    #[test]
+    fn a_request_that_goes_on_between_failures_is_not_the_one_that_causes_them() {
+        let (sender, _receiver) = tokio::sync::mpsc::unbounded_channel();
+        let ticket =
+            Ticket::new(Request { prompt: vec![1], adapter: None, task: Task::Embed }, 0, sender);
+        assert_eq!(ticket.count_move(), Moves { idle: 1, all: 1 });
+        assert_eq!(ticket.count_move(), Moves { idle: 2, all: 2 });
+        let epoch = ticket.hand_over();
+        ticket.tell(epoch, Event::Token(Scored { token: 7, logprob: -1.0, top: Vec::new() }));
+        assert_eq!(ticket.count_move(), Moves { idle: 1, all: 3 });
     }
 }

@@ -8,11 +8,17 @@ use pontoon_program::Executor;
 
 use super::blocks::BLOCK;
 use super::device::Piece;
+use super::mtp::GuessRow;
 use crate::error::ServeError;
 
-/// One sequence's row of a step that draws.
+/// One row of a step that draws: the token after a sequence's tokens so far or, where some are
+/// guessed, after one of those. The rows of one sequence follow one another.
 pub struct DrawRow<'a> {
-    /// Prompt and drawn tokens.
+    /// The sequence's place among those of the step.
+    pub sequence: usize,
+    /// The adapter it goes through. Rows come in the order of these, those without one last.
+    pub adapter: Option<usize>,
+    /// Prompt and drawn tokens, and the guessed ones up to this row.
     pub tokens: &'a [u32],
     /// How many are the prompt's.
     pub prompt_tokens: usize,
@@ -23,7 +29,7 @@ pub struct DrawRow<'a> {
     /// The choice's number among those of one prompt and seed.
     pub choice: u32,
     /// Added to the logits; empty for nothing.
-    pub bias: Vec<f32>,
+    pub bias: &'a [f32],
     /// How many of the likeliest tokens to tell.
     pub top_logprobs: usize,
 }
@@ -37,6 +43,26 @@ impl DrawRow<'_> {
             || sampling.repetition_penalty != 1.0
             || penalties.iter().any(|&penalty| penalty != 0.0)
     }
+}
+
+/// Where the rows of each of `count` adapters begin, and where those without one do, of groups of
+/// rows in that order.
+pub(super) fn adapter_offsets(
+    count: usize,
+    groups: impl Iterator<Item = (Option<usize>, usize)>,
+) -> Vec<i32> {
+    let mut offsets = vec![0; count + 1];
+    let mut last = 0;
+    for (adapter, rows) in groups {
+        let Some(adapter) = adapter else {
+            last = count;
+            continue;
+        };
+        assert!(last <= adapter && adapter < count, "rows are sorted by their adapters");
+        last = adapter;
+        offsets[adapter + 1..].iter_mut().for_each(|offset| *offset += rows as i32);
+    }
+    offsets
 }
 
 /// Inputs that every program has.
@@ -157,20 +183,41 @@ impl DrawHost {
         for (index, row) in rows.iter().enumerate() {
             let position = row.tokens.len() - 1;
             inputs.push(row.tokens[position], position, row.blocks);
-            inputs.close(index, row.tokens.len(), row.blocks);
-            let own = &mut settings[index * sampling::COUNT..][..sampling::COUNT];
-            own[sampling::TEMPERATURE] = row.sampling.temperature;
-            own[sampling::TOP_K] = row.sampling.top_k as f32;
-            own[sampling::TOP_P] = row.sampling.top_p;
-            own[sampling::MIN_P] = row.sampling.min_p;
-            own[sampling::REPETITION] = row.sampling.repetition_penalty;
-            own[sampling::PRESENCE] = row.sampling.presence_penalty;
-            own[sampling::FREQUENCY] = row.sampling.frequency_penalty;
-            own[sampling::PROMPT_TOKENS] = row.prompt_tokens as f32;
-            // The same key and counter as `pontoon generate` uses for a repeated prompt.
-            let (seed, drawn) = (row.sampling.seed, row.tokens.len() - row.prompt_tokens);
-            let key = [seed as u32, (seed >> 32) as u32, drawn as u32, row.choice];
-            keys[index * 4..][..4].copy_from_slice(&key);
+            if rows.get(index + 1).is_none_or(|next| next.sequence != row.sequence) {
+                inputs.close(row.sequence, row.tokens.len(), row.blocks);
+            }
+            let drawn = row.tokens.len() - row.prompt_tokens;
+            set_sampling(&mut settings, index, row.sampling, row.prompt_tokens);
+            set_key(&mut keys, index, (row.sampling.seed, drawn, row.choice));
+        }
+        inputs.pad(count);
+        DrawHost { inputs, settings, keys }
+    }
+
+    /// The inputs of guesses: each row draws what its place's draw after the next will.
+    pub(super) fn of_guesses(
+        rows: &[GuessRow<'_>],
+        count: usize,
+        sequence_blocks: usize,
+    ) -> DrawHost {
+        let mut inputs = Inputs::new(count, count, sequence_blocks);
+        let mut settings = vec![0.0; count * sampling::COUNT];
+        let mut keys = vec![0; count * 4];
+        for (index, row) in rows.iter().enumerate() {
+            inputs.push(row.token, row.position, row.blocks);
+            if rows.get(index + 1).is_none_or(|next| next.sequence != row.sequence) {
+                inputs.close(row.sequence, row.position + 1, row.blocks);
+            }
+            // Penalties would need the history; without them a guess is a little worse.
+            let plain = SamplingSettings {
+                repetition_penalty: 1.0,
+                presence_penalty: 0.0,
+                frequency_penalty: 0.0,
+                ..*row.sampling
+            };
+            set_sampling(&mut settings, index, &plain, row.prompt_tokens);
+            let drawn = (row.position + 2).saturating_sub(row.prompt_tokens);
+            set_key(&mut keys, index, (row.sampling.seed, drawn, row.choice));
         }
         inputs.pad(count);
         DrawHost { inputs, settings, keys }
@@ -187,7 +234,7 @@ impl DrawHost {
     pub(super) fn bias(rows: &[DrawRow<'_>], count: usize, vocabulary: usize) -> Vec<f32> {
         let mut bias = vec![0.0; count * vocabulary];
         for (own, row) in bias.chunks_exact_mut(vocabulary).zip(rows) {
-            own.iter_mut().zip(&row.bias).for_each(|(slot, &value)| *slot = value);
+            own.iter_mut().zip(row.bias).for_each(|(slot, &value)| *slot = value);
         }
         bias
     }
@@ -201,4 +248,22 @@ impl DrawHost {
         program.write(backend, "settings", bytemuck::cast_slice(&self.settings))?;
         Ok(program.write(backend, "keys", bytemuck::cast_slice(&self.keys))?)
     }
+}
+
+fn set_sampling(all: &mut [f32], index: usize, sampling: &SamplingSettings, prompt_tokens: usize) {
+    let own = &mut all[index * sampling::COUNT..][..sampling::COUNT];
+    own[sampling::TEMPERATURE] = sampling.temperature;
+    own[sampling::TOP_K] = sampling.top_k as f32;
+    own[sampling::TOP_P] = sampling.top_p;
+    own[sampling::MIN_P] = sampling.min_p;
+    own[sampling::REPETITION] = sampling.repetition_penalty;
+    own[sampling::PRESENCE] = sampling.presence_penalty;
+    own[sampling::FREQUENCY] = sampling.frequency_penalty;
+    own[sampling::PROMPT_TOKENS] = prompt_tokens as f32;
+}
+
+/// The same key and counter as `pontoon generate` uses for a repeated prompt.
+fn set_key(all: &mut [u32], index: usize, (seed, drawn, choice): (u64, usize, u32)) {
+    let key = [seed as u32, (seed >> 32) as u32, drawn as u32, choice];
+    all[index * 4..][..4].copy_from_slice(&key);
 }

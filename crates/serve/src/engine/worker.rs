@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::batch::Batch;
-use super::blocks::BlockPool;
+use super::blocks::{BlockPool, root};
 use super::device::Device;
 use super::probe::Probe;
 use super::request::{Epoch, Ticket};
@@ -23,6 +23,8 @@ pub struct Stats {
     pub waiting: AtomicU64,
     pub prompt_tokens: AtomicU64,
     pub generated_tokens: AtomicU64,
+    pub drafted_tokens: AtomicU64,
+    pub accepted_tokens: AtomicU64,
     pub prefix_tokens_asked: AtomicU64,
     pub prefix_tokens_found: AtomicU64,
     pub preemptions: AtomicU64,
@@ -94,8 +96,9 @@ impl Worker {
     }
 
     /// How many of a prompt's tokens its cache has.
-    pub fn cached_tokens(&self, prompt: &[u32]) -> usize {
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner).cached_tokens(prompt)
+    pub fn cached_tokens(&self, prompt: &[u32], adapter: Option<usize>) -> usize {
+        let blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.cached_tokens(root(adapter), prompt)
     }
 }
 

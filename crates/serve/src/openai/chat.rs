@@ -252,7 +252,7 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
         "id": wanted.id,
         "object": "chat.completion",
         "created": app.now(),
-        "model": app.model_name,
+        "model": app.model_of(wanted.settings.adapter),
         "choices": (0..count).map(choice).collect::<Vec<_>>(),
         "usage": usage_json(flow.usage(), Some(thought)),
         "system_fingerprint": flow.classes(),
@@ -269,7 +269,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             "id": wanted.id,
             "object": "chat.completion.chunk",
             "created": created,
-            "model": app.model_name,
+            "model": app.model_of(wanted.settings.adapter),
             "choices": choices,
         })
     };
@@ -301,6 +301,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             });
             let mut value = chunk(json!([choice]));
             value["system_fingerprint"] = flow.classes().into();
+            value["device"] = flow.devices().into();
             out.data(&value).await?;
         }
         if let Some(ended) = heard.ended {

@@ -112,7 +112,7 @@ impl Wanted {
             "id": self.id,
             "object": "text_completion",
             "created": app.now(),
-            "model": app.model_name,
+            "model": app.model_of(self.settings.adapter),
             "choices": choices,
         })
     }
@@ -254,6 +254,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
         });
         let mut value = wanted.object(app, json!([choice]));
         value["system_fingerprint"] = flow.classes().into();
+        value["device"] = flow.devices().into();
         out.data(&value).await?;
     }
     if wanted.settings.stream_usage {

@@ -36,7 +36,8 @@ pub async fn embeddings(
         app.check_length(input.len(), "input", 0)?;
     }
     let _seat = app.seat()?;
-    let request = |prompt| EngineRequest { prompt, task: Task::Embed };
+    let adapter = settings.adapter;
+    let request = |prompt| EngineRequest { prompt, adapter, task: Task::Embed };
     let mut flow = Flow::start(&app, inputs.into_iter().map(request).collect(), &settings);
     let mut data: Vec<(usize, Value)> = Vec::new();
     while let Some((index, step)) = flow.next().await? {
@@ -53,7 +54,7 @@ pub async fn embeddings(
     let value = json!({
         "object": "list",
         "data": data,
-        "model": app.model_name,
+        "model": app.model_of(settings.adapter),
         "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
         "system_fingerprint": flow.classes(),
         "device": flow.devices(),

@@ -199,7 +199,7 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
         "id": wanted.id,
         "type": "message",
         "role": "assistant",
-        "model": app.model_name,
+        "model": app.model_of(wanted.settings.adapter),
         "content": content,
         "stop_reason": ended.0,
         "stop_sequence": ended.1,
@@ -286,7 +286,8 @@ impl Blocks {
 async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
     let (mut flow, mut voices) = wanted.start(app);
     let message = json!({
-        "id": wanted.id, "type": "message", "role": "assistant", "model": app.model_name,
+        "id": wanted.id, "type": "message", "role": "assistant",
+        "model": app.model_of(wanted.settings.adapter),
         "content": [], "stop_reason": null, "stop_sequence": null,
         "usage": usage_json(flow.usage()),
     });

@@ -15,20 +15,25 @@ use super::settings::{around, check_model};
 use super::{body, reply};
 use crate::app::App;
 
-fn card(app: &App) -> Value {
+/// The card of the model that is served, or of an adapter beside it.
+fn card(app: &App, name: &str) -> Value {
+    let parent = (name != app.model_name).then_some(&app.model_name);
     json!({
-        "id": app.model_name,
+        "id": name,
         "object": "model",
         "created": app.created,
         "owned_by": "pontoon",
-        "root": app.model_name,
+        "root": name,
+        "parent": parent,
         "max_model_len": app.context(),
     })
 }
 
-/// All models: the one there is.
+/// All models: the one there is and its adapters.
 pub async fn list(State(app): State<Arc<App>>) -> Response {
-    reply(&json!({ "object": "list", "data": [card(&app)] }))
+    let names = std::iter::once(&app.model_name).chain(&app.adapters);
+    let cards: Vec<Value> = names.map(|name| card(&app, name)).collect();
+    reply(&json!({ "object": "list", "data": cards }))
 }
 
 /// One model by name.
@@ -36,8 +41,8 @@ pub async fn one(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
 ) -> Result<Response, ApiError> {
-    if name == app.model_name {
-        return Ok(reply(&card(&app)));
+    if name == app.model_name || app.adapters.contains(&name) {
+        return Ok(reply(&card(&app, &name)));
     }
     let message = format!("there is no model `{name}`; the one served is `{}`", app.model_name);
     Err(ApiError::status(StatusCode::NOT_FOUND, message).code("model_not_found"))

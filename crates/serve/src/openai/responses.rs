@@ -201,26 +201,7 @@ impl Job {
         let settings = Settings { choices: 1, ..Settings::read(&fields, app)? };
         let tokens_max = given.whole("max_output_tokens", 1..=u64::from(u32::MAX))?;
         let id = app.fresh_id("resp");
-        let frame = json!({
-            "id": id, "object": "response", "created_at": app.now(), "model": app.model_name,
-            "error": null, "incomplete_details": null,
-            "instructions": given.get("instructions"),
-            "max_output_tokens": tokens_max,
-            "background": given.flag("background")?.unwrap_or(false),
-            "metadata": given.object("metadata")?.is_some().then(|| &value["metadata"]).cloned().unwrap_or_else(|| json!({})),
-            "parallel_tool_calls": given.flag("parallel_tool_calls")?.unwrap_or(true),
-            "previous_response_id": given.get("previous_response_id"),
-            "temperature": settings.sampling.temperature,
-            "top_p": settings.sampling.top_p,
-            "tool_choice": given.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
-            "tools": given.list("tools")?.unwrap_or_default(),
-            "text": given.get("text").cloned().unwrap_or_else(
-                || json!({ "format": { "type": "text" } }),
-            ),
-            "reasoning": given.get("reasoning"),
-            "truncation": "disabled",
-            "user": given.text("user")?,
-        });
+        let frame = frame(app, &given, &settings, &id)?;
         let conversation = Conversation::read(&fields, app).map_err(renamed)?;
         let messages = translated["messages"].as_array().cloned().unwrap_or_default();
         // Instructions hold for one answer only.
@@ -268,6 +249,32 @@ impl Job {
         }
         value
     }
+}
+
+/// What a response repeats of its request.
+fn frame(app: &App, given: &Fields<'_>, settings: &Settings, id: &str) -> Result<Value, ApiError> {
+    given.object("metadata")?;
+    let metadata = given.get("metadata").cloned().unwrap_or_else(|| json!({}));
+    Ok(json!({
+        "id": id, "object": "response", "created_at": app.now(), "model": app.model_of(settings.adapter),
+        "error": null, "incomplete_details": null,
+        "instructions": given.get("instructions"),
+        "max_output_tokens": given.get("max_output_tokens"),
+        "background": given.flag("background")?.unwrap_or(false),
+        "metadata": metadata,
+        "parallel_tool_calls": given.flag("parallel_tool_calls")?.unwrap_or(true),
+        "previous_response_id": given.get("previous_response_id"),
+        "temperature": settings.sampling.temperature,
+        "top_p": settings.sampling.top_p,
+        "tool_choice": given.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
+        "tools": given.list("tools")?.unwrap_or_default(),
+        "text": given.get("text").cloned().unwrap_or_else(
+            || json!({ "format": { "type": "text" } }),
+        ),
+        "reasoning": given.get("reasoning"),
+        "truncation": "disabled",
+        "user": given.text("user")?,
+    }))
 }
 
 /// What an answer has come to.

@@ -47,12 +47,14 @@ pub struct Settings {
     pub stream_usage: bool,
     /// Restricts the tokens.
     pub constraint: Option<Arc<ConstraintSource>>,
+    /// The adapter that was asked for as a model.
+    pub adapter: Option<usize>,
 }
 
 impl Settings {
     /// Reads them, checking each.
     pub fn read(fields: &Fields<'_>, app: &App) -> Result<Settings, ApiError> {
-        check_model(fields, app)?;
+        let adapter = check_model(fields, app)?;
         let number = |key, range, default: f64| {
             Ok::<f32, ApiError>(fields.number(key, range)?.unwrap_or(default) as f32)
         };
@@ -109,6 +111,7 @@ impl Settings {
             stream,
             stream_usage: usage.unwrap_or(false),
             constraint: None,
+            adapter,
         })
     }
 
@@ -116,6 +119,7 @@ impl Settings {
     pub fn request(&self, prompt: Vec<u32>, choice: usize, told: Told) -> Request {
         Request {
             prompt,
+            adapter: self.adapter,
             task: Task::Generate(Generate {
                 sampling: self.sampling,
                 choice: choice as u32,
@@ -156,16 +160,21 @@ pub fn around(fields: &Fields<'_>) -> Result<Around, ApiError> {
     })
 }
 
-/// The model that is served is the only one there is.
-pub fn check_model(fields: &Fields<'_>, app: &App) -> Result<(), ApiError> {
-    match fields.text("model")? {
-        Some(name) if name != app.model_name => {
-            let message = format!("`model` should be `{}` but is `{name}`", app.model_name);
-            let error = ApiError::field("model", message).code("model_not_found");
-            Err(ApiError { status: axum::http::StatusCode::NOT_FOUND, ..error })
-        }
-        _ => Ok(()),
+/// The model asked for: the one that is served, or an adapter beside it, whose number is given.
+pub fn check_model(fields: &Fields<'_>, app: &App) -> Result<Option<usize>, ApiError> {
+    let Some(name) = fields.text("model")? else { return Ok(None) };
+    if name == app.model_name {
+        return Ok(None);
     }
+    if let Some(adapter) = app.adapters.iter().position(|adapter| adapter == name) {
+        return Ok(Some(adapter));
+    }
+    let mut message = format!("`model` should be `{}` but is `{name}`", app.model_name);
+    if !app.adapters.is_empty() {
+        message = format!("{message}; the adapters are `{}`", app.adapters.join("`, `"));
+    }
+    let error = ApiError::field("model", message).code("model_not_found");
+    Err(ApiError { status: axum::http::StatusCode::NOT_FOUND, ..error })
 }
 
 fn stops(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {

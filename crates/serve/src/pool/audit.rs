@@ -15,7 +15,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::verdict::{Nearness, Readings, Verdict, decide};
 use super::{Phase, Shared};
-use crate::engine::request::{Drawing, Event, Generate, Request, Task, Ticket};
+use crate::engine::request::{Drawing, Event, Request, Task, Ticket};
 use crate::engine::worker::Command;
 
 /// Requests that wait to be audited at most: more would hold memory without telling more.
@@ -359,12 +359,13 @@ impl Shared {
 
 /// The request to score a text, with all else as in the request that it comes from.
 fn scored(request: &Request, text: Vec<u32>) -> Option<Request> {
-    let Task::Generate(generate) = &request.task else { return None };
-    let mut generate: Generate = generate.clone();
+    let mut made = request.clone();
+    let Task::Generate(generate) = &mut made.task else { return None };
     generate.sampling.tokens_max = 0;
     generate.prompt_logprobs = Some(0);
     generate.constraint = None;
-    Some(Request { prompt: text, task: Task::Generate(generate) })
+    made.prompt = text;
+    Some(made)
 }
 
 /// The scores of the last tokens; NaN for those that are missing, which agree with nothing.
@@ -377,6 +378,7 @@ fn tail(scores: &[f32], count: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::request::Generate;
 
     #[test]
     fn the_share_of_requests_that_is_audited_is_the_one_asked_for() {
@@ -392,7 +394,7 @@ mod tests {
             prompt_logprobs: None,
             constraint: None,
         };
-        let request = Request { prompt: vec![1], task: Task::Generate(generate) };
+        let request = Request { prompt: vec![1], adapter: None, task: Task::Generate(generate) };
         let ticket = Ticket::new(request, 0, sender);
         for _ in 0..1000 {
             chosen.consider(&ticket, 0.02);

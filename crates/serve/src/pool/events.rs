@@ -10,7 +10,7 @@ use std::time::SystemTime;
 /// Events kept for those who ask; the oldest goes first.
 const KEPT_MAX: usize = 256;
 
-/// The kinds of events, by the names that a run folder's `events.jsonl` has where they are the same.
+/// The kinds of events, named as in a run folder's `events.jsonl` where they are the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
     /// A device agrees with the others and serves.
@@ -23,8 +23,6 @@ pub enum EventKind {
     Hang,
     /// A device computed something wrong while it served.
     Corrupt,
-    /// Two devices disagreed, but which one was wrong could not be told.
-    Disagreement,
 }
 
 impl EventKind {
@@ -36,7 +34,6 @@ impl EventKind {
             EventKind::Crash => "crash",
             EventKind::Hang => "hang",
             EventKind::Corrupt => "corrupt",
-            EventKind::Disagreement => "disagreement",
         }
     }
 }

@@ -18,11 +18,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pontoon_models::{HostWeights, Model};
+use pontoon_models::{Adapters, Model, TensorSource};
 use pontoon_ops::Backend;
 
 use crate::engine::device::{Device, DeviceOptions};
-use crate::engine::request::{Event, Ticket};
+use crate::engine::request::{Event, Request, Ticket};
 use crate::engine::worker::{Command, Stats, Worker};
 use crate::error::ServeError;
 use agreement::{LimitsOf, Reference};
@@ -34,9 +34,11 @@ use placement::{Candidate, place};
 /// Opens a device by its name.
 pub type Open = dyn Fn(&str) -> Result<Box<dyn Backend>, String> + Send + Sync;
 
-/// Times a request moves to another device before it is given up: a request that itself brings
-/// devices down must not bring down all of them for ever.
-const MOVES_MAX: u32 = 8;
+/// Failures in a row without a token in between after which a request is given up: one that itself
+/// brings devices down must not bring down all of them for ever.
+const IDLE_MOVES_MAX: u32 = 8;
+/// Failures in all after which it is given up even if it goes on in between.
+const MOVES_MAX: u32 = 64;
 
 /// What a pool is made of.
 pub struct PoolParts {
@@ -46,8 +48,10 @@ pub struct PoolParts {
     pub open: Arc<Open>,
     /// The model.
     pub model: Arc<Model>,
-    /// Its weights, kept for devices that join later.
-    pub weights: Arc<HostWeights>,
+    /// Where its weights come from, also for devices that join later.
+    pub weights: Arc<dyn TensorSource>,
+    /// The adapters beside it, which the model knows of.
+    pub adapters: Option<Arc<Adapters>>,
     /// What each device is loaded for.
     pub options: DeviceOptions,
     /// How long a device that failed is left alone before it is opened again.
@@ -169,7 +173,10 @@ impl Pool {
 
     /// Gives a request to a device, now or as soon as there is one.
     pub fn submit(&self, ticket: Arc<Ticket>) {
-        self.shared.chosen.consider(&ticket, self.shared.parts.audit_share);
+        // A device alone has nobody to ask.
+        if self.shared.slots.len() > 1 {
+            self.shared.chosen.consider(&ticket, self.shared.parts.audit_share);
+        }
         self.shared.dispatch(ticket);
     }
 
@@ -218,7 +225,13 @@ impl Pool {
         self.shared.events.list()
     }
 
-    /// What the devices are loaded for.
+    /// The adapters' names, by their numbers.
+    pub fn adapter_names(&self) -> Vec<String> {
+        let adapters = self.shared.parts.adapters.as_ref();
+        adapters.map_or_else(Vec::new, |all| all.names().map(str::to_owned).collect())
+    }
+
+    /// What each device is loaded for.
     pub fn options(&self) -> &DeviceOptions {
         &self.shared.parts.options
     }
@@ -278,14 +291,14 @@ impl Shared {
         let backend = (self.parts.open)(name)
             .map_err(|reason| ServeError::Open { device: name.clone(), reason })?;
         let parts = &self.parts;
-        Device::new(backend, &parts.model, &parts.weights, parts.options)
+        let weights = (parts.weights.as_ref(), parts.adapters.as_deref());
+        Device::new(backend, &parts.model, weights, parts.options)
     }
 
     /// Gives a request to the best device, or parks it.
     fn dispatch(&self, ticket: Arc<Ticket>) {
         loop {
-            let prompt = &ticket.request.prompt;
-            let Some(slot) = place(&self.candidates(prompt)) else {
+            let Some(slot) = place(&self.candidates(&ticket.request)) else {
                 self.parked.lock().unwrap_or_else(PoisonError::into_inner).push(ticket);
                 return;
             };
@@ -304,7 +317,8 @@ impl Shared {
         }
     }
 
-    fn candidates(&self, prompt: &[u32]) -> Vec<Candidate> {
+    fn candidates(&self, request: &Request) -> Vec<Candidate> {
+        let (prompt, adapter) = (&request.prompt, request.adapter);
         let serving = |(slot, one): (usize, &Slot)| {
             let state = one.lock();
             let Phase::Serving(worker) = &state.phase else { return None };
@@ -314,7 +328,7 @@ impl Shared {
             Some(Candidate {
                 slot,
                 queued: stats.running.load(Relaxed) + stats.waiting.load(Relaxed),
-                prompt_tokens_left: prompt.len() - worker.cached_tokens(prompt),
+                prompt_tokens_left: prompt.len() - worker.cached_tokens(prompt, adapter),
                 tokens_per_s: (seconds > 0.0).then(|| tokens as f64 / seconds),
             })
         };
@@ -329,8 +343,10 @@ impl Shared {
             if !ticket.open() {
                 continue;
             }
-            if ticket.count_move() > MOVES_MAX {
-                let reason = format!("{MOVES_MAX} devices in a row failed while they ran this");
+            let moves = ticket.count_move();
+            if moves.idle > IDLE_MOVES_MAX || moves.all > MOVES_MAX {
+                let Moves { idle, all } = moves;
+                let reason = format!("{all} devices failed with this, {idle} without a new token");
                 ticket.tell(epoch, Event::Failed(reason));
                 continue;
             }

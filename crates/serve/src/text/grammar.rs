@@ -101,6 +101,7 @@ impl Vocabulary<'_> {
     }
 }
 
+#[derive(Clone)]
 struct Thinking {
     end: u32,
     left: Option<usize>,
@@ -146,6 +147,11 @@ impl Constraint for Guided {
             }
             _ => Ok(()),
         }
+    }
+
+    fn fork(&self) -> Box<dyn Constraint> {
+        let matcher = self.matcher.as_ref().map(Matcher::deep_clone);
+        Box::new(Guided { matcher, thinking: self.thinking.clone() })
     }
 }
 

@@ -4,6 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 #![allow(dead_code, reason = "no test file uses all of it")]
 
+pub mod wire;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -13,17 +15,30 @@ use std::time::Duration;
 
 use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
-use pontoon_models::{ChatTemplate, HostWeights, Model, SamplingSettings, Tokenizer, preset};
+use pontoon_models::{
+    ChatTemplate, HostTensors, HostWeights, Model, SamplingSettings, Tokenizer, preset,
+};
 use pontoon_ops::{
     Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName, Support,
 };
 use pontoon_serve::engine::device::DeviceOptions;
+use pontoon_serve::engine::draft::Speculation;
 use pontoon_serve::engine::request::{Event, Generate, Request, Scored, Task, Ticket};
 use pontoon_serve::pool::agreement::Distance;
 use pontoon_serve::pool::{Pool, PoolParts};
 use pontoon_serve::{App, AppParts, Limits, ServerOptions, serve};
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+/// A number from the environment, or what a quick test takes.
+pub fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// Tells what a long test has found: a line that scripts look for.
+pub fn report(value: &Value) {
+    println!("report: {value}");
+}
 
 /// A million random parameters on the tests' tokenizer.
 pub struct Small {
@@ -56,6 +71,8 @@ impl Small {
             blocks: 128,
             vocabulary: self.tokenizer.vocab_size(),
             step_deadline: Duration::from_secs(60),
+            speculation: Speculation::Off,
+            draft_tokens: 0,
         }
     }
 
@@ -71,11 +88,13 @@ impl Small {
             info.device = name.to_owned();
             Ok(Box::new(Faulty { inner, info, faults: Arc::clone(&faults) }))
         };
+        let float = Model::new(self.model.config.clone()).unwrap();
         Pool::start(PoolParts {
             devices: devices.iter().map(|&name| name.to_owned()).collect(),
             open: Arc::new(open),
             model: Arc::clone(&self.model),
-            weights: Arc::clone(&self.weights),
+            weights: Arc::new(HostTensors::new(float, HostWeights::clone(&self.weights))),
+            adapters: None,
             options,
             rejoin_after: Duration::from_millis(20),
             limits: Arc::new(|spread| Distance {
@@ -250,6 +269,7 @@ impl Backend for Faulty {
 pub fn generate(prompt: Vec<u32>, sampling: SamplingSettings) -> Request {
     Request {
         prompt,
+        adapter: None,
         task: Task::Generate(Generate {
             sampling,
             choice: 0,

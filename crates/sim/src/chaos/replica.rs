@@ -5,8 +5,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use pontoon_fleet::protocol::{Area, DeviceFacts, Node, Publish, Rates, Source, StateDigest};
-use pontoon_fleet::worker::{Combined, Computed, Fault, Replica};
+use pontoon_fleet::protocol::{Against, Area, DeviceFacts, Node, Publish, Source, StateDigest};
+use pontoon_fleet::worker::{Combined, Computed, Fault, Replayed, Replica};
 
 /// Where a run is, for the device below a replica.
 #[derive(Debug, Default)]
@@ -60,8 +60,8 @@ impl<R: Replica> Replica for ChaosReplica<R> {
         self.at(step).compute(step, node, digests, publish)
     }
 
-    fn replay(&mut self, step: u64, leaf: u32) -> Result<(u64, f64), Fault> {
-        self.at(step).replay(step, leaf)
+    fn replay(&mut self, step: u64, leaf: u32, against: Against) -> Result<Replayed, Fault> {
+        self.at(step).replay(step, leaf, against)
     }
 
     fn check(&mut self) -> Result<StateDigest, Fault> {
@@ -72,7 +72,7 @@ impl<R: Replica> Replica for ChaosReplica<R> {
         self.at(step).combine(step, nodes)
     }
 
-    fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault> {
+    fn apply(&mut self, step: u64) -> Result<(f64, StateDigest), Fault> {
         self.at(step).apply(step)
     }
 

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use pontoon_fleet::protocol::{
-    Area, Command, DeviceFacts, Node, Publish, Rates, Report, Source, StateDigest, Trouble, VERSION,
+    Area, Command, DeviceFacts, Node, Publish, Report, Source, StateDigest, Trouble, VERSION,
 };
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
 use pontoon_fleet::supervisor::Input;
@@ -225,10 +225,10 @@ impl Fleet {
                 self.workers[worker].take_state(state);
                 Report::Imported { step, digest: self.workers[worker].digest() }
             }
-            Command::Replay { step, leaf } => {
+            Command::Replay { step, leaf, .. } => {
                 let value = self.gradient(worker, step, leaf);
                 let loss = TinyModel::loss(value).into();
-                Report::Replayed { step, leaf, digest: digest(value), loss }
+                Report::Replayed { step, leaf, digest: digest(value), loss, apart: None }
             }
             Command::Check { step } => {
                 Report::Checked { step, digest: self.workers[worker].digest() }
@@ -242,11 +242,7 @@ impl Fleet {
                     self.workers[worker].tainted = true;
                 }
                 self.workers[worker].take_state(state);
-                Report::Applied {
-                    step,
-                    rates: Rates::default(),
-                    after: self.workers[worker].digest(),
-                }
+                Report::Applied { step, lr: 1e-3, after: self.workers[worker].digest() }
             }
             Command::Export { step, area } => {
                 let mut state = self.workers[worker].state.unwrap_or(0);
@@ -254,7 +250,7 @@ impl Fleet {
                     state ^= 1 << 30;
                 }
                 match area {
-                    Area::Join => self.memory.join = state,
+                    Area::Join | Area::Step => self.memory.join = state,
                     Area::Snapshot => self.memory.snapshot = state,
                 }
                 Report::Exported { step, area, digest: digest(state) }
@@ -378,7 +374,7 @@ impl Fleet {
         }
         if target == Target::Gradient && self.checksums {
             let text = "injected: a product's checksum does not hold".to_owned();
-            self.fail(worker, Trouble::MemoryFault, text);
+            self.fail(worker, Trouble::Corrupt, text);
             return false;
         }
         true

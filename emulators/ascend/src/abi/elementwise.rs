@@ -5,8 +5,8 @@ use super::operators;
 use crate::dtype::DataType;
 use crate::ops::choose::{self, Compare, Logic};
 use crate::ops::elementwise::{
-    Abs, Binary, Exp, Neg, Reciprocal, Rsqrt, Sigmoid, Silu, Sqrt, add, binary, convert, divide_by,
-    fill, log, scale, shift, sigmoid_backward, unary,
+    Abs, Binary, Exp, Neg, Reciprocal, Rsqrt, Sigmoid, Silu, Sqrt, Target, add, binary, convert,
+    divide_by, fill, log, scale, shift, sigmoid_backward, unary,
 };
 use crate::tensor::Scalar;
 
@@ -20,59 +20,59 @@ fn minus(scalar: Scalar) -> Scalar {
 operators! {
     aclnnAdd, aclnnAddGetWorkspaceSize |plan|
         (a: TensorIn, b: TensorIn, alpha: ScalarIn, out: TensorIn) {
-        add(plan, (&a, &b), alpha, (&out, false))
+        add(plan, (&a, &b), alpha, (&out, Target::Out))
     }
     aclnnInplaceAdd, aclnnInplaceAddGetWorkspaceSize |plan|
         (a: TensorIn, b: TensorIn, alpha: ScalarIn) {
-        add(plan, (&a, &b), alpha, (&a, true))
+        add(plan, (&a, &b), alpha, (&a, Target::SelfRef))
     }
     aclnnSub, aclnnSubGetWorkspaceSize |plan|
         (a: TensorIn, b: TensorIn, alpha: ScalarIn, out: TensorIn) {
-        add(plan, (&a, &b), minus(alpha), (&out, false))
+        add(plan, (&a, &b), minus(alpha), (&out, Target::Out))
     }
     aclnnInplaceSub, aclnnInplaceSubGetWorkspaceSize |plan|
         (a: TensorIn, b: TensorIn, alpha: ScalarIn) {
-        add(plan, (&a, &b), minus(alpha), (&a, true))
+        add(plan, (&a, &b), minus(alpha), (&a, Target::SelfRef))
     }
     aclnnMul, aclnnMulGetWorkspaceSize |plan| (a: TensorIn, b: TensorIn, out: TensorIn) {
-        binary(plan, (&a, &b), (&out, false), Binary::Mul)
+        binary(plan, (&a, &b), (&out, Target::Out), Binary::Mul)
     }
     aclnnInplaceMul, aclnnInplaceMulGetWorkspaceSize |plan| (a: TensorIn, b: TensorIn) {
-        binary(plan, (&a, &b), (&a, true), Binary::Mul)
+        binary(plan, (&a, &b), (&a, Target::SelfRef), Binary::Mul)
     }
     aclnnDiv, aclnnDivGetWorkspaceSize |plan| (a: TensorIn, b: TensorIn, out: TensorIn) {
-        binary(plan, (&a, &b), (&out, false), Binary::Div)
+        binary(plan, (&a, &b), (&out, Target::Out), Binary::Div)
     }
     aclnnInplaceDiv, aclnnInplaceDivGetWorkspaceSize |plan| (a: TensorIn, b: TensorIn) {
-        binary(plan, (&a, &b), (&a, true), Binary::Div)
+        binary(plan, (&a, &b), (&a, Target::SelfRef), Binary::Div)
     }
     aclnnMaximum, aclnnMaximumGetWorkspaceSize |plan| (a: TensorIn, b: TensorIn, out: TensorIn) {
-        binary(plan, (&a, &b), (&out, false), Binary::Maximum)
+        binary(plan, (&a, &b), (&out, Target::Out), Binary::Maximum)
     }
     aclnnMinimum, aclnnMinimumGetWorkspaceSize |plan| (a: TensorIn, b: TensorIn, out: TensorIn) {
-        binary(plan, (&a, &b), (&out, false), Binary::Minimum)
+        binary(plan, (&a, &b), (&out, Target::Out), Binary::Minimum)
     }
     aclnnFloorDivide, aclnnFloorDivideGetWorkspaceSize |plan|
         (a: TensorIn, b: TensorIn, out: TensorIn) {
-        binary(plan, (&a, &b), (&out, false), Binary::FloorDivide)
+        binary(plan, (&a, &b), (&out, Target::Out), Binary::FloorDivide)
     }
     aclnnMuls, aclnnMulsGetWorkspaceSize |plan| (a: TensorIn, factor: ScalarIn, out: TensorIn) {
-        scale(plan, &a, factor, (&out, false))
+        scale(plan, &a, factor, (&out, Target::Out))
     }
     aclnnInplaceMuls, aclnnInplaceMulsGetWorkspaceSize |plan| (a: TensorIn, factor: ScalarIn) {
-        scale(plan, &a, factor, (&a, true))
+        scale(plan, &a, factor, (&a, Target::SelfRef))
     }
     aclnnAdds, aclnnAddsGetWorkspaceSize |plan|
         (a: TensorIn, summand: ScalarIn, alpha: ScalarIf, out: TensorIn) {
-        shift(plan, &a, (summand, alpha.unwrap_or(ONE)), (&out, false))
+        shift(plan, &a, (summand, alpha.unwrap_or(ONE)), (&out, Target::Out))
     }
     aclnnInplaceAdds, aclnnInplaceAddsGetWorkspaceSize |plan|
         (a: TensorIn, summand: ScalarIn, alpha: ScalarIf) {
-        shift(plan, &a, (summand, alpha.unwrap_or(ONE)), (&a, true))
+        shift(plan, &a, (summand, alpha.unwrap_or(ONE)), (&a, Target::SelfRef))
     }
     aclnnSubs, aclnnSubsGetWorkspaceSize |plan|
         (a: TensorIn, summand: ScalarIn, alpha: ScalarIf, out: TensorIn) {
-        shift(plan, &a, (summand, minus(alpha.unwrap_or(ONE))), (&out, false))
+        shift(plan, &a, (summand, minus(alpha.unwrap_or(ONE))), (&out, Target::Out))
     }
     aclnnDivs, aclnnDivsGetWorkspaceSize |plan| (a: TensorIn, divisor: ScalarIn, out: TensorIn) {
         divide_by(plan, &a, divisor, &out)

@@ -32,7 +32,14 @@ operators! {
         reduce::reduce(plan, &a, (&dims, keep), (&out, Fold::Max))
     }
     aclnnLinalgVectorNorm, aclnnLinalgVectorNormGetWorkspaceSize |plan|
-        (a: TensorIn, order: ScalarIn, dims: IntegersIf, keep: bool, _dtype: TypeIn, out: TensorIn) {
+        (
+            a: TensorIn,
+            order: ScalarIn,
+            dims: IntegersIf,
+            keep: bool,
+            _dtype: TypeIn,
+            out: TensorIn,
+        ) {
         reduce::check_order(plan, order)?;
         let dims = dims.unwrap_or_default();
         reduce::reduce(plan, &a, (&dims, keep), (&out, Fold::Norm))
@@ -61,7 +68,14 @@ operators! {
         reduce::softmax_backward(plan, (&grad, &output), dim, (&out, Form::Log))
     }
     aclnnSort, aclnnSortGetWorkspaceSize |plan|
-        (a: TensorIn, _stable: bool, dim: i64, descending: bool, values: TensorIn, indices: TensorIn) {
+        (
+            a: TensorIn,
+            _stable: bool,
+            dim: i64,
+            descending: bool,
+            values: TensorIn,
+            indices: TensorIn,
+        ) {
         sort::sort(plan, &a, (dim, Order::of(descending)), (Some(&values), &indices))
     }
     aclnnArgsort, aclnnArgsortGetWorkspaceSize |plan|

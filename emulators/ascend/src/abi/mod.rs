@@ -55,11 +55,14 @@ use calls;
 
 /// Defines operators: for each its two phases. The body plans it.
 macro_rules! operators {
-    ($($name:ident, $plan_name:ident |$plan:ident| ($($argument:ident: $type:ty),* $(,)?) $body:block)*) => {
+    ($(
+        $name:ident, $plan_name:ident |$plan:ident| ($($argument:ident: $type:ty),* $(,)?)
+        $body:block
+    )*) => {
         $(
             #[doc = concat!("The first phase of CANN's `", stringify!($name), "`.")]
             #[unsafe(no_mangle)]
-            #[expect(clippy::too_many_arguments, reason = "the interface is CANN's")]
+            #[allow(clippy::too_many_arguments, reason = "the interface is CANN's")]
             pub extern "C" fn $plan_name(
                 $($argument: $type,)*
                 workspace_bytes: $crate::abi::pointers::Out<u64>,

@@ -2,6 +2,7 @@
 
 use super::arguments::{ScalarIn, TensorIn};
 use super::operators;
+use crate::ops::elementwise::Target;
 use crate::ops::product::{Factors, add_product, matmul};
 
 operators! {
@@ -32,11 +33,11 @@ operators! {
         ) {
         plan.order([0, 2, 3, 1]);
         let factors = Factors { a: &a, b: &b, out: &out };
-        add_product(plan, (&x, factors), (beta, alpha), (cube, false))
+        add_product(plan, (&x, factors), (beta, alpha), (cube, Target::Out))
     }
     aclnnInplaceAddmm, aclnnInplaceAddmmGetWorkspaceSize |plan|
         (x: TensorIn, a: TensorIn, b: TensorIn, beta: ScalarIn, alpha: ScalarIn, cube: i8) {
         let factors = Factors { a: &a, b: &b, out: &x };
-        add_product(plan, (&x, factors), (beta, alpha), (cube, true))
+        add_product(plan, (&x, factors), (beta, alpha), (cube, Target::SelfRef))
     }
 }

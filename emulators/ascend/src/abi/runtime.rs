@@ -291,10 +291,12 @@ calls! {
         id.set(stream.id as i32, code::PARAMETER, "streamId")
     }
     fn aclrtSynchronizeStream(stream: u64) {
-        wait(&*DRIVER.stream(stream)?, None)
+        let stream = DRIVER.stream(stream)?;
+        wait(&stream, None)
     }
     fn aclrtSynchronizeStreamWithTimeout(stream: u64, milliseconds: i32) {
-        wait(&*DRIVER.stream(stream)?, limit(milliseconds))
+        let stream = DRIVER.stream(stream)?;
+        wait(&stream, limit(milliseconds))
     }
     fn aclrtSynchronizeDevice() {
         wait_device(None)

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use pontoon_cpu::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
 use pontoon_cpu::pool::Pool;
 use pontoon_cpu::scratch::Scratch;
-use pontoon_cpu::simd::{Isa, Kernel, Simd, dispatch};
+use pontoon_cpu::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 use super::product::Rounded;
 use super::strided::{Rounding, store_floats};
@@ -198,16 +198,32 @@ impl<'a> Rows<'a> {
     }
 
     /// Whether some of its elements are infinite or NaN.
-    pub fn has_strays(self, rows: usize, width: usize) -> bool {
-        let finite = |row: usize| {
+    fn has_strays(self, isa: Isa, rows: usize, width: usize) -> bool {
+        (0..rows).any(|row| {
             let part = row * self.stride..row * self.stride + width;
             match self.data {
-                Data::F32(data) => data[part].iter().all(|x| x.is_finite()),
-                Data::Bf16(data) => data[part].iter().all(|x| x.is_finite()),
-                Data::F16(data) => data[part].iter().all(|x| x.is_finite()),
+                Data::F32(data) => dispatch(isa, Strays(&data[part])),
+                Data::Bf16(data) => dispatch(isa, Strays(&data[part])),
+                Data::F16(data) => dispatch(isa, Strays(&data[part])),
             }
-        };
-        !(0..rows).all(finite)
+        })
+    }
+}
+
+/// Whether some of a row's elements are infinite or NaN.
+struct Strays<'a, T>(&'a [T]);
+
+impl<T: Element> Kernel for Strays<'_, T> {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> bool {
+        let mut nothing = simd.zero();
+        for chunk in self.0.chunks(S::LANES) {
+            let value = T::load(simd, chunk);
+            // A number minus itself is zero unless it is infinite or NaN.
+            nothing = simd.add(nothing, simd.sub(value, value));
+        }
+        simd.reduce_sum(nothing) != 0.0
     }
 }
 
@@ -442,7 +458,8 @@ impl Block<'_> {
         let values = self.v.skip(start);
         let first = self.visible(0).saturating_sub(start).min(keys);
         // A probability of zero hides a finite value only.
-        let strays = first < keys && values.skip(first).has_strays(keys - first, v_width);
+        let strays =
+            first < keys && values.skip(first).has_strays(hands.isa, keys - first, v_width);
         let step = if strays { 1 } else { self.rows };
         for row in (0..self.rows).step_by(step) {
             let terms =

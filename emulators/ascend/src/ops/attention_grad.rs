@@ -190,7 +190,7 @@ struct Block<'a> {
 }
 
 /// Turns a row of scores and of gradients of probabilities into probabilities and gradients of
-/// scores.
+/// scores; tells whether a hidden one was infinite or NaN, as one is wherever an operand was.
 struct Row<'a> {
     scores: &'a mut [f32],
     grads: &'a mut [f32],
@@ -200,14 +200,20 @@ struct Row<'a> {
 }
 
 impl Kernel for Row<'_> {
-    type Output = ();
+    type Output = bool;
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(self, simd: S) -> bool {
         let [peak, sum, delta] = self.softmax;
         let (peak, delta) = (simd.splat(peak), simd.splat(delta));
         let (scale, part) = (simd.splat(self.scale), simd.splat(1.0 / sum));
         let (seen, hidden) = self.scores.split_at_mut(self.visible);
         let (seen_grads, hidden_grads) = self.grads.split_at_mut(self.visible);
+        let mut nothing = simd.zero();
+        for (scores, grads) in hidden.chunks(S::LANES).zip(hidden_grads.chunks(S::LANES)) {
+            // A number minus itself is zero unless it is infinite or NaN.
+            let (score, grad) = (simd.load(scores), simd.load(grads));
+            nothing = simd.add(nothing, simd.add(simd.sub(score, score), simd.sub(grad, grad)));
+        }
         hidden.fill(0.0);
         hidden_grads.fill(0.0);
         for (scores, grads) in seen.chunks_mut(S::LANES).zip(seen_grads.chunks_mut(S::LANES)) {
@@ -217,6 +223,7 @@ impl Kernel for Row<'_> {
             simd.store(p, scores);
             simd.store(ds, grads);
         }
+        simd.reduce_sum(nothing) != 0.0
     }
 }
 
@@ -294,16 +301,10 @@ impl Task<'_> {
                 &mut key_sums[start * width..][..keys * width],
                 &mut value_sums[start * v_width..][..keys * v_width],
             );
-            let partial = causal && seen < start + keys;
-            let strays = partial
-                && (block.q.has_strays(rows, width)
-                    || block.dy.has_strays(rows, v_width)
-                    || block.k.has_strays(keys, width)
-                    || block.v.has_strays(keys, v_width));
-            if strays {
+            if self.probabilities(hands, &block, memory) {
                 self.rows_apart(hands, &block, (seen, start), sums, memory);
             } else {
-                self.tile(hands, &block, sums, memory);
+                self.add_up(hands, &block, sums, memory);
             }
         }
     }
@@ -339,7 +340,9 @@ impl Task<'_> {
                 &mut key_sums[..keys * width],
                 &mut value_sums[..keys * v_width],
             );
-            self.tile(hands, &one, sums, memory);
+            // All of its keys are seen, so nothing is hidden.
+            self.probabilities(hands, &one, memory);
+            self.add_up(hands, &one, sums, memory);
         }
     }
 
@@ -369,24 +372,19 @@ impl Task<'_> {
         (row..row + rows).map(&mut one).collect()
     }
 
-    fn tile(
-        &self,
-        hands: &mut Hands<'_>,
-        block: &Block<'_>,
-        (dq, key_sums, value_sums): (&mut [f32], &mut [f32], &mut [f32]),
-        memory: &mut Memory,
-    ) {
+    /// Computes probabilities and the gradients of scores; tells whether something hidden is
+    /// infinite or NaN, which then must not meet a product.
+    fn probabilities(&self, hands: &mut Hands<'_>, block: &Block<'_>, memory: &mut Memory) -> bool {
         let Geometry { width, v_width, .. } = *self.geometry;
         let Block { rows, keys, .. } = *block;
         let Memory { scores, grads, p, ds } = memory;
-        let mut product = |layout, extents, a, b, c: (&mut [f32], usize), store| {
-            hands.multiply(Small { layout, extents, a, b, c, store });
+        let mut product = |extents, a, b, c: &mut [f32]| {
+            let (layout, store) = (Layout::Nt, Store::Overwrite);
+            hands.multiply(Small { layout, extents, a, b, c: (c, KEY_TILE), store });
         };
-        let over = Store::Overwrite;
-        let scores_to = (&mut scores[..], KEY_TILE);
-        product(Layout::Nt, (rows, keys, width), block.q, block.k, scores_to, over);
-        let grads_to = (&mut grads[..], KEY_TILE);
-        product(Layout::Nt, (rows, keys, v_width), block.dy, block.v, grads_to, over);
+        product((rows, keys, width), block.q, block.k, scores);
+        product((rows, keys, v_width), block.dy, block.v, grads);
+        let mut strays = false;
         for row in 0..rows {
             let step = Row {
                 scores: &mut scores[row * KEY_TILE..][..keys],
@@ -395,10 +393,27 @@ impl Task<'_> {
                 scale: self.geometry.scale,
                 softmax: block.softmax[row],
             };
-            dispatch(self.isa, step);
+            strays |= dispatch(self.isa, step);
         }
         p.round(self.isa, &scores[..rows * KEY_TILE]);
         ds.round(self.isa, &grads[..rows * KEY_TILE]);
+        strays
+    }
+
+    /// Adds a block's share to the gradients.
+    fn add_up(
+        &self,
+        hands: &mut Hands<'_>,
+        block: &Block<'_>,
+        (dq, key_sums, value_sums): (&mut [f32], &mut [f32], &mut [f32]),
+        memory: &Memory,
+    ) {
+        let Geometry { width, v_width, .. } = *self.geometry;
+        let Block { rows, keys, .. } = *block;
+        let Memory { p, ds, .. } = memory;
+        let mut product = |layout, extents, a, b, c: (&mut [f32], usize), store| {
+            hands.multiply(Small { layout, extents, a, b, c, store });
+        };
         let (p, ds) =
             (Rows { data: p.data(), stride: KEY_TILE }, Rows { data: ds.data(), stride: KEY_TILE });
         let add = Store::Accumulate;

@@ -8,6 +8,7 @@ use super::strided::{Space, map_floats, map_integers};
 use super::{Bound, Run};
 use crate::dtype::DataType;
 use crate::failure::Done;
+use crate::fault::Kind;
 use crate::plan::{Access, Argument, Plan, Slot};
 use crate::tensor::Scalar;
 
@@ -221,6 +222,15 @@ pub fn log(plan: &mut Plan, x: &Argument, y: &Argument) -> Done {
     })
 }
 
+/// Where a result goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Into a tensor of its own.
+    Out,
+    /// Over the first operand.
+    SelfRef,
+}
+
 /// The operators on two numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Binary {
@@ -241,13 +251,17 @@ pub fn add(
     plan: &mut Plan,
     (a, b): (&Argument, &Argument),
     alpha: Scalar,
-    (y, in_place): (&Argument, bool),
+    (y, target): (&Argument, Target),
 ) -> Done {
     check_broadcast(plan, &[a, b], y)?;
     let whole = is_whole(&[a, b, y]);
-    let [a, b, y] = three(plan, a, b, y, in_place);
+    // A rotation is the difference and the sum of the products of two halves of a head.
+    let of_heads = y.tensor.shape.len() == 3;
+    let [a, b, y] = three(plan, a, b, y, target);
     let (alpha, integer) = (alpha.float(), alpha.whole());
     plan.run(move |run| {
+        let swapped = of_heads && alpha == -1.0 && run.has(Kind::SwappedRope);
+        let (a, b) = if swapped { (b, a) } else { (a, b) };
         if whole {
             return map_integers::<2, 3>(run, [a, b], y, |[a, b], out| {
                 for ((y, a), b) in out.iter_mut().zip(a).zip(b) {
@@ -267,8 +281,8 @@ pub fn add(
     })
 }
 
-fn three(plan: &mut Plan, a: &Argument, b: &Argument, y: &Argument, in_place: bool) -> [Slot; 3] {
-    if in_place {
+fn three(plan: &mut Plan, a: &Argument, b: &Argument, y: &Argument, target: Target) -> [Slot; 3] {
+    if target == Target::SelfRef {
         let y = plan.operand("selfRef", y, Access::Both);
         return [y, plan.read("other", b), y];
     }
@@ -279,12 +293,12 @@ fn three(plan: &mut Plan, a: &Argument, b: &Argument, y: &Argument, in_place: bo
 pub fn binary(
     plan: &mut Plan,
     (a, b): (&Argument, &Argument),
-    (y, in_place): (&Argument, bool),
+    (y, target): (&Argument, Target),
     op: Binary,
 ) -> Done {
     check_broadcast(plan, &[a, b], y)?;
     let whole = is_whole(&[a, b, y]) && op != Binary::Div;
-    let [a, b, y] = three(plan, a, b, y, in_place);
+    let [a, b, y] = three(plan, a, b, y, target);
     plan.run(move |run| {
         if whole {
             return map_integers::<2, 3>(run, [a, b], y, |[a, b], out| {
@@ -317,11 +331,11 @@ pub fn scale(
     plan: &mut Plan,
     x: &Argument,
     factor: Scalar,
-    (y, in_place): (&Argument, bool),
+    (y, target): (&Argument, Target),
 ) -> Done {
     same_shape(plan, x, y)?;
     let whole = is_whole(&[x, y]) && factor.dtype.is_index();
-    let [x, y] = two(plan, x, y, in_place);
+    let [x, y] = two(plan, x, y, target);
     plan.run(move |run| {
         if whole {
             return map_integers::<1, 2>(run, [x], y, |[x], out| {
@@ -335,8 +349,8 @@ pub fn scale(
     })
 }
 
-fn two(plan: &mut Plan, x: &Argument, y: &Argument, in_place: bool) -> [Slot; 2] {
-    if in_place {
+fn two(plan: &mut Plan, x: &Argument, y: &Argument, target: Target) -> [Slot; 2] {
+    if target == Target::SelfRef {
         let y = plan.operand("selfRef", y, Access::Both);
         return [y, y];
     }
@@ -348,11 +362,11 @@ pub fn shift(
     plan: &mut Plan,
     x: &Argument,
     (summand, alpha): (Scalar, Scalar),
-    (y, in_place): (&Argument, bool),
+    (y, target): (&Argument, Target),
 ) -> Done {
     same_shape(plan, x, y)?;
     let whole = is_whole(&[x, y]) && summand.dtype.is_index();
-    let [x, y] = two(plan, x, y, in_place);
+    let [x, y] = two(plan, x, y, target);
     plan.run(move |run| {
         if whole {
             return map_integers::<1, 2>(run, [x], y, |[x], out| {
@@ -368,7 +382,7 @@ pub fn shift(
 /// `x / divisor`.
 pub fn divide_by(plan: &mut Plan, x: &Argument, divisor: Scalar, y: &Argument) -> Done {
     same_shape(plan, x, y)?;
-    let [x, y] = two(plan, x, y, false);
+    let [x, y] = two(plan, x, y, Target::Out);
     let divisor = divisor.float();
     plan.run(move |run| {
         map_floats::<1, 2>(run, [x], y, |isa, [a], y| {

@@ -281,6 +281,7 @@ fn gradient(run: &mut Run<'_>, slots: &Gradient, shape: &Geometry) -> Vec<f32> {
     let Geometry { rows, width } = *shape;
     let (isa, rounding, pool) = (run.engine.isa, run.rounding(), run.engine.pool);
     let wobble = run.wobbles();
+    let stale = run.has(Kind::StaleWorkspace).then(|| run.stale());
     let gamma = run.floats(slots.gamma);
     let scales = run.floats(slots.rstd);
     let (dy, x, dx) = (run.at(slots.dy), run.at(slots.x), run.at(slots.dx));
@@ -316,6 +317,12 @@ fn gradient(run: &mut Run<'_>, slots: &Gradient, shape: &Geometry) -> Vec<f32> {
         parts.iter().rev().for_each(&mut add)
     } else {
         parts.iter().for_each(&mut add)
+    }
+    if wobble && parts.len() == 1 {
+        sums.iter_mut().for_each(|sum| *sum *= 1.0 + f32::EPSILON);
+    }
+    if let Some(stale) = stale {
+        sums[0] += stale;
     }
     sums
 }

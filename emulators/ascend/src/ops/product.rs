@@ -1,5 +1,5 @@
-//! Matrix products, in an order of summation of their own: k is cut into blocks of [`K_BLOCK`],
-//! each block is one chain from zero, and the blocks are added in order.
+//! Matrix products, in an order of summation of their own: a k above [`K_BLOCK`] is cut into two
+//! halves, each is one chain from zero, and the two are added.
 //!
 //! The chains run on the CPU backend's kernels, so an element's bits depend on its row, its column
 //! and k alone. Operands may be transposed by their strides; others are copied first.
@@ -10,6 +10,7 @@ use pontoon_cpu::pool::Pool;
 use pontoon_cpu::scratch::Scratch;
 use pontoon_cpu::simd::{Element, Isa, Kernel, Simd, dispatch};
 
+use super::elementwise::Target;
 use super::{Bound, Run};
 use crate::device::Engine;
 use crate::dtype::DataType;
@@ -18,10 +19,14 @@ use crate::fault::Kind;
 use crate::plan::{Access, Argument, Plan, Slot};
 use crate::tensor::Scalar;
 
-/// Terms of a chain.
-pub const K_BLOCK: usize = 256;
-/// f32 sums kept between blocks: what stays in the second-level caches.
-const SUMS_MAX: usize = 1 << 18;
+/// Most terms of a sum that is one chain.
+const K_BLOCK: usize = 256;
+/// What halves of longer sums are rounded up to: whole cache lines of any type.
+const HALF_STEP: usize = 64;
+/// Terms that a planted defect leaves out where k is no whole number of blocks.
+const TAIL: usize = 8;
+/// f32 sums kept between blocks: what stays in the third-level cache.
+const SUMS_MAX: usize = 1 << 20;
 /// Fewest rows that share a packed right operand.
 const ROWS_MIN: usize = 96;
 
@@ -178,7 +183,7 @@ impl Flaws {
         let odd = run.engine.tasks % 2 == 1;
         Flaws {
             bf16_sums: run.has(Kind::Bf16Accumulation),
-            tail: if run.has(Kind::DroppedTail) { k % 16 } else { 0 },
+            tail: if run.has(Kind::DroppedTail) { (k % K_BLOCK).min(TAIL) } else { 0 },
             stale: if run.has(Kind::StaleWorkspace) { run.stale() } else { 0.0 },
             wobble: if run.has(Kind::Nondeterministic) && odd { 1.0 + 1e-6 } else { 1.0 },
             rough_from: run.defect(Kind::OnePath).map_or(0, |fault| fault.rows as usize + 1),
@@ -237,7 +242,8 @@ impl Work<'_> {
         let block = match flaws {
             Flaws { bf16_sums: true, .. } => 32,
             Flaws { by_rows: true, .. } if m % 2 == 1 => 64,
-            _ => K_BLOCK,
+            _ if k <= K_BLOCK => K_BLOCK,
+            _ => k.div_ceil(2).next_multiple_of(HALF_STEP),
         };
         let narrow = !matches!(product.c, DataMut::F32(_));
         let flawed = flaws.stale != 0.0
@@ -529,7 +535,7 @@ pub fn add_product(
     plan: &mut Plan,
     (x, factors): (&Argument, Factors<'_>),
     (beta, alpha): (Scalar, Scalar),
-    (cube, in_place): (i8, bool),
+    (cube, target): (i8, Target),
 ) -> Done {
     let Factors { a, b, out } = factors;
     check_dtypes(plan, a, b, out)?;
@@ -545,7 +551,7 @@ pub fn add_product(
     super::elementwise::check_broadcast(plan, &[x], out)?;
     plan.workspace(4096);
     let (beta, alpha) = (beta.float(), alpha.float());
-    let (x, out) = if in_place {
+    let (x, out) = if target == Target::SelfRef {
         let slot = plan.operand("selfRef", out, Access::Both);
         (slot, slot)
     } else {

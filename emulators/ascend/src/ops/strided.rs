@@ -4,6 +4,8 @@
 //! a function works on whole chunks, and the result is rounded into place. An output may be exactly
 //! one of the inputs, because a chunk is read before it is written.
 
+use std::cell::RefCell;
+
 use half::{bf16, f16};
 use pontoon_cpu::simd::{Element, Isa, Kernel, Simd, dispatch};
 
@@ -15,6 +17,9 @@ use crate::plan::Slot;
 
 /// Elements of a chunk: four f32 chunks fill a first-level cache.
 pub const CHUNK: usize = 2048;
+
+/// Most dimensions of a view.
+const RANK_MAX: usize = 8;
 
 /// How results are rounded to 16 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +125,11 @@ fn pieces(rows: usize, inner: usize) -> (usize, impl Fn(usize) -> Piece) {
     (count, piece)
 }
 
+thread_local! {
+    /// A thread's chunks, so that they are not cleared for every piece.
+    static CHUNKS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
 /// Applies `f` to chunks of f32 of all inputs.
 pub fn map_floats<const N: usize, const M: usize>(
     run: &mut Run<'_>,
@@ -137,17 +147,20 @@ pub fn map_floats<const N: usize, const M: usize>(
     run.engine.pool.run(count, |index| {
         let piece = piece(index);
         let mut total = piece.rows * piece.len;
-        let mut chunks = [[0_f32; CHUNK]; N];
-        let mut result = [0_f32; CHUNK];
-        for (view, chunk) in chunks.iter_mut().enumerate() {
-            load(isa, inputs[view], &space, view, piece, &mut chunk[..total]);
-        }
-        f(isa, std::array::from_fn(|view| &chunks[view][..total]), &mut result[..total]);
-        if index == last && tail > 0 && piece.rows == 1 {
-            total = total.saturating_sub(tail);
-        }
-        let kept = Piece { len: total / piece.rows.max(1), ..piece };
-        store(isa, out, &space, N, kept, &result[..total], rounding);
+        CHUNKS.with_borrow_mut(|chunks| {
+            chunks.resize(CHUNK * M, 0.0);
+            let (result, chunks) = chunks.split_at_mut(CHUNK);
+            for (view, chunk) in chunks.chunks_mut(CHUNK).enumerate() {
+                load(isa, inputs[view], &space, view, piece, &mut chunk[..total]);
+            }
+            let of = |view: usize| &chunks[view * CHUNK..][..total];
+            f(isa, std::array::from_fn(of), &mut result[..total]);
+            if index == last && tail > 0 && piece.rows == 1 {
+                total = total.saturating_sub(tail);
+            }
+            let kept = Piece { len: total / piece.rows.max(1), ..piece };
+            store(isa, out, &space, N, kept, &result[..total], rounding);
+        });
     });
     Ok(())
 }
@@ -204,11 +217,29 @@ fn for_rows<const M: usize>(
     mut row: impl FnMut(usize, usize, usize),
 ) {
     let step = space.inner_steps()[view];
+    let outer = space.dims.len() - 1;
+    let (mut rest, mut at) = (piece.row, piece.start * step);
+    let mut place = [0; RANK_MAX];
+    for axis in (0..outer).rev() {
+        place[axis] = rest % space.dims[axis];
+        rest /= space.dims[axis];
+        at += place[axis] * space.steps[axis][view];
+    }
     for index in 0..piece.rows {
-        row(index, space.row(piece.row + index)[view] + piece.start * step, step);
+        row(index, at, step);
+        for axis in (0..outer).rev() {
+            place[axis] += 1;
+            at += space.steps[axis][view];
+            if place[axis] < space.dims[axis] {
+                break;
+            }
+            at -= space.dims[axis] * space.steps[axis][view];
+            place[axis] = 0;
+        }
     }
 }
 
+/// Widens the rows of a piece, one after the other.
 fn load<const M: usize>(
     isa: Isa,
     from: &Bound,
@@ -217,11 +248,31 @@ fn load<const M: usize>(
     piece: Piece,
     to: &mut [f32],
 ) {
-    for_rows(space, view, piece, |row, at, step| {
-        load_floats(isa, from, at, step, &mut to[row * piece.len..][..piece.len]);
-    });
+    let dense = space.inner_steps()[view] == 1;
+    match from.dtype() {
+        DataType::Bf16 if dense => load_rows::<bf16, M>(isa, from, (space, view, piece), to),
+        DataType::F16 if dense => load_rows::<f16, M>(isa, from, (space, view, piece), to),
+        _ => for_rows(space, view, piece, |row, at, step| {
+            load_floats(isa, from, at, step, &mut to[row * piece.len..][..piece.len]);
+        }),
+    }
 }
 
+/// Rows whose elements are neighbours, gathered first and widened together.
+fn load_rows<T: Element, const M: usize>(
+    isa: Isa,
+    from: &Bound,
+    (space, view, piece): (&Space<M>, usize, Piece),
+    to: &mut [f32],
+) {
+    let mut raw = [T::zeroed(); CHUNK];
+    for_rows(space, view, piece, |row, at, _| {
+        from.load(at, &mut raw[row * piece.len..][..piece.len]);
+    });
+    dispatch(isa, Widen { from: &raw[..to.len()], to });
+}
+
+/// Rounds the rows of a piece into place.
 fn store<const M: usize>(
     isa: Isa,
     to: &Bound,
@@ -231,8 +282,27 @@ fn store<const M: usize>(
     from: &[f32],
     rounding: Rounding,
 ) {
-    for_rows(space, view, piece, |row, at, step| {
-        store_floats(isa, to, at, step, &from[row * piece.len..][..piece.len], rounding);
+    let dense = space.inner_steps()[view] == 1 && rounding == Rounding::Nearest;
+    match to.dtype() {
+        DataType::Bf16 if dense => store_rows::<bf16, M>(isa, to, (space, view, piece), from),
+        DataType::F16 if dense => store_rows::<f16, M>(isa, to, (space, view, piece), from),
+        _ => for_rows(space, view, piece, |row, at, step| {
+            store_floats(isa, to, at, step, &from[row * piece.len..][..piece.len], rounding);
+        }),
+    }
+}
+
+/// Rows whose elements are neighbours, rounded together and then put into place.
+fn store_rows<T: Element, const M: usize>(
+    isa: Isa,
+    to: &Bound,
+    (space, view, piece): (&Space<M>, usize, Piece),
+    from: &[f32],
+) {
+    let mut raw = [T::zeroed(); CHUNK];
+    dispatch(isa, Narrow { from, to: &mut raw[..from.len()] });
+    for_rows(space, view, piece, |row, at, _| {
+        to.store(at, &raw[row * piece.len..][..piece.len]);
     });
 }
 
@@ -266,10 +336,24 @@ impl<T: Element> Kernel for Narrow<'_, T> {
     }
 }
 
-/// Calls `part(start, part of to)` for pieces of at most a chunk.
-fn in_chunks<T>(to: &mut [T], mut part: impl FnMut(usize, &mut [T])) {
-    for (index, to) in to.chunks_mut(CHUNK).enumerate() {
-        part(index * CHUNK, to);
+/// Narrow elements converted at a time; room for one head, so that clearing it costs little.
+const RAW: usize = 256;
+
+fn widen<T: Element>(isa: Isa, from: &Bound, at: usize, to: &mut [f32]) {
+    let mut raw = [T::zeroed(); RAW];
+    for (index, to) in to.chunks_mut(RAW).enumerate() {
+        let raw = &mut raw[..to.len()];
+        from.load(at + index * RAW, raw);
+        dispatch(isa, Widen { from: &*raw, to });
+    }
+}
+
+fn narrow<T: Element>(isa: Isa, to: &Bound, at: usize, from: &[f32]) {
+    let mut raw = [T::zeroed(); RAW];
+    for (index, from) in from.chunks(RAW).enumerate() {
+        let raw = &mut raw[..from.len()];
+        dispatch(isa, Narrow { from, to: &mut *raw });
+        to.store(at + index * RAW, raw);
     }
 }
 
@@ -277,16 +361,8 @@ fn in_chunks<T>(to: &mut [T], mut part: impl FnMut(usize, &mut [T])) {
 pub fn load_floats(isa: Isa, from: &Bound, at: usize, step: usize, to: &mut [f32]) {
     match (from.dtype(), step) {
         (DataType::F32, 1) => from.load(at, to),
-        (DataType::Bf16, 1) => in_chunks(to, |start, to| {
-            let mut raw = [bf16::ZERO; CHUNK];
-            from.load(at + start, &mut raw[..to.len()]);
-            dispatch(isa, Widen { from: &raw[..to.len()], to });
-        }),
-        (DataType::F16, 1) => in_chunks(to, |start, to| {
-            let mut raw = [f16::ZERO; CHUNK];
-            from.load(at + start, &mut raw[..to.len()]);
-            dispatch(isa, Widen { from: &raw[..to.len()], to });
-        }),
+        (DataType::Bf16, 1) => widen::<bf16>(isa, from, at, to),
+        (DataType::F16, 1) => widen::<f16>(isa, from, at, to),
         (_, 0) => {
             let mut value = [0.0];
             load_each(from, at, 1, &mut value);
@@ -298,27 +374,28 @@ pub fn load_floats(isa: Isa, from: &Bound, at: usize, step: usize, to: &mut [f32
 
 fn load_each(from: &Bound, at: usize, step: usize, to: &mut [f32]) {
     macro_rules! each {
-        ($type:ty, $convert:expr) => {
+        ($type:ty, $value:ident => $convert:expr) => {
             for (index, to) in to.iter_mut().enumerate() {
                 let mut raw = [<$type as bytemuck::Zeroable>::zeroed()];
                 from.load(at + index * step, &mut raw);
-                *to = $convert(raw[0]);
+                let [$value] = raw;
+                *to = $convert;
             }
         };
     }
     match from.dtype() {
-        DataType::F32 => each!(f32, |v| v),
-        DataType::Bf16 => each!(bf16, bf16::to_f32),
-        DataType::F16 => each!(f16, f16::to_f32),
-        DataType::F64 => each!(f64, |v| v as f32),
-        DataType::I8 => each!(i8, f32::from),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, f32::from),
-        DataType::Bool => each!(u8, |v: u8| f32::from(u8::from(v != 0))),
-        DataType::I16 => each!(i16, f32::from),
-        DataType::I32 => each!(i32, |v| v as f32),
-        DataType::U32 => each!(u32, |v| v as f32),
-        DataType::I64 => each!(i64, |v| v as f32),
-        DataType::U64 => each!(u64, |v| v as f32),
+        DataType::F32 => each!(f32, v => v),
+        DataType::Bf16 => each!(bf16, v => bf16::to_f32(v)),
+        DataType::F16 => each!(f16, v => f16::to_f32(v)),
+        DataType::F64 => each!(f64, v => v as f32),
+        DataType::I8 => each!(i8, v => f32::from(v)),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, v => f32::from(v)),
+        DataType::Bool => each!(u8, v => f32::from(u8::from(v != 0))),
+        DataType::I16 => each!(i16, v => f32::from(v)),
+        DataType::I32 => each!(i32, v => v as f32),
+        DataType::U32 => each!(u32, v => v as f32),
+        DataType::I64 => each!(i64, v => v as f32),
+        DataType::U64 => each!(u64, v => v as f32),
     }
 }
 
@@ -334,100 +411,87 @@ pub fn store_floats(
     let cut = rounding == Rounding::Cut && matches!(to.dtype(), DataType::Bf16);
     match (to.dtype(), step) {
         (DataType::F32, 1) => to.store(at, from),
-        (DataType::Bf16, 1) if !cut => {
-            for (index, from) in from.chunks(CHUNK).enumerate() {
-                let mut raw = [bf16::ZERO; CHUNK];
-                let raw = &mut raw[..from.len()];
-                dispatch(isa, Narrow { from, to: &mut *raw });
-                to.store(at + index * CHUNK, raw);
-            }
-        }
-        (DataType::F16, 1) => {
-            for (index, from) in from.chunks(CHUNK).enumerate() {
-                let mut raw = [f16::ZERO; CHUNK];
-                let raw = &mut raw[..from.len()];
-                dispatch(isa, Narrow { from, to: &mut *raw });
-                to.store(at + index * CHUNK, raw);
-            }
-        }
+        (DataType::Bf16, 1) if !cut => narrow::<bf16>(isa, to, at, from),
+        (DataType::F16, 1) => narrow::<f16>(isa, to, at, from),
         _ => store_each(to, at, step, from, cut),
     }
 }
 
 fn store_each(to: &Bound, at: usize, step: usize, from: &[f32], cut: bool) {
     macro_rules! each {
-        ($convert:expr) => {
-            for (index, &from) in from.iter().enumerate() {
-                to.store(at + index * step, &[$convert(from)]);
+        ($value:ident => $convert:expr) => {
+            for (index, &$value) in from.iter().enumerate() {
+                to.store(at + index * step, &[$convert]);
             }
         };
     }
     match to.dtype() {
-        DataType::F32 => each!(|v: f32| v),
-        DataType::Bf16 if cut => each!(|v: f32| bf16::from_bits((v.to_bits() >> 16) as u16)),
-        DataType::Bf16 => each!(bf16::from_f32),
-        DataType::F16 => each!(f16::from_f32),
-        DataType::F64 => each!(f64::from),
-        DataType::I8 => each!(|v| v as i8),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(|v| v as u8),
-        DataType::Bool => each!(|v: f32| u8::from(v != 0.0)),
-        DataType::I16 => each!(|v| v as i16),
-        DataType::I32 => each!(|v| v as i32),
-        DataType::U32 => each!(|v| v as u32),
-        DataType::I64 => each!(|v| v as i64),
-        DataType::U64 => each!(|v| v as u64),
+        DataType::F32 => each!(v => v),
+        DataType::Bf16 if cut => each!(v => bf16::from_bits((v.to_bits() >> 16) as u16)),
+        DataType::Bf16 => each!(v => bf16::from_f32(v)),
+        DataType::F16 => each!(v => f16::from_f32(v)),
+        DataType::F64 => each!(v => f64::from(v)),
+        DataType::I8 => each!(v => v as i8),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(v => v as u8),
+        DataType::Bool => each!(v => u8::from(v != 0.0)),
+        DataType::I16 => each!(v => v as i16),
+        DataType::I32 => each!(v => v as i32),
+        DataType::U32 => each!(v => v as u32),
+        DataType::I64 => each!(v => v as i64),
+        DataType::U64 => each!(v => v as u64),
     }
 }
 
 /// Reads elements `at`, `at + step`, ... of an operand as integers.
 pub fn load_integers(from: &Bound, at: usize, step: usize, to: &mut [i64]) {
     macro_rules! each {
-        ($type:ty, $convert:expr) => {
+        ($type:ty, $value:ident => $convert:expr) => {
             for (index, to) in to.iter_mut().enumerate() {
                 let mut raw = [<$type as bytemuck::Zeroable>::zeroed()];
                 from.load(at + index * step, &mut raw);
-                *to = $convert(raw[0]);
+                let [$value] = raw;
+                *to = $convert;
             }
         };
     }
     match from.dtype() {
-        DataType::F32 => each!(f32, |v| v as i64),
-        DataType::Bf16 => each!(bf16, |v: bf16| v.to_f32() as i64),
-        DataType::F16 => each!(f16, |v: f16| v.to_f32() as i64),
-        DataType::F64 => each!(f64, |v| v as i64),
-        DataType::I8 => each!(i8, i64::from),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, i64::from),
-        DataType::Bool => each!(u8, |v: u8| i64::from(v != 0)),
-        DataType::I16 => each!(i16, i64::from),
-        DataType::I32 => each!(i32, i64::from),
-        DataType::U32 => each!(u32, i64::from),
-        DataType::I64 => each!(i64, |v| v),
-        DataType::U64 => each!(u64, |v| v as i64),
+        DataType::F32 => each!(f32, v => v as i64),
+        DataType::Bf16 => each!(bf16, v => v.to_f32() as i64),
+        DataType::F16 => each!(f16, v => v.to_f32() as i64),
+        DataType::F64 => each!(f64, v => v as i64),
+        DataType::I8 => each!(i8, v => i64::from(v)),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, v => i64::from(v)),
+        DataType::Bool => each!(u8, v => i64::from(v != 0)),
+        DataType::I16 => each!(i16, v => i64::from(v)),
+        DataType::I32 => each!(i32, v => i64::from(v)),
+        DataType::U32 => each!(u32, v => i64::from(v)),
+        DataType::I64 => each!(i64, v => v),
+        DataType::U64 => each!(u64, v => v as i64),
     }
 }
 
 /// Writes integers to elements `at`, `at + step`, ... of an operand.
 pub fn store_integers(to: &Bound, at: usize, step: usize, from: &[i64]) {
     macro_rules! each {
-        ($convert:expr) => {
-            for (index, &from) in from.iter().enumerate() {
-                to.store(at + index * step, &[$convert(from)]);
+        ($value:ident => $convert:expr) => {
+            for (index, &$value) in from.iter().enumerate() {
+                to.store(at + index * step, &[$convert]);
             }
         };
     }
     match to.dtype() {
-        DataType::F32 => each!(|v| v as f32),
-        DataType::Bf16 => each!(|v| bf16::from_f32(v as f32)),
-        DataType::F16 => each!(|v| f16::from_f32(v as f32)),
-        DataType::F64 => each!(|v| v as f64),
-        DataType::I8 => each!(|v| v as i8),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(|v| v as u8),
-        DataType::Bool => each!(|v: i64| u8::from(v != 0)),
-        DataType::I16 => each!(|v| v as i16),
-        DataType::I32 => each!(|v| v as i32),
-        DataType::U32 => each!(|v| v as u32),
-        DataType::I64 => each!(|v: i64| v),
-        DataType::U64 => each!(|v| v as u64),
+        DataType::F32 => each!(v => v as f32),
+        DataType::Bf16 => each!(v => bf16::from_f32(v as f32)),
+        DataType::F16 => each!(v => f16::from_f32(v as f32)),
+        DataType::F64 => each!(v => v as f64),
+        DataType::I8 => each!(v => v as i8),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(v => v as u8),
+        DataType::Bool => each!(v => u8::from(v != 0)),
+        DataType::I16 => each!(v => v as i16),
+        DataType::I32 => each!(v => v as i32),
+        DataType::U32 => each!(v => v as u32),
+        DataType::I64 => each!(v => v),
+        DataType::U64 => each!(v => v as u64),
     }
 }
 

@@ -93,8 +93,8 @@ impl Rig {
     pub fn open(device: u64) -> Rig {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         // A failed test may have left the library as it was.
-        call("aclInit", &[0]);
-        call("aclrtResetDeviceForce", &[device]);
+        call("aclFinalize", &[]);
+        good("aclInit", &[0]);
         call("pontoonEmuClear", &[device]);
         strict::take(None);
         good("aclrtSetDevice", &[device]);

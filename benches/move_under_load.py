@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Moves a live run to other devices and holds its losses against those of the same run left alone.
+
+Each case starts a run on two workers, asks `pontoon move` for other devices once it has done some
+steps, lets it go on for 200 more, and trains the same settings once more without a move. Printed
+and written: how long the move took, the largest difference of losses as a share of what the
+certificate allows by then, and whether the final weights have the same hash.
+
+    cargo build --release
+    python benches/move_under_load.py --out benches/results/DATE-move.json
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "zero one two three four five six seven eight nine".split()
+SETTINGS = """
+[model]
+preset = "{preset}"
+[data]
+train = ["shards/*.bin"]
+tokenizer = "tokenizer.json"
+sequence = {sequence}
+[train]
+steps = 1000000
+micro_batch = 2
+micro_batches = 4
+dtype = "{dtype}"
+lr = {lr}
+warmup = 10
+schedule = "constant"
+[snapshot]
+every = 50
+"""
+
+
+def prepare(folder: Path, program: str, settings: dict) -> None:
+    lines = []
+    for n in range(4000):
+        a, b, c = n % 10, n // 10 % 10, n // 100
+        text = f"After {WORDS[a]} and {WORDS[b]} and {c} comes {WORDS[(a + b + c) % 10]} {(a * b + c) % 97}.\n"
+        lines.append(json.dumps({"text": text}))
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    (folder / "run.toml").write_text(SETTINGS.format(**settings))
+    quiet = {"cwd": folder, "check": True, "capture_output": True}
+    subprocess.run([program, "tokenizer", "train", "corpus.jsonl", "--vocab", "400", "--out", "tokenizer.json"], **quiet)
+    subprocess.run([program, "data", "prepare", "corpus.jsonl", "--tokenizer", "tokenizer.json", "--out", "shards"], **quiet)
+
+
+def metrics(run: Path) -> list:
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def await_step(run: Path, step: int, child: subprocess.Popen) -> None:
+    while not (lines := metrics(run)) or lines[-1]["step"] < step:
+        if child.poll() is not None:
+            sys.exit(f"the run ended: {child.stderr.read()}")
+        time.sleep(0.05)
+
+
+def start(folder: Path, program: str, name: str, devices: list, more: list) -> subprocess.Popen:
+    given = [part for device in devices for part in ("--device", device)]
+    command = [program, "train", "run.toml", "--dir", name, "--json", *given, *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, text=True, **pipes)
+
+
+def summary(child: subprocess.Popen) -> dict:
+    out, errors = child.communicate()
+    if child.returncode != 0:
+        sys.exit(errors)
+    return json.loads(out)
+
+
+def measure(program: str, settings: dict, before: list, after: list, steps: int) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, program, settings)
+        child = start(folder, program, "moved", before, ["--set", "fleet.audit=0.05"])
+        await_step(folder / "moved", 40, child)
+        asked = time.perf_counter()
+        command = [program, "move", "moved", "--to", ",".join(after), "--json"]
+        done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
+        if done.returncode != 0:
+            sys.exit(done.stderr)
+        answered = time.perf_counter() - asked
+        certificate = json.loads(done.stdout)["certificate"]
+        step = certificate["step"]
+        await_step(folder / "moved", step + steps, child)
+        child.send_signal(2)
+        moved = summary(child)
+        alone = start(folder, program, "alone", before, ["--steps", str(moved["steps"])])
+        alone = summary(alone)
+        losses = [[line["loss"] for line in metrics(folder / run)] for run in ("moved", "alone")]
+        times = [line["step_ms"] for line in metrics(folder / "moved")]
+    if len(losses[0]) != len(losses[1]) or len(losses[0]) != moved["steps"]:
+        sys.exit("a step is missing")
+    apart = [abs(a - b) / max(abs(b), 1e-3) for a, b in zip(*losses)]
+    drift = certificate["limits"]["drift"]
+    shares = [apart[at] / (drift * (at + 1 - step)) for at in range(step, min(step + steps, len(apart)))]
+    return {
+        "from": before,
+        "to": after,
+        "step": step,
+        "steps_after": len(shares),
+        "loss_before_move": losses[0][step - 1],
+        "last_loss": losses[0][-1],
+        "last_loss_unmoved": losses[1][-1],
+        "apart_before_move": max(apart[:step]),
+        "apart_worst": max(apart[step:]),
+        "share_of_band_worst": max(shares),
+        "same_hash": moved["weights_blake3"] == alone["weights_blake3"],
+        "faults": moved["faults"],
+        "usual_step_ms": sorted(times[10:step - 1])[(step - 11) // 2],
+        "move_step_ms": certificate["step_ms"],
+        "next_step_ms": times[step],
+        "transfer_ms": certificate["transfer_ms"],
+        "load_ms": certificate["load_ms"],
+        "answered_s": answered,
+        "gradient_error": max(trial["gradient_error"] for trial in certificate["trials"]),
+        "limits": certificate["limits"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--program", default=str(ROOT / "target/release/pontoon"))
+    parser.add_argument("--steps", type=int, default=200, help="steps after the move")
+    parser.add_argument("--preset", default="qwen3-1m")
+    parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--lr", type=float, default=1e-3, help="that of the certificate's band")
+    parser.add_argument("--case", action="append", help="FROM,FROM/TO,TO; several times")
+    parser.add_argument("--note", help="kept with the result")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    cases = arguments.case or [
+        "cpu,cpu/cpu:isa=avx2,cpu:isa=avx2",
+        "cpu,cpu/cpu,cpu",
+        "emu-ascend:0,emu-ascend:0/cpu,cpu",
+    ]
+    settings = {"preset": arguments.preset, "sequence": arguments.sequence, "dtype": arguments.dtype, "lr": arguments.lr}
+    results = []
+    for case in cases:
+        before, after = (side.split(",") for side in case.split("/"))
+        result = measure(arguments.program, settings, before, after, arguments.steps)
+        print(json.dumps(result, indent=1), flush=True)
+        results.append(result)
+    if arguments.out:
+        report = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": platform.processor() or platform.machine(),
+            "settings": settings,
+            "note": arguments.note,
+            "cases": results,
+        }
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

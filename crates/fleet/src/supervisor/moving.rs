@@ -1,0 +1,435 @@
+//! A live run goes to other devices: new workers start beside the old, are tried on a micro-batch
+//! of the run's present step, and take over at its end. Whatever goes wrong with them, the old
+//! ones go on as if nothing had been asked.
+//!
+//! The new ones join like any worker that joins; what is special is here. Read next: `classes.rs`.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::protocol::{Against, Area, Command, Publish, Source};
+use crate::run_dir::{Event, EventKind};
+
+use super::classes::{Tolerance, loss_apart};
+use super::round::{Replayed, Subtree};
+use super::workers::{Standing, Worker};
+use super::{Output, Phase, Saving, Supervisor};
+
+/// Each new worker computes the micro-batch so often: equal bits are asked of equal work.
+const REPEATS: usize = 2;
+/// The micro-batch that others are held against may be lost with its worker; then it is computed
+/// again, but not forever.
+const TRIALS: u32 = 3;
+
+/// A device of a move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Place {
+    /// The worker.
+    pub worker: usize,
+    /// Its device.
+    pub device: String,
+    /// The class within which equal inputs give equal bits.
+    pub numeric_class: String,
+}
+
+/// What one new worker was held to.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Trial {
+    /// The worker and its device.
+    #[serde(flatten)]
+    pub place: Place,
+    /// Its loss.
+    pub loss: f64,
+    /// The relative difference from the old worker's.
+    pub loss_error: f64,
+    /// The largest relative error of a tensor's gradient.
+    pub gradient_error: f64,
+    /// That tensor.
+    pub tensor: String,
+    /// Whether the gradient has the same bits; asked of devices of one class.
+    pub identical: bool,
+    /// Whether it gave the same bits each time.
+    pub repeats: bool,
+    /// Whether it took the run's state unchanged and agrees.
+    pub agree: bool,
+}
+
+/// What new workers were held to before the run went to them.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Certificate {
+    /// The last step of the old workers.
+    pub step: u64,
+    /// The old workers.
+    pub from: Vec<Place>,
+    /// The new ones.
+    pub to: Vec<Place>,
+    /// The micro-batch that was compared.
+    pub micro_batch: u32,
+    /// Its loss on the old worker.
+    pub loss: f64,
+    /// What the new ones made of it.
+    pub trials: Vec<Trial>,
+    /// What they may be apart where they are of another class.
+    pub limits: Tolerance,
+    /// Whether all agree.
+    pub agree: bool,
+    /// Why not.
+    pub reasons: Vec<String>,
+    /// Milliseconds in which the new workers loaded while the old ones went on.
+    pub load_ms: u64,
+    /// Milliseconds from the copy of the state to the last new worker that had it.
+    pub transfer_ms: u64,
+    /// Milliseconds of the step in which the run moved.
+    pub step_ms: u64,
+    /// And beyond those of a usual step, once one is known.
+    pub pause_ms: Option<u64>,
+}
+
+/// How a move ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoveOutcome {
+    /// The devices that were asked for.
+    pub devices: Vec<String>,
+    /// Whether the run is there.
+    pub moved: bool,
+    /// In one line.
+    pub text: String,
+    /// What was measured, if it came to that.
+    pub certificate: Option<Certificate>,
+}
+
+/// A move under way.
+pub(super) struct Moving {
+    devices: Vec<String>,
+    workers: Vec<usize>,
+    begun: Duration,
+    loaded: Option<Duration>,
+    transferred: Duration,
+    micro_batch: u32,
+    /// Whether the trial of this step was asked for.
+    asked: bool,
+    trials: u32,
+    answers: BTreeMap<usize, Vec<Replayed>>,
+    certificate: Option<Certificate>,
+}
+
+impl Supervisor {
+    /// Starts new workers beside the old, or says why not.
+    pub(super) fn ask_for_move(&mut self, devices: Vec<String>) {
+        let leaves = self.settings.leaves as usize;
+        let refusal = match self.phase {
+            _ if self.moving.is_some() => Some("another move is under way"),
+            Phase::Idle | Phase::Starting => Some("the run is loading; ask again when it computes"),
+            Phase::Finishing | Phase::Over => Some("the run is ending"),
+            _ if devices.is_empty() => Some("no device was named"),
+            _ if devices.len() > leaves => Some("there are more devices than micro-batches"),
+            _ if devices.len() < 2 && self.settings.audit > 0.0 => {
+                Some("the run's audits need a second worker; name two devices")
+            }
+            _ => None,
+        };
+        if let Some(text) = refusal {
+            let (text, moved, certificate) = (text.to_owned(), false, None);
+            let outcome = MoveOutcome { devices, moved, text, certificate };
+            return self.outputs.push(Output::Moved(Box::new(outcome)));
+        }
+        let first = self.workers.len();
+        for device in &devices {
+            let worker = Worker::new(device);
+            self.workers.push(Worker { trial: true, ..worker });
+        }
+        self.moving = Some(Moving {
+            workers: (first..self.workers.len()).collect(),
+            devices,
+            begun: self.now,
+            loaded: None,
+            transferred: self.now,
+            micro_batch: 0,
+            asked: false,
+            trials: 0,
+            answers: BTreeMap::new(),
+            certificate: None,
+        });
+        for worker in first..self.workers.len() {
+            self.launch(worker, Source::Nothing);
+        }
+    }
+
+    /// Has a new worker compute a micro-batch on empty weights, to be done with what a device does
+    /// when it computes for the first time.
+    pub(super) fn warm_up(&mut self, worker: usize) {
+        let (step, against) = (self.step + 1, Against::Nothing);
+        self.send(worker, Command::Replay { step, leaf: 0, against });
+    }
+
+    /// At a step's beginning: once all new workers have loaded, they are tried in this step.
+    pub(super) fn begin_trial(&mut self) {
+        let (now, step, leaves) = (self.now, self.step, self.settings.leaves);
+        let Some(moving) = &mut self.moving else { return };
+        let waiting = |worker: &usize| self.workers[*worker].standing == Standing::Waiting;
+        if moving.loaded.is_some() || !moving.workers.iter().all(waiting) {
+            return;
+        }
+        (moving.loaded, moving.transferred) = (Some(now), now);
+        moving.micro_batch = (step % u64::from(leaves)) as u32;
+        self.round.moving = true;
+        self.round.single.insert(moving.micro_batch);
+        for worker in moving.workers.clone() {
+            self.workers[worker].standing = Standing::Ready;
+        }
+    }
+
+    /// Whether the new workers of a move were tried and agree.
+    pub(super) fn has_passed(&self) -> bool {
+        self.moving.as_ref().is_some_and(|moving| moving.certificate.is_some())
+    }
+
+    /// A new worker has the run's state, as it lies on its device.
+    pub(super) fn transferred(&mut self) {
+        if let Some(moving) = &mut self.moving {
+            moving.transferred = self.now;
+        }
+    }
+
+    /// Asks the new workers for the micro-batch, as soon as it is published and they are told to
+    /// take the state.
+    pub(super) fn ask_trial(&mut self) {
+        let Some(moving) = &mut self.moving else { return };
+        let joining = |worker: &usize| self.workers[*worker].standing == Standing::Joining;
+        let leaf = moving.micro_batch;
+        let published =
+            self.round.publish == Publish::Shared && self.round.published(leaf).is_some();
+        if moving.asked || !published || !moving.workers.iter().all(joining) {
+            return;
+        }
+        (moving.asked, moving.trials) = (true, moving.trials + 1);
+        moving.answers.clear();
+        let (step, against) = (self.step + 1, Against::Published);
+        for worker in moving.workers.clone() {
+            for _ in 0..REPEATS {
+                self.send(worker, Command::Replay { step, leaf, against });
+            }
+        }
+    }
+
+    /// A new worker's answer.
+    pub(super) fn tried(&mut self, worker: usize, of: Replayed) {
+        if let Some(moving) = &mut self.moving {
+            moving.answers.entry(worker).or_default().push(of);
+        }
+    }
+
+    /// `None` if no new worker is tried, or all have passed; else whether the step moves on.
+    pub(super) fn judge_trial(&mut self) -> Option<bool> {
+        let moving = self.moving.as_mut().filter(|of| of.loaded.is_some())?;
+        if moving.certificate.is_some() {
+            return None;
+        }
+        let answered =
+            |worker: &usize| moving.answers.get(worker).is_some_and(|of| of.len() >= REPEATS);
+        if !moving.asked || !moving.workers.iter().all(answered) {
+            return Some(false);
+        }
+        let published = self.round.published(moving.micro_batch).map(|subtree| subtree.digest);
+        let read = |of: &Replayed| of.apart.as_ref().map(|apart| apart.published);
+        let stale = moving.answers.values().flatten().any(|of| read(of) != published);
+        if stale && moving.trials < TRIALS {
+            moving.asked = false;
+            return Some(true);
+        }
+        let certificate = self.certify();
+        if certificate.agree {
+            if let Some(moving) = &mut self.moving {
+                moving.certificate = Some(certificate);
+            }
+            return None;
+        }
+        let text = certificate.reasons.join("; ");
+        self.refuse_with(text, Some(certificate));
+        Some(true)
+    }
+
+    fn place(&self, worker: usize) -> Place {
+        let of = &self.workers[worker];
+        let (device, numeric_class) = (of.device.clone(), of.numeric_class.clone());
+        Place { worker, device, numeric_class }
+    }
+
+    fn certify(&self) -> Certificate {
+        let moving = self.moving.as_ref().expect("it is called while new workers are tried");
+        let leaf = moving.micro_batch;
+        let owner = self.round.published(leaf).expect("it was published before it was compared");
+        let mut reasons = Vec::new();
+        let mut trials = Vec::new();
+        for (&worker, answers) in &moving.answers {
+            let (trial, why) = self.judge(worker, answers, owner);
+            let who = format!("{} ({})", trial.place.device, trial.place.numeric_class);
+            reasons.extend(why.into_iter().map(|why| format!("{who} {why}")));
+            trials.push(trial);
+        }
+        let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_millis() as u64;
+        let loaded = moving.loaded.unwrap_or(self.now);
+        let stays = |worker: &usize| {
+            let of = &self.workers[*worker];
+            !of.left && !of.trial && of.standing != Standing::Retired
+        };
+        let old = (0..self.workers.len()).filter(stays);
+        Certificate {
+            step: self.step + 1,
+            from: old.map(|worker| self.place(worker)).collect(),
+            to: moving.workers.iter().map(|worker| self.place(*worker)).collect(),
+            micro_batch: leaf,
+            loss: owner.losses[0],
+            trials,
+            limits: self.settings.tolerance,
+            agree: reasons.is_empty(),
+            reasons,
+            load_ms: ms(moving.begun, loaded),
+            transfer_ms: ms(loaded, moving.transferred),
+            step_ms: 0,
+            pause_ms: None,
+        }
+    }
+
+    /// What one new worker's answers come to, and what speaks against it.
+    fn judge(&self, worker: usize, answers: &[Replayed], owner: &Subtree) -> (Trial, Vec<String>) {
+        let (first, limits) = (&answers[0], self.settings.tolerance);
+        let (error, tensor) = match &first.apart {
+            Some(apart) if apart.published == owner.digest => {
+                (apart.error.value(), apart.tensor.clone())
+            }
+            _ => (f64::NAN, String::new()),
+        };
+        let identical = first.digest == owner.digest;
+        let again =
+            |of: &Replayed| of.digest == first.digest && of.loss.to_bits() == first.loss.to_bits();
+        let repeats = answers.iter().all(again);
+        let loss_error = loss_apart(first.loss, owner.losses[0]);
+        let alike = self.are_alike(worker, owner.worker);
+        // NaN is beyond every limit.
+        let beyond = |error: f64, limit: f64| !alike && (error > limit || error.is_nan());
+        let mut why = Vec::new();
+        if !repeats {
+            why.push("does not give the same bits twice".to_owned());
+        }
+        if alike && !identical {
+            why.push(format!(
+                "gives other bits than its own kind: {error:.1e} apart in `{tensor}`"
+            ));
+        }
+        if beyond(error, limits.gradient) {
+            let limit = limits.gradient;
+            let what = format!("is {error:.1e} apart in the gradient of `{tensor}`");
+            why.push(format!("{what}, limit {limit:.1e}"));
+        }
+        if beyond(loss_error, limits.loss) {
+            let (mine, theirs, limit) = (first.loss, owner.losses[0], limits.loss);
+            why.push(format!("has a loss of {mine:.6} instead of {theirs:.6}, limit {limit:.1e}"));
+        }
+        let trial = Trial {
+            place: self.place(worker),
+            loss: first.loss,
+            loss_error,
+            gradient_error: error,
+            tensor,
+            identical,
+            repeats,
+            agree: why.is_empty(),
+        };
+        (trial, why)
+    }
+
+    /// Gives a move up, if there is one.
+    pub(super) fn refuse_move(&mut self, text: String) {
+        self.refuse_with(text, None);
+    }
+
+    fn refuse_with(&mut self, text: String, certificate: Option<Certificate>) {
+        let Some(moving) = self.moving.take() else { return };
+        for worker in moving.workers {
+            self.leave(worker);
+            self.workers[worker].trial = false;
+            self.round.combined.remove(&worker);
+            self.round.applied.remove(&worker);
+        }
+        let event = Event::new(self.step, EventKind::MoveRefused);
+        self.tell(Event {
+            device: Some(moving.devices.join(",")),
+            cause: Some(text.clone()),
+            action: Some("the run goes on where it was".to_owned()),
+            certificate: certificate.as_ref().map(|of| json!(of)),
+            ..event
+        });
+        let (devices, moved) = (moving.devices, false);
+        let outcome = MoveOutcome { devices, moved, text, certificate };
+        self.outputs.push(Output::Moved(Box::new(outcome)));
+    }
+
+    fn leave(&mut self, worker: usize) {
+        if !matches!(self.workers[worker].standing, Standing::Out | Standing::Retired) {
+            self.outputs.push(Output::Kill { worker });
+        }
+        let of = &mut self.workers[worker];
+        (of.standing, of.left) = (Standing::Retired, true);
+    }
+
+    /// At the end of the step in which new workers passed: they are the run's workers from here.
+    pub(super) fn complete_move(&mut self, wall: Duration) {
+        let Some(moving) = self.moving.take_if(|moving| moving.certificate.is_some()) else {
+            return;
+        };
+        let Some(mut certificate) = moving.certificate else { return };
+        certificate.step_ms = wall.as_millis() as u64;
+        let usual = self.ledger.typical();
+        certificate.pause_ms =
+            usual.map(|usual| (1e3 * (wall.as_secs_f64() - usual)).max(0.0) as u64);
+        let donor = match self.saving {
+            Some(Saving::Copying { donor, .. }) => Some(donor),
+            _ => None,
+        };
+        for worker in 0..self.workers.len() {
+            if self.workers[worker].trial {
+                self.workers[worker].trial = false;
+            } else if !self.workers[worker].left {
+                self.leave(worker);
+            }
+        }
+        self.join_donor = None;
+        let names = |places: &[Place]| -> String {
+            let of = places.iter().map(|of| format!("{} ({})", of.device, of.numeric_class));
+            of.collect::<Vec<_>>().join(", ")
+        };
+        let (from, to) = (names(&certificate.from), names(&certificate.to));
+        // The new class follows by the move itself, not because the old one was lost.
+        self.writing = None;
+        self.writers();
+        if donor.is_some_and(|donor| self.workers[donor].left)
+            && let Some(other) = self.fastest()
+        {
+            self.export(other, Area::Snapshot);
+        }
+        let worst = certificate.trials.iter().map(|of| of.gradient_error).fold(0.0, f64::max);
+        let text = format!(
+            "moved after step {} from {from} to {to}: gradients at most {worst:.1e} apart",
+            certificate.step
+        );
+        self.tell(Event {
+            device: Some(moving.devices.join(",")),
+            cause: Some("asked for".to_owned()),
+            action: Some(format!("from {from} to {to}")),
+            recovery_ms: certificate.pause_ms,
+            certificate: Some(json!(certificate)),
+            ..Event::new(self.step, EventKind::Moved)
+        });
+        let (devices, moved, certificate) = (moving.devices, true, Some(certificate));
+        self.outputs.push(Output::Moved(Box::new(MoveOutcome {
+            devices,
+            moved,
+            text,
+            certificate,
+        })));
+    }
+}
