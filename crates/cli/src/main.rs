@@ -39,7 +39,8 @@ enum Command {
     /// Prepares training data.
     #[command(
         subcommand,
-        after_help = "Example:\n  pontoon data prepare corpus/ --tokenizer t.json --out shards"
+        after_help = "Example:\n  \
+            pontoon data prepare corpus/ --tokenizer tokenizer.json --out shards"
     )]
     Data(data::Command),
     /// Makes tokenizers.

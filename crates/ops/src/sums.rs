@@ -1,9 +1,9 @@
 //! Word sums: the cheapest check that a tensor in memory is still what was stored there.
 //!
 //! The sum of a tensor is that of its rows' 32-bit little-endian words, a row's last word filled
-//! up with zeros, modulo 2^32. Any one flipped bit changes it for certain; it adds up over parts and in
-//! any order, so a kernel can form it while the data passes. For comparing replicas there is
-//! [`crate::digest`]. Read next: `backend.rs`, where an operation is launched with sums.
+//! up with zeros, modulo 2^32. Any one flipped bit changes it for certain; it adds up over parts
+//! and in any order, so a kernel can form it while the data passes. For comparing replicas there
+//! is [`crate::digest`]. Read next: `backend.rs`, where an operation is launched with sums.
 
 use crate::backend::Backend;
 use crate::error::DeviceError;

@@ -110,6 +110,9 @@ pub struct Noticed {
     pub recovery_ms: Option<u64>,
 }
 
+/// A sum: of which nodes, at which version of the slots, their digests, and the sum's own.
+type SumOfNodes = (u64, Arc<[Node]>, Arc<[u64]>, u64);
+
 /// The memory that all workers share.
 #[derive(Default)]
 pub(crate) struct Memory {
@@ -119,8 +122,8 @@ pub(crate) struct Memory {
     pub version: u64,
     pub join: u64,
     pub snapshot: u64,
-    /// The last sum: of which nodes at which version, their digests, and the sum.
-    pub sum: Option<(u64, Arc<[Node]>, Arc<[u64]>, u64)>,
+    /// The last sum.
+    pub sum: Option<SumOfNodes>,
 }
 
 /// All workers, the memory they share, and what is still to come.

@@ -39,6 +39,9 @@ use crate::trainer::{
     write_settings,
 };
 
+/// Gives each worker its device, from the names as people type them.
+pub type Deal = dyn Fn(&[String]) -> Result<Vec<String>, String>;
+
 /// What a supervisor is told of devices, none of which it opens.
 pub struct Devices<'a> {
     /// That of each worker.
@@ -46,7 +49,7 @@ pub struct Devices<'a> {
     /// How far those of different numeric classes may be apart on this model.
     pub tolerance: Tolerance,
     /// The devices of workers on other ones: the names as people type them, each for one worker.
-    pub deal: &'a dyn Fn(&[String]) -> Result<Vec<String>, String>,
+    pub deal: &'a Deal,
 }
 
 /// Trains on workers, one for each device.

@@ -81,7 +81,7 @@ impl World {
         wrongs: &[(usize, u64, Wrong)],
         non_finite: NonFinite,
     ) -> World {
-        World::on(&vec!["chip"; workers], audit, wrongs, non_finite).to_its_end()
+        World::on(&vec!["chip"; workers], audit, wrongs, non_finite).until_it_ends()
     }
 
     fn on(
@@ -126,7 +126,7 @@ impl World {
         }
     }
 
-    fn to_its_end(mut self) -> World {
+    fn until_it_ends(mut self) -> World {
         for _ in 0..100_000 {
             if self.ending.is_some() {
                 return self;

@@ -148,7 +148,7 @@ contract!(TokenLogProb |op, check| {
         Some(scales) => {
             let rows = head_shape_fits(&check, &op.x, &op.head, &op.targets)?;
             check.dtype("head", &op.head, &[DType::I8, DType::I4])?;
-            check.that(op.block_k > 0 && op.block_k <= 256 && op.block_k % 32 == 0, || {
+            check.that(op.block_k > 0 && op.block_k <= 256 && op.block_k.is_multiple_of(32), || {
                 format!("block_k should be a multiple of 32 up to 256 but is {}", op.block_k)
             })?;
             let blocks = op.x.dim(1).div_ceil(op.block_k);

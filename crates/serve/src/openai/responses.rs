@@ -256,7 +256,8 @@ fn frame(app: &App, given: &Fields<'_>, settings: &Settings, id: &str) -> Result
     given.object("metadata")?;
     let metadata = given.get("metadata").cloned().unwrap_or_else(|| json!({}));
     Ok(json!({
-        "id": id, "object": "response", "created_at": app.now(), "model": app.model_of(settings.adapter),
+        "id": id, "object": "response", "created_at": app.now(),
+        "model": app.model_of(settings.adapter),
         "error": null, "incomplete_details": null,
         "instructions": given.get("instructions"),
         "max_output_tokens": given.get("max_output_tokens"),

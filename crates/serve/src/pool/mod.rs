@@ -22,7 +22,7 @@ use pontoon_models::{Adapters, Model, TensorSource};
 use pontoon_ops::Backend;
 
 use crate::engine::device::{Device, DeviceOptions};
-use crate::engine::request::{Event, Request, Ticket};
+use crate::engine::request::{Event, Moves, Request, Ticket};
 use crate::engine::worker::{Command, Stats, Worker};
 use crate::error::ServeError;
 use agreement::{LimitsOf, Reference};

@@ -94,6 +94,20 @@ struct Call {
     stream: u64,
 }
 
+impl Call {
+    /// The bytes that a rank of so many gives and gets.
+    fn bytes(&self, ranks: u64) -> Result<(u64, u64), Failure> {
+        let size = element_bytes(self.dtype)? as u64;
+        let (sent, received) = match self.what {
+            What::AllReduce | What::Broadcast(_) => (self.count, self.count),
+            What::AllGather => (self.count, self.count * ranks),
+            What::ReduceScatter => (self.count * ranks, self.count),
+            What::Barrier => (0, 0),
+        };
+        Ok((sent * size, received * size))
+    }
+}
+
 fn start(call: &Call) -> Done {
     let comm: Arc<Communicator> = DRIVER.get(call.comm, "comm")?;
     if comm.suspended.load(Ordering::Relaxed) {
@@ -105,15 +119,7 @@ fn start(call: &Call) -> Done {
     }
     let stream = DRIVER.stream(call.stream)?;
     stream.device.check_alive()?;
-    let size = element_bytes(call.dtype)? as u64;
-    let ranks = comm.size() as u64;
-    let (sent, received) = match call.what {
-        What::AllReduce | What::Broadcast(_) => (call.count, call.count),
-        What::AllGather => (call.count, call.count * ranks),
-        What::ReduceScatter => (call.count * ranks, call.count),
-        What::Barrier => (0, 0),
-    };
-    let (sent, received) = (sent * size, received * size);
+    let (sent, received) = call.bytes(comm.size() as u64)?;
     let places = if call.what == What::Barrier {
         None
     } else {

@@ -78,7 +78,6 @@ fn dense(shape: &[usize]) -> Vec<usize> {
 
 /// CANN's `aclCreateTensor`.
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the interface is CANN's")]
 pub extern "C" fn aclCreateTensor(
     view_dims: Many<i64>,
     view_count: u64,

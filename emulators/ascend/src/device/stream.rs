@@ -16,12 +16,15 @@ use crate::abi::pointers::Host;
 use crate::code;
 use crate::failure::{Done, Failure};
 
+/// Waits for others; asks now and then whether the task has been called off.
+type Meeting = Box<dyn FnOnce(&dyn Fn() -> bool) -> Done + Send>;
+
 /// What a task does.
 pub enum Work {
     /// Computes or copies, with the device's engine.
     Run(Box<dyn FnOnce(&mut Engine) -> Done + Send>),
     /// Waits for others, without the engine, until it is called off.
-    Meet(Box<dyn FnOnce(&dyn Fn() -> bool) -> Done + Send>),
+    Meet(Meeting),
     /// Marks an event as reached.
     Record(Arc<Event>, u64),
     /// Waits until an event is reached.

@@ -131,8 +131,9 @@ fn normalise(
     let together = (4096 / width).max(1);
     pool.run(rows.div_ceil(together), |task| {
         let mut values = vec![0.0; width];
-        for row in task * together..(task * together + together).min(rows) {
-            load_floats(isa, from, starts[row], 1, &mut values);
+        let own = starts.iter().enumerate().skip(task * together).take(together);
+        for (row, start) in own {
+            load_floats(isa, from, *start, 1, &mut values);
             let mean = dispatch(isa, SumSquares(&values)) / width as f32;
             let scale = 1.0 / (mean + eps).sqrt();
             scale_row(isa, narrow, &mut values, scale, &weights);
@@ -291,16 +292,12 @@ fn gradient(run: &mut Run<'_>, slots: &Gradient, shape: &Geometry) -> Vec<f32> {
     pool.run(blocks, |block| {
         let (mut grads, mut values) = (vec![0.0; width], vec![0.0; width]);
         let mut sums = vec![0.0; width];
-        for row in block * ROW_BLOCK..(block * ROW_BLOCK + ROW_BLOCK).min(rows) {
+        let own = scales.iter().enumerate().take(rows).skip(block * ROW_BLOCK).take(ROW_BLOCK);
+        for (row, &scale) in own {
             load_floats(isa, dy, row_start(dy, row, width), 1, &mut grads);
             load_floats(isa, x, row_start(x, row, width), 1, &mut values);
-            let kernel = GradientRow {
-                dy: &grads,
-                x: &mut values,
-                gamma: &gamma,
-                sums: &mut sums,
-                scale: scales[row],
-            };
+            let kernel =
+                GradientRow { dy: &grads, x: &mut values, gamma: &gamma, sums: &mut sums, scale };
             dispatch(isa, kernel);
             store_floats(isa, dx, row * width, 1, &values, rounding);
         }

@@ -39,7 +39,7 @@ fn halves(plan: &Plan, x: &Argument, dim: i64) -> Done<Halves> {
         format!("only the last dimension is split here, not {dim}")
     })?;
     let width = shape[shape.len() - 1];
-    plan.demand(width % 2 == 0, || format!("a width of {width} has no halves"))?;
+    plan.demand(width.is_multiple_of(2), || format!("a width of {width} has no halves"))?;
     plan.demand(x.tensor.strides[shape.len() - 1] == 1 || width == 1, || {
         "rows should be dense".to_owned()
     })?;

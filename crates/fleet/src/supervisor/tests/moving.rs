@@ -3,7 +3,7 @@
 use super::*;
 
 fn run(devices: &[&str], audit: f64, wrongs: &[(usize, u64, Wrong)]) -> World {
-    let world = World::on(devices, audit, wrongs, NonFinite::Stop).to_its_end();
+    let world = World::on(devices, audit, wrongs, NonFinite::Stop).until_it_ends();
     assert_eq!(world.ending, Some(Ending::Finished), "{:?}", world.events);
     assert_eq!(world.losses, [8.0; STEPS as usize]);
     world
@@ -12,7 +12,7 @@ fn run(devices: &[&str], audit: f64, wrongs: &[(usize, u64, Wrong)]) -> World {
 fn moved(devices: &[&str], to: &[&str], wrongs: &[(usize, u64, Wrong)]) -> World {
     let mut world = World::on(devices, 0.5, wrongs, NonFinite::Stop);
     world.moves.push_back((1, to.iter().map(|&device| device.to_owned()).collect()));
-    let world = world.to_its_end();
+    let world = world.until_it_ends();
     assert_eq!(world.ending, Some(Ending::Finished), "{:?}", world.events);
     assert_eq!(world.losses, [8.0; STEPS as usize]);
     assert_eq!(world.outcomes.len(), 1);
@@ -134,7 +134,7 @@ fn devices_that_fail_are_refused_and_the_run_goes_on_untouched() {
             world.moves.push_back((1, to.map(str::to_owned).to_vec()));
             // New workers are numbered from the old ones on; one of them is bad.
             world.wrongs = (0..=STEPS).map(|step| (3, step, wrong)).collect();
-            let world = world.to_its_end();
+            let world = world.until_it_ends();
             assert_eq!(world.ending, Some(Ending::Finished));
             assert_eq!(world.losses, [8.0; STEPS as usize]);
             let outcome = &world.outcomes[0];
@@ -206,7 +206,7 @@ fn whatever_goes_wrong_in_mixed_and_moving_runs_every_step_is_done_once_and_the_
         let to = targets[below(targets.len())].iter().map(|&device| device.to_owned()).collect();
         let at = 1 + below(3) as u64;
         world.moves.push_back((at, to));
-        let world = world.to_its_end();
+        let world = world.until_it_ends();
         let story = format!("seed {seed}: {fleet:?} {wrongs:?} {:?}", world.events);
         assert_eq!(world.ending, Some(Ending::Finished), "{story}");
         // A run that goes back to a snapshot does some steps again; all end with the last one.
