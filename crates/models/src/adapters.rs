@@ -4,7 +4,8 @@
 //! A map's result `x W^T` gets `scale * (x A^T) B^T` added. All adapters' matrices of a map lie
 //! stacked, padded with zeros to the highest rank, and rows are sorted by adapter, so both products
 //! are the waist's grouped one; rows without an adapter come last and are not touched. What
-//! PEFT can do beside that (DoRA, trained biases, whole modules saved) is refused. Read next: `block.rs`.
+//! PEFT can do beside that (DoRA, trained biases, whole modules saved) is refused. Read next:
+//! `block.rs`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -120,12 +120,12 @@ fn start(call: &Call) -> Done {
     let stream = DRIVER.stream(call.stream)?;
     stream.device.check_alive()?;
     let (sent, received) = call.bytes(comm.size() as u64)?;
-    let places = if call.what == What::Barrier {
-        None
-    } else {
-        let (_, from) = DRIVER.place(call.send, sent, call.name)?;
-        let (_, to) = DRIVER.place(call.receive, received, call.name)?;
-        Some((from, to))
+    let places = match call.what {
+        What::Barrier => None,
+        _ => Some((
+            DRIVER.place(call.send, sent, call.name)?.1,
+            DRIVER.place(call.receive, received, call.name)?.1,
+        )),
     };
     let read = Access { start: call.send, end: call.send + sent, writes: false };
     let written = Access { start: call.receive, end: call.receive + received, writes: true };
