@@ -95,6 +95,18 @@ struct Call {
 }
 
 impl Call {
+    /// Refuses what the communicator cannot do.
+    fn check(&self, comm: &Communicator) -> Done {
+        if comm.suspended.load(Ordering::Relaxed) {
+            return Err(Failure::new(code::HCCL_SUSPENDED, "the communicator is suspended"));
+        }
+        if !(0..=3).contains(&self.op) && self.op != NO_REDUCTION {
+            let text = format!("there is no reduction {}", self.op);
+            return Err(Failure::new(code::HCCL_PARAMETER, text));
+        }
+        Ok(())
+    }
+
     /// The bytes that a rank of so many gives and gets.
     fn bytes(&self, ranks: u64) -> Result<(u64, u64), Failure> {
         let size = element_bytes(self.dtype)? as u64;
@@ -110,13 +122,7 @@ impl Call {
 
 fn start(call: &Call) -> Done {
     let comm: Arc<Communicator> = DRIVER.get(call.comm, "comm")?;
-    if comm.suspended.load(Ordering::Relaxed) {
-        return Err(Failure::new(code::HCCL_SUSPENDED, "the communicator is suspended"));
-    }
-    if !(0..=3).contains(&call.op) && call.op != 255 {
-        let text = format!("there is no reduction {}", call.op);
-        return Err(Failure::new(code::HCCL_PARAMETER, text));
-    }
+    call.check(&comm)?;
     let stream = DRIVER.stream(call.stream)?;
     stream.device.check_alive()?;
     let (sent, received) = call.bytes(comm.size() as u64)?;
@@ -127,20 +133,21 @@ fn start(call: &Call) -> Done {
             DRIVER.place(call.receive, received, call.name)?.1,
         )),
     };
-    let read = Access { start: call.send, end: call.send + sent, writes: false };
-    let written = Access { start: call.receive, end: call.receive + received, writes: true };
+    let access = |start, bytes, writes| Access { start, end: start + bytes, writes };
+    let read = access(call.send, sent, false);
+    let written = access(call.receive, received, true);
     let faults = stream.device.faults.strike(fault::Place::Task, call.name);
     let (device, number) = (Arc::clone(&stream.device), comm.call());
+    let (failing, name) = (Arc::clone(&comm), call.name);
     let kind = Kind { what: call.what, count: call.count, dtype: call.dtype, op: call.op };
-    let bytes = Arc::new(Mutex::new(Vec::new()));
-    let (taken, met, put) = (Arc::clone(&bytes), Arc::clone(&bytes), bytes);
+    let put = Arc::new(Mutex::new(Vec::new()));
+    let (taken, met) = (Arc::clone(&put), Arc::clone(&put));
     let (from, to) = places.unzip();
     touch_in_order(&stream, call.name, &[read])?;
     if faults.iter().any(|fault| fault.kind == FaultKind::Hang) {
         stream.push(Work::Hang);
         return Ok(());
     }
-    let (failing, name) = (Arc::clone(&comm), call.name);
     stream.push(Work::Run(Box::new(move |_| {
         if let Some(failure) = fail(&device, &faults, name, &[]) {
             failing.failed.store(code::HCCL_REMOTE, Ordering::Relaxed);
