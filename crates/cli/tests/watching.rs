@@ -145,7 +145,7 @@ fn promises_are_tried_by_seed_and_a_long_run_is_told_in_numbers() {
     for (arguments, want) in [
         (&["--days", "1", "--rate", "often"][..], "--rate is `often`"),
         (&["--days", "0"], "--days should be above 0"),
-        (&["--days", "1", "--workers", "1"], "second worker"),
+        (&["--days", "1", "--workers", "1", "--audit", "0.1"], "second worker"),
         (&["--seeds", "0"], "at least 1"),
     ] {
         let refused = output(folder, &[&["simulate"], arguments].concat());

@@ -183,11 +183,13 @@ fn smallest(dtype: DType) -> f64 {
 }
 
 /// What a product that fell below the smallest number may still be multiplied by: a gate's rounded
-/// sigmoid meets up to three factors, which in the cases are below 2^9.
+/// sigmoid meets up to three factors, which in the cases are below 2^9; a logit's rounded gradient
+/// meets one.
 fn underflow(case: &Case) -> f64 {
     let gates = matches!(case.op, Op::SwiGlu(_) | Op::SwiGluBwd(_));
+    let logits = matches!(case.op, Op::CrossEntropyBwd(_) | Op::TokenLogProbBwd(_));
     match case.dtype {
-        DType::F16 if gates => 2_f64.powi(9),
+        DType::F16 if gates || logits => 2_f64.powi(9),
         _ if gates => 2_f64.powi(27),
         _ => 1.0,
     }

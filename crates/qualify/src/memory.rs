@@ -149,7 +149,8 @@ fn encode(dtype: DType, bytes: &mut [u8], bits: usize, value: f64) {
         DType::F16 => put(&f16::from_f64(value).to_le_bytes()),
         DType::I32 => put(&(value as i32).to_le_bytes()),
         DType::U32 => put(&(value as u32).to_le_bytes()),
-        DType::I8 => put(&[value as i8 as u8]),
+        // Weights of this type are never -128.
+        DType::I8 => put(&[value.clamp(-127.0, 127.0) as i8 as u8]),
         DType::F8e4m3 => put(&[nearest_e4m3(value)]),
         DType::I4 => {
             let shift = bits % 8;

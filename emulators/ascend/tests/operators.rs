@@ -16,7 +16,7 @@ fn close(got: &[f32], want: &[f32]) {
 
 #[test]
 fn stacks_of_matrices_and_products_added_to_something() {
-    let _rig = Rig::open(3);
+    let rig = Rig::open(3);
     let a: Vec<f32> = (0..12).map(|i| i as f32).collect();
     let b: Vec<f32> = (0..12).map(|i| (i % 5) as f32 - 1.0).collect();
     let (a_at, b_at, y) = (rig.put(&a), rig.put(&b), rig.memory(32));
@@ -41,7 +41,7 @@ fn stacks_of_matrices_and_products_added_to_something() {
 
 #[test]
 fn logarithms_of_probabilities_and_the_loss_with_its_gradient() {
-    let _rig = Rig::open(3);
+    let rig = Rig::open(3);
     let logits = [1.0_f32, 2.0, 3.0, 0.5, 0.5, 0.5];
     let log = |row: usize, column: usize| -> f32 {
         let row = &logits[row * 3..][..3];
@@ -101,7 +101,7 @@ fn grad_plan(head: &[u64; 8], out: u64, planned: (u64, u64)) -> i32 {
 
 #[test]
 fn embeddings_and_their_gradient() {
-    let _rig = Rig::open(3);
+    let rig = Rig::open(3);
     let table = tensor(rig.put(&[1.0_f32, 2.0, 3.0, 4.0]), F32, &[2, 2]);
     let index = tensor(rig.put(&[1_i32, 0, 1]), I32, &[3]);
     let y = rig.memory(24);
@@ -116,7 +116,7 @@ fn embeddings_and_their_gradient() {
 
 #[test]
 fn the_largest_and_a_sort_of_integers() {
-    let _rig = Rig::open(3);
+    let rig = Rig::open(3);
     let x = tensor(rig.put(&[3.0_f32, f32::NAN, 1.0, 3.0]), F32, &[1, 4]);
     let (values, places) = (rig.memory(12), rig.memory(24));
     let results = [tensor(values, F32, &[1, 3]), tensor(places, I64, &[1, 3])];
@@ -133,7 +133,7 @@ fn the_largest_and_a_sort_of_integers() {
 
 #[test]
 fn experts_are_chosen_and_rows_go_to_them_and_come_back() {
-    let _rig = Rig::open(3);
+    let rig = Rig::open(3);
     let logits = tensor(rig.put(&[1.0_f32, 1.0, 0.0, 0.0, 2.0, 2.0]), F32, &[2, 3]);
     let (weights, experts, rows) = (rig.memory(16), rig.memory(16), rig.memory(16));
     let chosen =
