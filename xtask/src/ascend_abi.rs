@@ -150,7 +150,7 @@ fn without_comments(text: &str) -> String {
     let mut rest = text;
     while let Some(at) = rest.find('/') {
         clean.push_str(&rest[..at]);
-        let end = match rest[at..].as_bytes().get(1) {
+        let end = match rest.as_bytes().get(at + 1) {
             Some(b'*') => rest[at + 2..].find("*/").map_or(rest.len(), |end| at + 2 + end + 2),
             Some(b'/') => rest[at..].find('\n').map_or(rest.len(), |end| at + end),
             _ => {

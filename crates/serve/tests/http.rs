@@ -1,7 +1,5 @@
 //! The HTTP API as clients see it, on a server in this process.
 
-#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
-
 mod common;
 
 use std::time::{Duration, Instant};

@@ -42,7 +42,7 @@ fn clients_that_vanish_mid_stream_give_every_block_back() {
         let prompt = format!("A bridge {}", at % 7);
         let chat = json!({ "messages": [{ "role": "user", "content": prompt }], "stream": true,
                            "max_tokens": 300, "n": 1 + at % 3 });
-        let plain = json!({ "prompt": prompt, "max_tokens": 300, "stream": at % 4 != 0,
+        let plain = json!({ "prompt": prompt, "max_tokens": 300, "stream": !at.is_multiple_of(4),
                             "logprobs": 2 });
         let (path, body) = match at % 2 {
             0 => ("/v1/completions", plain),
@@ -51,7 +51,7 @@ fn clients_that_vanish_mid_stream_give_every_block_back() {
         let mut socket = server.send("POST", path, &[], &body.to_string());
         // Some leave before the first byte, some in the middle of a piece.
         let mut some = vec![0_u8; stream.below(at, 4000) as usize];
-        if at % 4 != 0 && !some.is_empty() {
+        if !at.is_multiple_of(4) && !some.is_empty() {
             match socket.read_exact(&mut some) {
                 Ok(()) => {}
                 // The whole answer was shorter.

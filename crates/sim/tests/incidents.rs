@@ -97,6 +97,7 @@ fn a_peer_that_has_just_taken_the_state_carries_the_run_when_its_donor_is_lost()
 }
 
 /// When a worker joins, in milliseconds.
+#[expect(clippy::unwrap_used, reason = "a test's helper may fail loudly too")]
 fn joined_at(scenario: &Scenario) -> u64 {
     let mut joined = None;
     let outcome = simulate_seen(scenario, &mut |at, line| {

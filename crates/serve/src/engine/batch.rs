@@ -41,6 +41,9 @@ enum After {
     Leaves,
 }
 
+/// Something of a running sequence, and the sequence's place among those that run.
+type Placed<T> = (usize, T);
+
 impl Batch {
     /// An empty batch.
     pub fn new(device: Device, blocks: Arc<Mutex<BlockPool>>, stats: Arc<Stats>) -> Batch {
@@ -241,7 +244,7 @@ impl Batch {
     }
 
     /// What every ready sequence puts into the step, and who fails on the way.
-    fn stakes(&mut self) -> (Vec<(usize, Stake)>, Vec<(usize, String)>) {
+    fn stakes(&mut self) -> (Vec<Placed<Stake>>, Vec<Placed<String>>) {
         let DeviceOptions { vocabulary, context, speculation, .. } = *self.device.options();
         let is_ready =
             |one: &Sequence| one.cached + 1 == one.tokens.len() && one.generate().is_some();
@@ -256,7 +259,7 @@ impl Batch {
             let guesses = match speculation {
                 Speculation::Off => Vec::new(),
                 Speculation::PromptLookup => {
-                    let limit = one.reach.next().min(spare).min(one.room(context));
+                    let limit = one.reach.guesses().min(spare).min(one.room(context));
                     let found = look_up(&one.tokens, limit).to_vec();
                     let fitting = one.grow_for(found.len(), &mut pool);
                     found[..fitting].to_vec()

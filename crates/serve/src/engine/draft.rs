@@ -59,7 +59,7 @@ impl Reach {
     }
 
     /// How many to guess now; called once a step.
-    pub fn next(&mut self) -> usize {
+    pub fn guesses(&mut self) -> usize {
         if self.pause > 0 {
             self.pause -= 1;
             return 0;
@@ -106,16 +106,16 @@ mod tests {
     #[test]
     fn wrong_guesses_become_short_and_rare_and_right_ones_long_again() {
         let mut reach = Reach::new(8);
-        assert_eq!(reach.next(), 8);
+        assert_eq!(reach.guesses(), 8);
         reach.learn(8, 2);
-        assert_eq!(reach.next(), 3);
+        assert_eq!(reach.guesses(), 3);
         reach.learn(3, 3);
-        assert_eq!(reach.next(), 6);
+        assert_eq!(reach.guesses(), 6);
         reach.learn(6, 0);
-        assert_eq!(reach.next(), 1);
+        assert_eq!(reach.guesses(), 1);
         reach.learn(1, 0);
-        assert_eq!((0..5).map(|_| reach.next()).collect::<Vec<_>>(), [0, 0, 0, 0, 1]);
+        assert_eq!((0..5).map(|_| reach.guesses()).collect::<Vec<_>>(), [0, 0, 0, 0, 1]);
         reach.learn(1, 1);
-        assert_eq!(reach.next(), 2);
+        assert_eq!(reach.guesses(), 2);
     }
 }
