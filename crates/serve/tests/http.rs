@@ -431,7 +431,10 @@ fn a_calls_arguments_are_streamed_as_they_are_written() {
 
 #[test]
 fn a_server_that_stops_says_so_until_what_runs_has_ended() {
-    let mut server = server();
+    let (small, faults) = (Small::new(), Faults::none());
+    let mut server = small.server(small.pool(&["a"], small.options(), &faults));
+    // What runs cannot end before the test has asked: its device is held after a few tokens.
+    faults.set("a", 20, Failure::Hold);
     let body = json!({ "prompt": "A bridge", "max_tokens": 400, "stream": true }).to_string();
     let mut stream = server.send("POST", "/v1/completions", &[], &body);
     let mut first = [0_u8; 1];
@@ -445,6 +448,7 @@ fn a_server_that_stops_says_so_until_what_runs_has_ended() {
     assert_eq!(server.get("/health").0, 200);
     let (status, error) = server.fails("/v1/completions", &json!({ "prompt": "x" }));
     assert_eq!((status, &error["code"]), (503, &"stopping".into()));
+    faults.release();
     let mut rest = String::new();
     std::io::Read::read_to_string(&mut stream, &mut rest).unwrap();
     assert!(rest.contains("data: [DONE]"), "{rest}");

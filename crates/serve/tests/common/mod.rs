@@ -143,6 +143,8 @@ pub const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %}\
 pub struct Faults {
     /// Launches until the device of this name fails; below zero: it does not.
     pub launches: std::sync::Mutex<Vec<(String, Arc<AtomicI64>, Failure)>>,
+    released: std::sync::Mutex<bool>,
+    released_changed: std::sync::Condvar,
 }
 
 /// How a device fails.
@@ -156,6 +158,8 @@ pub enum Failure {
     Hang,
     /// From here on, one bit of a product in every list of operations is wrong.
     Lie,
+    /// It goes on when the test says so.
+    Hold,
 }
 
 impl Faults {
@@ -172,6 +176,17 @@ impl Faults {
     /// Lets devices fail no more.
     pub fn clear(&self) {
         self.launches.lock().unwrap().clear();
+    }
+
+    /// Lets devices that are held go on.
+    pub fn release(&self) {
+        *self.released.lock().unwrap() = true;
+        self.released_changed.notify_all();
+    }
+
+    fn wait_for_release(&self) {
+        let released = self.released.lock().unwrap();
+        drop(self.released_changed.wait_while(released, |released| !*released).unwrap());
     }
 
     fn hit(&self, device: &str) -> Option<Failure> {
@@ -253,6 +268,10 @@ impl Backend for Faulty {
                 self.inner.launch_all(ops)
             }
             Some(Failure::Lie) => self.lie(ops),
+            Some(Failure::Hold) => {
+                self.faults.wait_for_release();
+                self.inner.launch_all(ops)
+            }
         }
     }
 
