@@ -65,7 +65,8 @@ impl Supervisor {
             return;
         }
         if self.workers[worker].trial {
-            return self.refuse_move(format!("worker {worker}: {}", loss.cause));
+            let device = &self.workers[worker].device;
+            return self.refuse_move(format!("{device} (worker {worker}): {}", loss.cause));
         }
         self.outputs.push(Output::Kill { worker });
         let mut lost = self.round.take_pending(worker);
