@@ -212,10 +212,10 @@ impl Supervisor {
     /// A new worker has taken a state, as it lies on its device: that of its trial, or that from
     /// which it goes on.
     pub(super) fn transferred(&mut self, worker: usize, digest: StateDigest) {
+        let who = self.called(worker);
         let Some(moving) = &mut self.moving else { return };
         if digest != moving.state {
-            let text = format!("worker {worker}: took another state from its peer than was given");
-            return self.refuse_move(text);
+            return self.refuse_move(format!("{who}: took another state than it was given"));
         }
         if moving.certificate.is_some() {
             moving.took.insert(worker);
@@ -256,9 +256,10 @@ impl Supervisor {
 
     /// A new worker's state after it has computed.
     pub(super) fn checked(&mut self, worker: usize, digest: StateDigest) {
+        let who = self.called(worker);
         let Some(moving) = &mut self.moving else { return };
         if digest != moving.state {
-            return self.refuse_move(format!("worker {worker}: {CHANGED}"));
+            return self.refuse_move(format!("{who}: {CHANGED}"));
         }
         moving.checked.insert(worker);
         let aside = |worker: &usize| self.workers[*worker].standing == Standing::Waiting;
@@ -332,6 +333,11 @@ impl Supervisor {
         let text = certificate.reasons.join("; ");
         self.refuse_with(text, Some(certificate));
         Some(true)
+    }
+
+    /// A new worker in a refusal.
+    pub(super) fn called(&self, worker: usize) -> String {
+        format!("{} (worker {worker})", self.workers[worker].device)
     }
 
     fn place(&self, worker: usize) -> Place {
