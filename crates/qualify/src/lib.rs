@@ -3,9 +3,9 @@
 //!
 //! [`reference`] is the naive f64 twin of every operation, [`cases`] are seeded inputs, and
 //! [`conformance`] holds a backend's results against the reference; [`stress`], [`speed`] and
-//! [`forecast`] measure, [`exchange`] checks collectives, and [`verdict`] judges. [`compare`] certifies that devices agree on a
-//! model, [`bisect`] finds the first operation on which they do not. Knows no vendor and no model:
-//! a model's programs are passed in. Read next: `conformance.rs`, `verdict.rs`, `bisect.rs`.
+//! [`forecast`] measure, [`exchange`] checks collectives, and [`verdict`] judges. [`compare`]
+//! certifies that devices agree on a model, [`bisect`] finds the first operation on which they do
+//! not. Knows no vendor and no model: a model's programs are passed in. Read next: `conformance.rs`, `verdict.rs`, `bisect.rs`.
 
 pub mod bisect;
 pub mod cases;

@@ -90,14 +90,14 @@ pub fn page(sheet: &Sheet) -> String {
             "# What each device supports\n\nMade by `{command}` on {date}; do not edit. Machine: \
              {machine}. Seed of the inputs: {seed}.\n\n\
              A number is how many cases of the operation in that dtype were computed and passed \
-             every check: *correct* (each element against the f64 twin, within its tolerance, and no \
-             stray byte), *repeat* (the same bits again), and where they apply *gradient* (against \
-             central differences, in f32), *invariance* (a row's bits do not depend on its batch) \
-             and *agreement* (two devices hold the sum along the contract's tree). `–`: the \
-             operation has no case in that dtype, because its contract has none. `no`: refused, for \
-             a reason below. The dtype is the one computed in; operands of other dtypes (quantised \
-             weights, f32 masters and logits) are part of the cases. The three exchanges ran between \
-             two devices of the same name or of neighbouring numbers.\n\n"
+             every check: *correct* (each element against the f64 twin, within its tolerance, and \
+             no stray byte), *repeat* (the same bits again), and where they apply *gradient* \
+             (against central differences, in f32), *invariance* (a row's bits do not depend on \
+             its batch) and *agreement* (two devices hold the sum along the contract's tree). `–`: \
+             there is no case in that dtype: the contract names none. `no`: refused, for a reason \
+             below. The dtype is the one computed in; operands of other dtypes (quantised \
+             weights, f32 masters and logits) are part of the cases. The three exchanges ran \
+             between two devices of the same name or of neighbouring numbers.\n\n"
         ),
     );
     devices(&mut page, sheet);
@@ -164,7 +164,10 @@ fn exceptions(page: &mut String, sheet: &Sheet) {
         page.push_str("Nothing.\n");
     }
     items.iter().for_each(|item| push(page, format_args!("- {item}\n")));
-    page.push_str("\n## Waivers\n\nWhat devices would refuse under conditions that did not hold in these runs, from their `waivers.toml`:\n\n");
+    page.push_str(
+        "\n## Waivers\n\nWhat devices would refuse under conditions that did not hold in these runs, \
+         from their `waivers.toml`:\n\n",
+    );
     if sheet.waivers.is_empty() {
         page.push_str("None.\n");
     }

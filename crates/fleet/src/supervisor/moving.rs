@@ -180,8 +180,8 @@ impl Supervisor {
         self.send(worker, Command::Replay { step, leaf: 0, against });
     }
 
-    /// At a step's beginning: once all new workers have loaded they are tried in this step, and once
-    /// they have passed this step is theirs.
+    /// At a step's beginning: once all new workers have loaded they are tried in this step, and
+    /// once they have passed this step is theirs.
     pub(super) fn begin_trial(&mut self) {
         let (now, step, leaves) = (self.now, self.step, self.settings.leaves);
         let Some(moving) = &mut self.moving else { return };
