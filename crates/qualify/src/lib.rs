@@ -5,7 +5,8 @@
 //! [`conformance`] holds a backend's results against the reference; [`stress`], [`speed`] and
 //! [`forecast`] measure, [`exchange`] checks collectives, and [`verdict`] judges. [`compare`]
 //! certifies that devices agree on a model, [`bisect`] finds the first operation on which they do
-//! not. Knows no vendor and no model: a model's programs are passed in. Read next: `conformance.rs`, `verdict.rs`, `bisect.rs`.
+//! not. Knows no vendor and no model: a model's programs are passed in. Read next:
+//! `conformance.rs`, `verdict.rs`, `bisect.rs`.
 
 pub mod bisect;
 pub mod cases;

@@ -165,8 +165,8 @@ fn exceptions(page: &mut String, sheet: &Sheet) {
     }
     items.iter().for_each(|item| push(page, format_args!("- {item}\n")));
     page.push_str(
-        "\n## Waivers\n\nWhat devices would refuse under conditions that did not hold in these runs, \
-         from their `waivers.toml`:\n\n",
+        "\n## Waivers\n\nWhat devices would refuse under conditions that did not hold in these \
+         runs, from their `waivers.toml`:\n\n",
     );
     if sheet.waivers.is_empty() {
         page.push_str("None.\n");
