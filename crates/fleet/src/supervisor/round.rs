@@ -118,8 +118,10 @@ pub(super) struct Round {
     pub valid_loss: Option<f64>,
     /// The furthest that gradients of two classes were apart.
     pub apart: Option<f64>,
-    /// Whether new workers of a move are tried in it.
+    /// Whether new workers of a move are tried in it, or the run goes to them at its beginning.
     pub moving: bool,
+    /// Whether its leaves were given to anyone yet.
+    pub handed_out: bool,
 }
 
 impl Round {
@@ -145,6 +147,7 @@ impl Round {
             valid_loss: None,
             apart: None,
             moving: false,
+            handed_out: false,
         }
     }
 
