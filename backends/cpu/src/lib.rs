@@ -317,8 +317,11 @@ impl Backend for CpuBackend {
 /// Operations between two products of a layer at most, those of mixtures of experts aside.
 const FORESEEN: usize = 8;
 
+/// How many rows of the weights one task streams.
+type RowsOfTask = fn(&Pool, Isa, usize) -> usize;
+
 /// The weights of a product that streams them, and how it cuts their rows.
-fn streamed(op: &Op) -> Option<(&View, fn(&Pool, Isa, usize) -> usize)> {
+fn streamed(op: &Op) -> Option<(&View, RowsOfTask)> {
     match op {
         Op::Matmul(op) if op.layout == Layout::Nt && op.a.dim(0) <= gemm::GEMV_ROWS_MAX => {
             Some((&op.b, gemm::streamed_rows))

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use pontoon_ops::sums::of_row;
 
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
-use super::verify::{self, Flip, Watch, Work};
+use super::verify::{self, Flip, SumDown, Watch, Work};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
@@ -387,15 +387,12 @@ fn compute_as<C: Element>(
             }
             // Neighbouring tasks share their columns, so the right panels stay in the cache.
             let (row, column) = (index % tile_rows, index / tile_rows);
-            let task = TileTask {
-                region,
-                tile: tiles.take(row, column),
-                row: row * TILE_ROWS,
-                column: column * TILE_COLUMNS,
-                sums,
-                seen: seen.as_ref().map(|seen| seen.tile(row, column)),
-            };
-            dispatch(isa, task);
+            let (tile, at) = (tiles.take(row, column), (row * TILE_ROWS, column * TILE_COLUMNS));
+            let mut task = TileTask { region, tile, row: at.0, column: at.1, sums };
+            match &seen {
+                Some(seen) => task.watched(isa, seen.tile(row, column)),
+                None => dispatch(isa, Tiling::<_, false> { task: &mut task, seen: &mut [] }),
+            }
         }
     });
 }
@@ -407,17 +404,62 @@ struct TileTask<'a, C> {
     row: usize,
     column: usize,
     sums: &'a mut [f32],
-    seen: Option<SeenTile<'a>>,
 }
 
-impl<C: Element> Kernel for TileTask<'_, C> {
+/// Computes a tile; `WATCHED` says whether the sums of its columns are added to `seen`.
+struct Tiling<'t, 'a, C, const WATCHED: bool> {
+    task: &'t mut TileTask<'a, C>,
+    seen: &'t mut [f32],
+}
+
+impl<C: Element, const WATCHED: bool> Kernel for Tiling<'_, '_, C, WATCHED> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
+    fn run<S: Simd>(self, simd: S) {
+        self.task.compute::<S, WATCHED>(simd, self.seen);
+    }
+}
+
+/// The word sum of a tile as it stands.
+struct TileWords<'t, 'a, C>(&'t mut Tile<'a, C>);
+
+impl<C: Element> Kernel for TileWords<'_, '_, C> {
+    type Output = u32;
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> u32 {
+        let mut sum = 0_u32;
+        for row in 0..self.0.rows() {
+            sum = sum.wrapping_add(of_row(bytemuck::cast_slice(self.0.row(row))));
+        }
+        sum
+    }
+}
+
+impl<C: Element> TileTask<'_, C> {
+    /// Computes the tile and the sums of a check. What is summed before and after runs in kernels
+    /// of its own: the inner loop is better compiled alone.
+    fn watched(&mut self, isa: Isa, mut seen: SeenTile<'_>) {
+        let region = self.region;
+        let Some((watch, _)) = region.watch else { return };
+        if region.store == Store::Accumulate {
+            watch.before.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
+        }
+        if let Some((sums, squares)) = &mut seen.left {
+            let left = region.left.at(self.row, 0, isa.geometry().micro_rows);
+            let rows = self.tile.rows();
+            squares[0] = dispatch(isa, SumDown { left, rows, dot: region.dot, to: sums });
+        }
+        let seen = seen.columns.row(0);
+        seen.fill(0.0);
+        dispatch(isa, Tiling::<_, true> { task: self, seen });
+        watch.stored.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    fn compute<S: Simd, const WATCHED: bool>(&mut self, simd: S, seen: &mut [f32]) {
         let (width, region) = (2 * S::LANES, self.region);
         let units = region.units;
         let micro_words = S::MICRO_ROWS * width;
-        self.begin_watch(simd);
         let mut unit = 0;
         loop {
             let stretch = region.chain_units.min(units - unit);
@@ -438,7 +480,9 @@ impl<C: Element> Kernel for TileTask<'_, C> {
                         micro_tile::<S, false>(simd, rows, tile);
                     }
                     if is_last {
-                        self.watch(simd, (row, rows), column, slot);
+                        if WATCHED {
+                            self.watch(simd, (row, rows), (column, slot), seen);
+                        }
                         self.write(simd, row, rows, column, slot);
                     }
                     if stretch < units {
@@ -451,61 +495,28 @@ impl<C: Element> Kernel for TileTask<'_, C> {
                 break;
             }
         }
-        if let Some((watch, _)) = region.watch {
-            watch.stored.fetch_add(self.words(), Ordering::Relaxed);
-        }
-    }
-}
-
-impl<C: Element> TileTask<'_, C> {
-    /// The word sum of the tile as it stands.
-    #[inline(always)]
-    fn words(&mut self) -> u32 {
-        let mut sum = 0_u32;
-        for row in 0..self.tile.rows() {
-            sum = sum.wrapping_add(of_row(bytemuck::cast_slice(self.tile.row(row))));
-        }
-        sum
-    }
-
-    /// Sums what was there before and, once for each row of tiles, the rows of the left operand.
-    #[inline(always)]
-    fn begin_watch<S: Simd>(&mut self, simd: S) {
-        let region = self.region;
-        let Some((watch, _)) = region.watch else { return };
-        if region.store == Store::Accumulate {
-            watch.before.fetch_add(self.words(), Ordering::Relaxed);
-        }
-        let rows = self.tile.rows();
-        let Some(seen) = &mut self.seen else { return };
-        seen.columns.row(0).fill(0.0);
-        if let Some((sums, squares)) = &mut seen.left {
-            let left = region.left.at(self.row, 0, S::MICRO_ROWS);
-            squares[0] = if S::BF16_DOT && region.dot {
-                verify::sum_down::<S, true>(simd, left, rows, sums)
-            } else {
-                verify::sum_down::<S, false>(simd, left, rows, sums)
-            };
-        }
     }
 
     /// Adds the sums of one register tile to those of its columns, row by row.
     #[inline(always)]
-    fn watch<S: Simd>(&mut self, simd: S, (row, rows): (usize, usize), column: usize, slot: usize) {
-        let Some((watch, first)) = self.region.watch else { return };
+    fn watch<S: Simd>(
+        &mut self,
+        simd: S,
+        (row, rows): (usize, usize),
+        (column, slot): (usize, usize),
+        seen: &mut [f32],
+    ) {
         let width = 2 * S::LANES;
-        if let Some(flip) = watch.flip {
+        if let Some((Watch { flip: Some(flip), .. }, first)) = self.region.watch {
             self.spoil(
-                flip,
+                *flip,
                 (first.0 + self.row + row, rows),
                 first.1 + self.column + column,
                 slot,
                 width,
             );
         }
-        let Some(seen) = &mut self.seen else { return };
-        let to = seen.columns.row(0);
-        let to = &mut to[column..];
+        let to = &mut seen[column..];
         let (left, right) = to.split_at_mut(S::LANES.min(to.len()));
         let mut totals = [simd.load(left), simd.load(right)];
         for sums in self.sums[slot..][..rows * width].chunks_exact(width) {

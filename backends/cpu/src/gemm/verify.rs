@@ -17,7 +17,7 @@ use super::{DataMut, GemmArgs, Layout, Matrix, MatrixMut, Product, Store, Unit};
 use crate::ffi::{PARTS_MAX, Parts};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::micro::{LeftUnits, load_units};
+use crate::simd::micro::{LeftUnits, PAIRED_ONES, load_units, sum_strip};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 
 /// A flipped bit in a product's f32 sums before they are stored, to try the check.
@@ -61,7 +61,7 @@ const SPLITS: usize = 3;
 /// Columns that are computed again at most, the worst ones first: where more are beyond the limit,
 /// either the first of them is wrong or errors of rounding all go one way.
 const SUSPECTS_MAX: usize = 32;
-/// Vectors of units that are summed down the rows at a time.
+/// Vectors of units that are summed at a time, each in a chain of its own.
 const STRIP: usize = 4;
 /// Rows of the left operand that one task sums at least.
 const ROWS_PER_TASK: usize = 32;
@@ -111,8 +111,29 @@ pub(super) fn elements<T>(product: &Product<'_, T>) -> usize {
 
 /// Sums rows of units down the rows: one sum for each element of the chain. Pairs give the sums of
 /// even elements in the first half of `to`, those of odd ones in the second. Returns the squares.
+pub(super) struct SumDown<'a, 'b> {
+    pub left: LeftUnits<'a>,
+    pub rows: usize,
+    /// Units are bf16 pairs.
+    pub dot: bool,
+    pub to: &'b mut [f32],
+}
+
+impl Kernel for SumDown<'_, '_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> f32 {
+        let SumDown { left, rows, dot, to } = self;
+        if S::BF16_DOT && dot {
+            sum_down::<S, true>(simd, left, rows, to)
+        } else {
+            sum_down::<S, false>(simd, left, rows, to)
+        }
+    }
+}
+
 #[inline(always)]
-pub(super) fn sum_down<S: Simd, const DOT: bool>(
+fn sum_down<S: Simd, const DOT: bool>(
     simd: S,
     left: LeftUnits<'_>,
     rows: usize,
@@ -120,37 +141,43 @@ pub(super) fn sum_down<S: Simd, const DOT: bool>(
 ) -> f32 {
     let units = if DOT { to.len() / 2 } else { to.len() };
     let (even, odd) = to.split_at_mut(units);
-    let [first, second] = [0x3f80_u32, 0x3f80 << 16].map(|ones| simd.splat(f32::from_bits(ones)));
-    let mut squares = simd.zero();
+    let mut squares = [simd.zero(); STRIP];
     let mut unit = 0;
-    while unit < units {
-        let vectors = (units - unit).div_ceil(S::LANES).min(STRIP);
+    while unit + STRIP * S::LANES <= units {
         let mut sums = [[simd.zero(); 2]; STRIP];
+        sum_strip::<S, DOT, STRIP>(simd, (left, rows), unit, &mut sums, &mut squares);
+        for sums in sums {
+            simd.store(sums[0], &mut even[unit..]);
+            if DOT {
+                simd.store(sums[1], &mut odd[unit..]);
+            }
+            unit += S::LANES;
+        }
+    }
+    let [first, second] = PAIRED_ONES.map(|ones| simd.splat(f32::from_bits(ones)));
+    while unit < units {
+        let mut sums = [simd.zero(); 2];
         for row in 0..rows {
             let start = left.start + row * left.row_bytes + 4 * unit;
-            let bytes = &left.bytes[start..][..4 * (units - unit).min(STRIP * S::LANES)];
-            for (vector, sums) in sums.iter_mut().enumerate().take(vectors) {
-                let value = load_units(simd, bytes, vector * S::LANES);
-                if DOT {
-                    sums[0] = simd.dot_pairs(sums[0], value, first);
-                    sums[1] = simd.dot_pairs(sums[1], value, second);
-                    squares = simd.dot_pairs(squares, value, value);
-                } else {
-                    sums[0] = simd.add(sums[0], value);
-                    squares = simd.fma(value, value, squares);
-                }
-            }
-        }
-        for (vector, sums) in sums.iter().enumerate().take(vectors) {
-            let (at, end) = (unit + vector * S::LANES, units.min(unit + (vector + 1) * S::LANES));
-            simd.store(sums[0], &mut even[at..end]);
+            let bytes = &left.bytes[start..][..4 * (units - unit).min(S::LANES)];
+            let value = load_units(simd, bytes, 0);
             if DOT {
-                simd.store(sums[1], &mut odd[at..end]);
+                sums[0] = simd.dot_pairs(sums[0], value, first);
+                sums[1] = simd.dot_pairs(sums[1], value, second);
+                squares[0] = simd.dot_pairs(squares[0], value, value);
+            } else {
+                sums[0] = simd.add(sums[0], value);
+                squares[0] = simd.fma(value, value, squares[0]);
             }
         }
-        unit += vectors * S::LANES;
+        let end = units.min(unit + S::LANES);
+        simd.store(sums[0], &mut even[unit..end]);
+        if DOT {
+            simd.store(sums[1], &mut odd[unit..end]);
+        }
+        unit += S::LANES;
     }
-    simd.reduce_sum(squares)
+    simd.reduce_sum(all::<S>(simd, squares))
 }
 
 /// The sum of each row of a left operand whose rows are the chain's elements (the transposed one),
@@ -177,27 +204,50 @@ impl<T: Unit> SumRows<'_, T> {
     fn sum<S: Simd, const DOT: bool>(self, simd: S) -> f32 {
         let ones = simd.splat(f32::from_bits(0x3f80_3f80));
         let per_vector = if DOT { 2 * S::LANES } else { S::LANES };
-        let mut all_squares = simd.zero();
+        let mut squares = [simd.zero(); STRIP];
         for (index, to) in self.sums.iter_mut().enumerate() {
             let row = &self.from.data[(self.from.first + index) * self.from.stride..];
             let row = &row[..self.from.k];
-            let (mut sums, mut squares) = ([simd.zero(); 2], [simd.zero(), all_squares]);
-            for (place, values) in row.chunks(per_vector).enumerate() {
-                let (sum, square) = (&mut sums[place % 2], &mut squares[place % 2]);
-                let value = row_units::<S, T, DOT>(simd, values, 0);
-                if DOT {
-                    *sum = simd.dot_pairs(*sum, value, ones);
-                    *square = simd.dot_pairs(*square, value, value);
-                } else {
-                    *sum = simd.add(*sum, value);
-                    *square = simd.fma(value, value, *square);
+            let mut sums = [simd.zero(); STRIP];
+            let strips = row.chunks_exact(STRIP * per_vector);
+            let rest = strips.remainder();
+            for strip in strips.map(|strip| strip.chunks_exact(per_vector)) {
+                for ((values, sum), square) in strip.zip(&mut sums).zip(&mut squares) {
+                    let value = row_units::<S, T, DOT>(simd, values, 0);
+                    (*sum, *square) = add_units::<S, DOT>(simd, value, ones, (*sum, *square));
                 }
             }
-            *to = simd.reduce_sum(simd.add(sums[0], sums[1]));
-            all_squares = simd.add(squares[0], squares[1]);
+            for values in rest.chunks(per_vector) {
+                let value = row_units::<S, T, DOT>(simd, values, 0);
+                (sums[0], squares[0]) =
+                    add_units::<S, DOT>(simd, value, ones, (sums[0], squares[0]));
+            }
+            *to = simd.reduce_sum(all::<S>(simd, sums));
         }
-        simd.reduce_sum(all_squares)
+        simd.reduce_sum(all::<S>(simd, squares))
     }
+}
+
+/// Adds a vector of units to a sum and its squares to theirs.
+#[inline(always)]
+fn add_units<S: Simd, const DOT: bool>(
+    simd: S,
+    value: S::F32,
+    ones: S::F32,
+    (sum, square): (S::F32, S::F32),
+) -> (S::F32, S::F32) {
+    if DOT {
+        (simd.dot_pairs(sum, value, ones), simd.dot_pairs(square, value, value))
+    } else {
+        (simd.add(sum, value), simd.fma(value, value, square))
+    }
+}
+
+/// The sum of some vectors.
+#[inline(always)]
+fn all<S: Simd>(simd: S, parts: [S::F32; STRIP]) -> S::F32 {
+    let [first, second, third, fourth] = parts;
+    simd.add(simd.add(first, second), simd.add(third, fourth))
 }
 
 /// Sums the rows of a transposed left operand into the first row of tiles of `work`.

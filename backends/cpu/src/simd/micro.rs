@@ -169,6 +169,45 @@ pub(crate) fn load_units<S: Simd>(simd: S, bytes: &[u8], unit: usize) -> S::F32 
     simd.load(&units[..S::LANES])
 }
 
+/// A one in the lower and in the upper half of a pair of bf16.
+pub(crate) const PAIRED_ONES: [u32; 2] = [0x3f80, 0x3f80 << 16];
+
+/// Adds `VECTORS` vectors of units from `unit` on of each row, and their squares: of pairs, even
+/// elements to the first sum and odd ones to the second.
+#[inline(always)]
+pub(crate) fn sum_strip<S: Simd, const DOT: bool, const VECTORS: usize>(
+    simd: S,
+    (left, rows): (LeftUnits<'_>, usize),
+    unit: usize,
+    sums: &mut [[S::F32; 2]; VECTORS],
+    squares: &mut [S::F32; VECTORS],
+) {
+    if rows == 0 {
+        return;
+    }
+    let start = left.start + 4 * unit;
+    let end = start + (rows - 1) * left.row_bytes + 4 * VECTORS * S::LANES;
+    assert!(end <= left.bytes.len(), "rows end at {end} of {}", left.bytes.len());
+    let [first, second] = PAIRED_ONES.map(|ones| simd.splat(f32::from_bits(ones)));
+    let (mut totals, mut total_squares) = (*sums, *squares);
+    for row in 0..rows {
+        for (vector, (sums, squares)) in totals.iter_mut().zip(&mut total_squares).enumerate() {
+            let at = start + row * left.row_bytes + 4 * vector * S::LANES;
+            // SAFETY: the last row's last vector was checked above.
+            let value = unsafe { simd.load_raw(left.bytes.as_ptr().add(at)) };
+            if DOT {
+                sums[0] = simd.dot_pairs(sums[0], value, first);
+                sums[1] = simd.dot_pairs(sums[1], value, second);
+                *squares = simd.dot_pairs(*squares, value, value);
+            } else {
+                sums[0] = simd.add(sums[0], value);
+                *squares = simd.fma(value, value, *squares);
+            }
+        }
+    }
+    (*sums, *squares) = (totals, total_squares);
+}
+
 /// Bytes of a cache line, for prefetching.
 const LINE_BYTES: usize = 64;
 
