@@ -47,6 +47,8 @@ pub struct Settings {
     pub seed: u64,
     /// Steps between snapshots; 0 for one at the end.
     pub snapshot_every: u64,
+    /// How long the last snapshot is tried again when it cannot be written.
+    pub save_patience: Duration,
     /// When the validation data is scored.
     pub validation: Validation,
     /// The share of micro-batches that a second worker computes too.
@@ -270,6 +272,8 @@ pub struct Supervisor {
     save_failures: u32,
     /// After a failure the next snapshot waits until then.
     save_not_before: Duration,
+    /// The last snapshot is tried until then.
+    save_until: Duration,
     /// Whether workers are started once the snapshot that is being written is there.
     awaits_snapshot: bool,
     /// The longest that a worker took to load.
@@ -306,6 +310,7 @@ impl Supervisor {
             saved: None,
             save_failures: 0,
             save_not_before: Duration::ZERO,
+            save_until: Duration::MAX,
             awaits_snapshot: false,
             longest_load: None,
             skips: 0,

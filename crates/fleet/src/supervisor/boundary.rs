@@ -16,12 +16,9 @@ use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
 const SLOW_AFTER: u32 = 3;
 /// And after which one that gets no leaf any more is given up.
 const EVICT_AFTER: u32 = 6;
-/// A final snapshot is tried this often: over three minutes, in which a disk is freed or a store
-/// is back more often than not.
-const SAVE_TRIES: u32 = 10;
 /// The pause before a failed snapshot is tried again; it doubles with every failure.
 const SAVE_PAUSE: Duration = Duration::from_millis(200);
-/// But never beyond this.
+/// But never beyond this, so that a store that is back is used soon.
 const SAVE_PAUSE_MAX: Duration = Duration::from_secs(120);
 
 impl Supervisor {
@@ -348,6 +345,9 @@ impl Supervisor {
     pub(super) fn finish(&mut self) {
         self.refuse_move("the run is ending".to_owned());
         self.phase = Phase::Finishing;
+        // Whatever failed before, the last one is tried at once, and then as long as was asked for.
+        (self.save_failures, self.save_not_before) = (0, self.now);
+        self.save_until = self.now + self.settings.save_patience;
         // Of a step that could not be done; one that was done is accounted for.
         self.ledger.lose("given_up", self.since_round());
         self.round.begun = self.now;
@@ -368,7 +368,7 @@ impl Supervisor {
             return false;
         }
         if self.saving.is_none() {
-            if self.save_failures >= SAVE_TRIES {
+            if self.save_failures > 0 && self.now >= self.save_until {
                 let text = "the last snapshot could not be written, see events.jsonl; free some \
                             space, see to the store or set snapshot.to, then go on with --resume";
                 self.end(Ending::Failed(text.to_owned()));
@@ -440,11 +440,16 @@ impl Supervisor {
         self.save_failures += 1;
         self.snapshot_due = true;
         self.ledger.faults += 1;
-        let doublings = 1 << (self.save_failures - 1).min(SAVE_TRIES);
-        let pause = (SAVE_PAUSE * doublings).min(SAVE_PAUSE_MAX);
+        let doublings = 2_u32.saturating_pow(self.save_failures - 1);
+        let mut pause = SAVE_PAUSE.saturating_mul(doublings).min(SAVE_PAUSE_MAX);
+        if self.phase == Phase::Finishing {
+            pause = pause.min(self.save_until.saturating_sub(self.now));
+        }
         self.save_not_before = self.now + pause;
-        let action = format!("goes on; tried again {:.1} s later or when due", pause.as_secs_f64());
-        let action = Some(action);
+        let action = Some(match pause.is_zero() {
+            true => "given up".to_owned(),
+            false => format!("goes on; tried again {:.1} s later or when due", pause.as_secs_f64()),
+        });
         let event = Event::new(step, EventKind::SnapshotFailed);
         self.tell(Event { cause: Some(cause), action, ..event });
         if self.awaits_snapshot {

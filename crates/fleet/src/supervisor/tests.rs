@@ -98,6 +98,7 @@ impl World {
             steps: STEPS,
             seed: 1,
             snapshot_every: 2,
+            save_patience: Duration::from_secs(60),
             validation: Validation::Every(3),
             audit,
             non_finite,
