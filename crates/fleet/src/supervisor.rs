@@ -4,8 +4,10 @@
 //! A step: leaves of the gradient tree are handed out by speed, computed, audited, combined by
 //! every replica, compared, applied, compared again. What goes wrong is in `losing.rs`, what a
 //! step holds in `round.rs`, devices of several kinds in `classes.rs`, other devices under a live
-//! run in `moving.rs`, where time went in `ledger.rs`, who decides how much in `policy.rs`.
+//! run in `moving.rs`, where time went in `ledger.rs`, what is computed twice in
+//! `auditing.rs`, who decides how much in `policy.rs`.
 
+mod auditing;
 mod boundary;
 mod classes;
 mod judging;
@@ -51,7 +53,8 @@ pub struct Settings {
     pub save_patience: Duration,
     /// When the validation data is scored.
     pub validation: Validation,
-    /// The share of micro-batches that a second worker computes too.
+    /// The share of micro-batches that a second worker computes too, and of the time that is
+    /// spent on it.
     pub audit: f64,
     /// What becomes of a step that gives no finite number anywhere.
     pub non_finite: NonFinite,

@@ -128,7 +128,7 @@ pub struct FleetSection {
     pub devices: Vec<String>,
     /// Worker processes; the devices are dealt out in turn. Without it one for each device.
     pub workers: Option<usize>,
-    /// The share of micro-batches that a second worker computes too.
+    /// The share of micro-batches that a second worker computes too, and of the time spent on it.
     pub audit: f64,
     /// Seconds of silence after which a worker is taken for hung, or "auto".
     pub hang_after: HangSetting,

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::policy::{Verdict, apart, assign, is_audited, slow, verdict};
+use crate::policy::{Verdict, apart, assign, slow, verdict};
 use crate::protocol::{Area, Command, Node, Publish, Rates, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
+use super::auditing::Crew;
 use super::losing::Loss;
-use super::round::{Audit, Round};
+use super::round::Round;
 use super::workers::Standing;
 use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
 
@@ -98,7 +99,9 @@ impl Supervisor {
             self.snapshot_due = false;
             self.export(donor, Area::Snapshot);
         }
-        let alone = self.those(Standing::Member).len() == 1 && !joining;
+        let members = self.those(Standing::Member).len();
+        self.round.plan = self.plan_audits(members);
+        let alone = members == 1 && !joining;
         self.round.publish = if alone { Publish::Local } else { Publish::Shared };
         let leaves: Vec<u32> = (0..self.settings.leaves).collect();
         self.hand_out(&leaves, 0);
@@ -119,15 +122,21 @@ impl Supervisor {
         };
         let seconds: Vec<f64> =
             members.iter().map(|w| self.workers[*w].seconds.unwrap_or(usual)).collect();
+        let assigned = assign(leaves, &seconds);
+        let mut crew = Crew { busy: vec![0.0; members.len()], members, seconds };
+        for (place, nodes) in assigned.iter().enumerate() {
+            crew.give(place, nodes.iter().map(|node| node.count).sum());
+        }
         let mut replays = Vec::new();
         let mixed = self.is_mixed();
-        for (worker, nodes) in members.iter().zip(assign(leaves, &seconds)) {
+        for (place, nodes) in assigned.into_iter().enumerate() {
+            let worker = crew.members[place];
             if nodes.is_empty() {
                 continue;
             }
             let mut digests = Vec::new();
             for leaf in nodes.iter().flat_map(|node| node.first..node.first + node.count) {
-                if let Some(auditor) = self.audit(leaf, *worker, &members) {
+                if let Some(auditor) = self.audit(leaf, worker, &mut crew) {
                     digests.push(leaf);
                     replays.push((auditor, leaf));
                     if mixed {
@@ -137,27 +146,13 @@ impl Supervisor {
             }
             let single = &self.round.single;
             let nodes: Vec<Node> = nodes.into_iter().flat_map(|of| apart(of, single)).collect();
-            self.round.pending.extend(nodes.iter().map(|node| (*worker, *node, self.now)));
+            self.round.pending.extend(nodes.iter().map(|node| (worker, *node, self.now)));
             let (step, publish) = (self.step + 1, self.round.publish);
-            self.send(*worker, Command::Compute { step, nodes, digests, publish });
+            self.send(worker, Command::Compute { step, nodes, digests, publish });
         }
         for (worker, leaf) in replays {
             self.replay(worker, leaf);
         }
-    }
-
-    /// Notes an audit of a leaf if it is drawn and there is someone to do it, who is returned.
-    fn audit(&mut self, leaf: u32, owner: usize, members: &[usize]) -> Option<usize> {
-        let settings = &self.settings;
-        let drawn = self.workers[owner].on_probation
-            || is_audited(settings.audit, settings.seed, self.step + 1, leaf);
-        if !drawn {
-            return None;
-        }
-        let auditor = self.auditor(leaf, owner, members)?;
-        self.round.audits.retain(|audit| audit.leaf != leaf);
-        self.round.audits.push(Audit::new(leaf, owner, auditor));
-        Some(auditor)
     }
 
     /// Every writer has applied the step: compares them, and hands their state on or closes it.
@@ -262,11 +257,7 @@ impl Supervisor {
         let moving = self.round.moving.then_some("move");
         let cause = disturbance.or(moving).or(missing);
         let wall = self.now.saturating_sub(self.round.begun);
-        let checking = match self.fastest().and_then(|worker| self.workers[worker].seconds) {
-            Some(seconds) => f64::from(self.round.replays) * seconds / members.len() as f64,
-            None => 0.0,
-        };
-        let checking = checking.min(0.5 * wall.as_secs_f64());
+        let checking = self.audited_seconds(&members);
         self.ledger.lose("audit", checking);
         let lost = self.ledger.step(self.step, wall.as_secs_f64() - checking, cause);
         self.round.begun = self.now;
