@@ -126,6 +126,8 @@ pub enum Input {
     },
     /// Time has passed.
     Tick,
+    /// Whoever drives was itself stopped for a while, and may have heard nothing in it.
+    Stalled,
     /// Someone wants the run to stop.
     Stop,
     /// Someone wants the run to go on, on other devices; answered by [`Output::Moved`].
@@ -346,6 +348,7 @@ impl Supervisor {
             Input::Saved { step, folder } => self.saved(step, folder),
             Input::SaveFailed { step, cause } => self.save_failed(step, cause),
             Input::Tick => self.look_for_silence(),
+            Input::Stalled => self.start_listening_anew(),
             Input::Stop => self.stop_asked = true,
             Input::Move { devices } => self.ask_for_move(devices),
         }

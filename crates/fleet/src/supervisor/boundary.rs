@@ -255,7 +255,8 @@ impl Supervisor {
         let wanted = self.workers.iter().filter(|of| !of.left && !of.trial).count();
         let missing = (members.len() < wanted).then_some("missing_workers");
         let moving = self.round.moving.then_some("move");
-        let cause = disturbance.or(moving).or(missing);
+        let stalled = self.round.stalled.then_some("stalled");
+        let cause = disturbance.or(stalled).or(moving).or(missing);
         let wall = self.now.saturating_sub(self.round.begun);
         let checking = self.audited_seconds(&members);
         self.ledger.lose("audit", checking);

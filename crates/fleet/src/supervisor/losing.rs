@@ -268,6 +268,18 @@ impl Supervisor {
         }
     }
 
+    /// The supervisor was away: silence counts from now on. Workers that were stopped with it have
+    /// done nothing wrong, and the others are heard at once.
+    pub(super) fn start_listening_anew(&mut self) {
+        for of in &mut self.workers {
+            (of.progressed, of.answered) = (self.now, self.now);
+        }
+        for (.., since) in &mut self.round.pending {
+            *since = self.now;
+        }
+        self.round.stalled = true;
+    }
+
     fn is_holding_up(&self, worker: usize) -> bool {
         if self.phase != Phase::Computing || self.those(Standing::Member).len() < 2 {
             return false;

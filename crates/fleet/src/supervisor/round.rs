@@ -124,6 +124,8 @@ pub(super) struct Round {
     pub apart: Option<f64>,
     /// Whether new workers of a move are tried in it.
     pub moving: bool,
+    /// Whether the supervisor itself was stopped meanwhile.
+    pub stalled: bool,
 }
 
 impl Round {
@@ -151,6 +153,7 @@ impl Round {
             valid_loss: None,
             apart: None,
             moving: false,
+            stalled: false,
         }
     }
 

@@ -362,6 +362,23 @@ fn every_fault_is_named_and_the_run_ends_all_the_same() {
 }
 
 #[test]
+fn a_supervisor_that_was_stopped_with_its_workers_accuses_nobody() {
+    let mut world = World::on(&["chip"; 3], 0.0, &[], NonFinite::Stop);
+    while world.step < 3 {
+        world.turn();
+    }
+    // Everyone was stopped for a minute in the middle of a step.
+    world.now += Duration::from_secs(60);
+    world.outbox.push_front(Input::Stalled);
+    let world = world.until_it_ends();
+    assert_eq!(world.ending, Some(Ending::Finished));
+    assert!(!world.kinds().contains(&"hang"), "{:?}", world.events);
+    let lost = world.supervisor.lost();
+    let stalled = lost.iter().find(|(cause, _)| *cause == "stalled").map(|(_, seconds)| *seconds);
+    assert!(stalled.is_some_and(|seconds| seconds > 59.0), "{lost:?}");
+}
+
+#[test]
 fn a_flip_in_one_of_two_workers_is_arbitrated_by_computing_again() {
     let world = World::run(2, 1.0, &[(0, 2, Wrong::Gradient)]);
     assert_eq!(world.ending, Some(Ending::Finished));
