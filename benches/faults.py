@@ -131,7 +131,7 @@ def found_by(events, planned):
     """The event that tells of a planned fault: the first about its worker from its step on."""
     of_disk = planned["kind"] in ("disk_full", "damaged_snapshot")
     for event in events:
-        mine = event["kind"] == "snapshot_failed" if of_disk else event["worker"] == planned["worker"]
+        mine = event["kind"] == "snapshot_failed" if of_disk else event.get("worker") == planned["worker"]
         if mine and planned["step"] <= event["step"] + 1 and event["step"] < planned["until"]:
             return event
     return None
@@ -170,10 +170,10 @@ def latency(folder: Path):
         what: {
             "struck": row["struck"],
             "found": len(row["events"]),
-            "detected_ms": spread(event["detected_ms"] for event in row["events"]),
-            "recovery_ms": spread(event["recovery_ms"] for event in row["events"]),
-            "lost_micro_batches": spread(event["lost_micro_batches"] for event in row["events"]),
-            "causes": sorted({event["cause"] for event in row["events"]})[:3],
+            "detected_ms": spread(event.get("detected_ms") for event in row["events"]),
+            "recovery_ms": spread(event.get("recovery_ms") for event in row["events"]),
+            "lost_micro_batches": spread(event.get("lost_micro_batches") for event in row["events"]),
+            "causes": sorted({event.get("cause", "") for event in row["events"]})[:3],
         }
         for what, row in rows.items()
     }
@@ -264,7 +264,7 @@ def flips(folder: Path, count):
         row["flipped"] += 1
         if event := found_by(events, planned):
             row["found"] += 1
-            row["detected_ms"].append(event["detected_ms"])
+            row["detected_ms"].append(event.get("detected_ms"))
         else:
             open_.append(planned)
     for row in table.values():
