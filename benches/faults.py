@@ -35,7 +35,7 @@ KINDS = [
     ("slow", {"for_steps": 8, "factor": 8.0}),
     ("bitflip", {"tensor": "Matmul", "bit": 30}),
     ("bitflip", {"tensor": "SwiGlu", "bit": 31}),
-    ("bitflip", {"tensor": "CrossEntropyBwd", "bit": 27}),
+    ("bitflip", {"tensor": "Attention", "bit": 27}),
     ("bitflip", {"tensor": "weights", "bit": 29}),
     ("bitflip", {"tensor": "gradients", "bit": 25}),
     ("bitflip", {"tensor": "moments", "bit": 24}),

@@ -34,7 +34,7 @@ use moving::Moving;
 pub use moving::{Certificate, MoveOutcome, Trial};
 use round::{Replayed, Round};
 pub use workers::Seen;
-use workers::{Standing, Worker};
+use workers::{Slowness, Standing, Worker};
 
 /// What a supervised run is.
 #[derive(Clone, Debug)]
@@ -535,6 +535,7 @@ impl Supervisor {
         of.incarnation += 1;
         of.standing = Standing::Loading;
         (of.open, of.operations, of.injected, of.loaded) = (0, 0, None, None);
+        of.slowness = Slowness::default();
         of.launched = self.now;
         let (incarnation, step, device) = (of.incarnation, self.step + 1, of.device.clone());
         self.outputs.push(Output::Launch { worker, incarnation, device, step });

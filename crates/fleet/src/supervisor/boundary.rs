@@ -10,13 +10,20 @@ use crate::run_dir::{Event, EventKind};
 use super::auditing::Crew;
 use super::losing::Loss;
 use super::round::Round;
-use super::workers::Standing;
+use super::workers::{Slowness, Standing};
 use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
 
 /// Slow steps in a row after which a worker is called slow: one may be the machine's noise.
 const SLOW_AFTER: u32 = 3;
-/// And after which one that gets no leaf any more is given up.
+/// But not before it has been slow for so long: steps of milliseconds are all noise.
+const SLOW_FLOOR: Duration = Duration::from_secs(1);
+/// Slow steps in a row after which one that gets no leaf any more is given up.
 const EVICT_AFTER: u32 = 6;
+/// But not before so long: a new process costs about as much.
+const EVICT_FLOOR: Duration = Duration::from_secs(3);
+/// What a slow worker's time for a leaf is multiplied with after a step without one, until it is
+/// given one again and shows whether it is still slow.
+const FORGETTING: f64 = 0.9;
 /// The pause before a failed snapshot is tried again; it doubles with every failure.
 const SAVE_PAUSE: Duration = Duration::from_millis(200);
 /// But never beyond this, so that a store that is back is used soon.
@@ -314,15 +321,26 @@ impl Supervisor {
         let even = self.settings.leaves / members.len().max(1) as u32;
         let is_slow = self.slow_for_their_kind(members, &seconds);
         for (index, &worker) in members.iter().enumerate() {
+            let computed = self.round.done.values().any(|subtree| subtree.worker == worker);
             let of = &mut self.workers[worker];
-            of.slow_steps = if is_slow[index] { of.slow_steps + 1 } else { 0 };
-            if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
+            if !is_slow[index] {
+                of.slowness = Slowness::default();
+                continue;
+            }
+            of.slowness.steps += 1;
+            let lasted = self.now.saturating_sub(*of.slowness.since.get_or_insert(self.now));
+            let is_over = of.slowness.steps >= EVICT_AFTER && lasted >= EVICT_FLOOR;
+            let is_clear = of.slowness.steps >= SLOW_AFTER && lasted >= SLOW_FLOOR;
+            if !computed {
+                of.seconds = of.seconds.map(|seconds| seconds * FORGETTING);
+            }
+            if is_over && counts[index] == 0 && even > 0 {
                 let cause = format!(
                     "{:.0} ms for a micro-batch: too slow to be of use",
                     1e3 * seconds[index]
                 );
                 self.lose(worker, Loss::new(EventKind::Evicted, cause));
-            } else if of.slow_steps == SLOW_AFTER {
+            } else if is_clear && !std::mem::replace(&mut of.slowness.is_told, true) {
                 self.ledger.faults += 1;
                 let mut event = self.event(worker, EventKind::Slow);
                 event.detected_ms = self.workers[worker].since_injection(self.now);

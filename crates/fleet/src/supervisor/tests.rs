@@ -33,6 +33,8 @@ enum Wrong {
     HandOn,
     /// It computes something else each time it is asked once more.
     Fickle,
+    /// It takes ten times as long.
+    Slow,
 }
 
 struct World {
@@ -295,6 +297,7 @@ impl World {
         let lie =
             u64::from(self.is_wrong(worker, step, Wrong::Gradient)) + self.lie(worker, incarnation);
         let bad_loss = self.is_wrong(worker, step, Wrong::Loss);
+        let seconds = if self.is_wrong(worker, step, Wrong::Slow) { 0.1 } else { 0.01 };
         for &node in nodes {
             let range = node.first..node.first + node.count;
             let inside = digests.iter().filter(|leaf| range.contains(leaf));
@@ -302,7 +305,7 @@ impl World {
             let leaves = inside.map(value).collect();
             let value = if bad_loss { f64::NAN } else { 1.0 };
             let losses = vec![Bits::from(value); node.count as usize];
-            let (digest, seconds) = (self.of_leaf(worker, step, node.first) + lie, 0.01);
+            let digest = self.of_leaf(worker, step, node.first) + lie;
             self.published.insert(node.first, digest);
             let report = Report::Computed { step, node, digest, leaves, losses, seconds };
             self.outbox.push_back(Input::Report { worker, incarnation, report });
@@ -359,6 +362,15 @@ fn every_fault_is_named_and_the_run_ends_all_the_same() {
         assert_eq!(event.and_then(|event| event.worker), Some(1), "{:?}", world.events);
         assert!(world.kinds().contains(&"joined"), "{kind}: the replacement joins");
     }
+}
+
+#[test]
+fn a_worker_that_is_slow_for_a_moment_gets_less_and_is_not_accused() {
+    let slow: Vec<(usize, u64, Wrong)> = (1..=4).map(|step| (1, step, Wrong::Slow)).collect();
+    let world = World::run(2, 0.0, &slow);
+    assert_eq!(world.ending, Some(Ending::Finished));
+    assert!(world.wrongs.len() < slow.len(), "it was never slow");
+    assert_eq!(world.kinds(), ["started", "snapshot", "snapshot", "snapshot", "finished"]);
 }
 
 #[test]
