@@ -69,7 +69,8 @@ impl Supervisor {
         }
         self.outputs.push(Output::Kill { worker });
         let mut lost = self.round.take_pending(worker);
-        if loss.discards {
+        // Once all agree on the sum, what it was made of is sound, and the step's losses with it.
+        if loss.discards && matches!(self.phase, Phase::Computing | Phase::Combining) {
             lost.extend(self.round.discard(|subtree| subtree.worker == worker));
         }
         self.round.combined.remove(&worker);

@@ -31,6 +31,8 @@ enum Wrong {
     /// It is gone when it is told to apply a step, or to hand on the state after it.
     Apply,
     HandOn,
+    /// Its sum changes before it is applied, which it finds itself.
+    Spoilt,
     /// It computes something else each time it is asked once more.
     Fickle,
     /// It takes ten times as long.
@@ -261,6 +263,10 @@ impl World {
                 if self.is_wrong(worker, step, Wrong::Apply) {
                     return self.gone((worker, incarnation));
                 }
+                if self.is_wrong(worker, step, Wrong::Spoilt) {
+                    let (trouble, text) = (Trouble::Corrupt, "it changed".to_owned());
+                    return say(self, Report::Failed { trouble, text });
+                }
                 self.applied.push((step, worker));
                 say(self, Report::Applied { step, rates: RATES, after: self.state(step) });
             }
@@ -353,6 +359,7 @@ fn every_fault_is_named_and_the_run_ends_all_the_same() {
         (Wrong::Weights, "corrupt"),
         (Wrong::Sum, "corrupt"),
         (Wrong::Loss, "corrupt"),
+        (Wrong::Spoilt, "corrupt"),
     ] {
         let world = World::run(3, 1.0, &[(1, 3, wrong)]);
         assert_eq!(world.ending, Some(Ending::Finished), "{kind}");
