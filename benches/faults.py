@@ -194,9 +194,31 @@ def account(run):
             "open_s": run["wall_s"] - run["useful_s"] - lost}
 
 
+def plan_at_random(steps, workers, seed=7, rate=0.05):
+    """As many faults as the rate makes, each of any kind. A disk is full once at a time: the chaos
+    plan's own draws keep it full for up to three tries, and such faults pile up."""
+    draw = random.Random(seed)
+    listed = []
+    for step in sorted(draw.sample(range(5, steps - 20), round(steps * rate))):
+        kind = draw.choice(["crash", "hang", "slow", "bitflip", "out_of_memory", "memory_fault",
+                            "link_down", "disk_full", "damaged_snapshot"])
+        more = {}
+        if kind == "slow":
+            more = {"for_steps": draw.randint(1, 3), "factor": 5.0}
+        if kind == "bitflip":
+            tensor = draw.choice(["Matmul", "weights", "gradients", "moments", "SwiGlu"])
+            more = {"tensor": tensor, "bit": draw.randint(23, 31)}
+        listed.append((kind, fault(draw.randrange(workers), step, kind, **more)))
+    return listed
+
+
 def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every):
     prepare(folder, settings(preset, sequence, steps, micro_batch, 8, every))
-    (folder / "chaos.toml").write_text("[random]\nseed = 7\nrate = 0.05\n")
+    plan = plan_at_random(steps, workers)
+    (folder / "chaos.toml").write_text("".join(text for _, text in plan))
+    planned = {}
+    for kind, _ in plan:
+        planned[kind] = planned.get(kind, 0) + 1
     plain = train(folder, "plain")
     run = train(folder, "run", "--workers", workers, "--chaos", "chaos.toml", "--set",
                 "fleet.audit=0.01")
@@ -212,6 +234,8 @@ def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every
         "equal": run["weights_blake3"] == plain["weights_blake3"],
         "equal_losses": losses[0] == losses[1],
         "weights_blake3": run["weights_blake3"],
+        "planned_count": len(plan),
+        "planned": planned,
         "faults": run["faults"],
         "found": kinds,
         "step_ms_median": statistics.median(steps_ms),

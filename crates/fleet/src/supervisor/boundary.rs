@@ -26,8 +26,8 @@ const EVICT_FLOOR: Duration = Duration::from_secs(3);
 const FORGETTING: f64 = 0.9;
 /// The pause before a failed snapshot is tried again; it doubles with every failure.
 const SAVE_PAUSE: Duration = Duration::from_millis(200);
-/// But never beyond this, so that a store that is back is used soon.
-const SAVE_PAUSE_MAX: Duration = Duration::from_secs(120);
+/// But never beyond this, so that a disk or store that is back is used soon; a try costs a copy.
+const SAVE_PAUSE_MAX: Duration = Duration::from_secs(10);
 
 impl Supervisor {
     /// Begins once every worker has loaded or is out, with those that have the newest state.
