@@ -265,10 +265,10 @@ def clean(folder: Path, steps):
     }
 
 
-def flips(folder: Path, count):
-    """One flip in every 36th step, the workers in turn: a device is forgiven a flip after a hundred
+def flips(folder: Path, count, within):
+    """One flip in every 60th step, the workers in turn: a device is forgiven a flip after a hundred
     steps, so that it never stays out."""
-    apart, first = 36, 10
+    apart, first = 60, 10
     steps = first + apart * (count + 1)
     prepare(folder, settings("tiny", 32, steps, 1, 4, 500))
     draw = random.Random(11)
@@ -276,7 +276,7 @@ def flips(folder: Path, count):
     for place in range(count):
         tensor = ("Matmul", "weights", "gradients")[place % 3]
         # Each of the nine bits and each worker meets each kind of tensor.
-        worker, bit = place // 3 % 3, 23 + place // 9 % 9
+        worker, bit = (place + place // 3) % 3, 23 + place // 9 % 9
         step = first + apart * place + draw.randrange(8)
         listed.append({"kind": "bitflip", "worker": worker, "step": step, "until": step + 20,
                        "tensor": tensor, "bit": bit})
@@ -306,7 +306,7 @@ def flips(folder: Path, count):
         "share_found": sum(row["found"] for row in table.values()) / count,
         "events": len(events),
         "goodput": run["goodput"],
-        "within_a_step": sweep(count),
+        "within_a_step": sweep(within) if within else None,
         "summary": run,
     }
 
@@ -368,7 +368,9 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--flips", type=int, default=270)
+    parser.add_argument("--flips", type=int, default=162, help="81 are each bit in each tensor")
+    parser.add_argument("--sweep", type=int, default=0, metavar="N",
+                        help="flips: N more within a step, from the training crate's test")
     parser.add_argument("--keep", type=Path, help="a folder for the runs, which stays")
     parser.add_argument("--note", default="two cores, shared with other work")
     arguments = parser.parse_args()
@@ -384,7 +386,7 @@ def main():
             "goodput": lambda: at_random(folder, "llama-30m", 128, steps or 400, 1, 2, 10),
             "overhead": lambda: overhead(folder),
             "clean": lambda: clean(folder, steps or 10_000),
-            "flips": lambda: flips(folder, arguments.flips),
+            "flips": lambda: flips(folder, arguments.flips, arguments.sweep),
         }[arguments.what]()
     result["machine"] = {"processor": processor(), "cores": os.cpu_count(), "note": arguments.note}
     result["date"] = time.strftime("%Y-%m-%d")

@@ -279,6 +279,8 @@ pub struct Supervisor {
     save_not_before: Duration,
     /// The last snapshot is tried until then.
     save_until: Duration,
+    /// Whether it failed then, too.
+    save_given_up: bool,
     /// Whether workers are started once the snapshot that is being written is there.
     awaits_snapshot: bool,
     /// The longest that a worker took to load.
@@ -316,6 +318,7 @@ impl Supervisor {
             save_failures: 0,
             save_not_before: Duration::ZERO,
             save_until: Duration::MAX,
+            save_given_up: false,
             awaits_snapshot: false,
             longest_load: None,
             skips: 0,

@@ -358,6 +358,7 @@ impl Supervisor {
         // Whatever failed before, the last one is tried at once, and then as long as was asked for.
         (self.save_failures, self.save_not_before) = (0, self.now);
         self.save_until = self.now + self.settings.save_patience;
+        self.save_given_up = false;
         // Of a step that could not be done; one that was done is accounted for.
         self.ledger.lose("given_up", self.since_round());
         self.round.begun = self.now;
@@ -378,7 +379,7 @@ impl Supervisor {
             return false;
         }
         if self.saving.is_none() {
-            if self.save_failures > 0 && self.now >= self.save_until {
+            if self.save_given_up {
                 let text = "the last snapshot could not be written, see events.jsonl; free some \
                             space, see to the store or set snapshot.to, then go on with --resume";
                 self.end(Ending::Failed(text.to_owned()));
@@ -454,6 +455,7 @@ impl Supervisor {
         let mut pause = SAVE_PAUSE.saturating_mul(doublings).min(SAVE_PAUSE_MAX);
         if self.phase == Phase::Finishing {
             pause = pause.min(self.save_until.saturating_sub(self.now));
+            self.save_given_up = pause.is_zero();
         }
         self.save_not_before = self.now + pause;
         let action = Some(match pause.is_zero() {
