@@ -1,4 +1,4 @@
-//! MODEL on the command line: a Hugging Face folder, a snapshot, a run folder, or a place in a store.
+//! MODEL on the command line: a Hugging Face folder, a snapshot, a run folder, or one of a store.
 //!
 //! A snapshot is checked against its hashes before it is used. Read next: `commands/generate.rs`.
 
