@@ -1,7 +1,8 @@
 //! Repository chores: `cargo xtask tidy` (the style rules), `cargo xtask test` (everything CI
-//! checks) and `cargo xtask ascend-abi` (the Ascend backend's table against CANN's headers).
+//! checks), `cargo xtask ascend-abi` (the Ascend backend's table against CANN's headers) and
+//! `cargo xtask support` (the page of what devices support).
 //!
-//! Builds no part of the product but that table. Read next: `tidy.rs`, then one file of `rules/`.
+//! Links no part of the product but that table. Read next: `tidy.rs`, then one file of `rules/`.
 
 mod ascend_abi;
 mod report;
@@ -16,7 +17,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
 
   tidy                 check the rules marked [t] in the style guide, directions between crates
   test                 formatting, clippy, tidy, then every test; ends with `N passed, N failed`
-  ascend-abi HEADERS   compare the Ascend backend's table of symbols with a tree of CANN's headers";
+  ascend-abi HEADERS   compare the Ascend backend's table of symbols with a tree of CANN's headers
+  support              run the conformance suites here and write docs/support.md";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,6 +27,7 @@ fn main() -> ExitCode {
         ["tidy"] => tidy::run(&root),
         ["test"] => suite::run(&root),
         ["ascend-abi", headers] => ascend_abi::run(std::path::Path::new(headers)),
+        ["support"] => suite::support(&root),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
             ExitCode::SUCCESS

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: formatting, clippy, tidy and every test, ending with the totals.
+//! `cargo xtask test`: formatting, clippy, tidy and every test, ending with the totals; and
+//! `cargo xtask support`, which runs the conformance suites for their page.
 //!
 //! Every part runs even if an earlier one failed, so that one run shows all there is to mend.
 
@@ -40,6 +41,16 @@ pub fn run(root: &Path) -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+/// Writes docs/support.md with the program's own suites.
+pub fn support(root: &Path) -> ExitCode {
+    let program = ["run", "--release", "--package", "pontoon", "--"];
+    let command = ["qualify", "--support", "docs/support.md"];
+    match cargo(root).args(program).args(command).status() {
+        Ok(status) if status.success() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
     }
 }
 

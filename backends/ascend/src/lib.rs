@@ -73,11 +73,15 @@ impl AscendBackend {
         Ok(AscendBackend { info, core: Core::new(session), waived, failed: None, busy: false })
     }
 
-    /// The first `count` devices of a library, opened to exchange with one another as group 0.
-    pub fn group(library: &Arc<Library>, count: u16) -> Result<Vec<Self>, DeviceError> {
-        let open = |rank: u16| Self::open(library, &format!("ascend:{rank}"), i32::from(rank));
-        let mut members: Vec<Self> = (0..count).map(open).collect::<Result<_, _>>()?;
-        let ordinals: Vec<i32> = (0..i32::from(count)).collect();
+    /// Devices of a library, by what reports call them and by number, opened to exchange with one
+    /// another as group 0.
+    pub fn group(
+        library: &Arc<Library>,
+        devices: &[(String, i32)],
+    ) -> Result<Vec<Self>, DeviceError> {
+        let open = |(name, ordinal): &(String, i32)| Self::open(library, name, *ordinal);
+        let mut members: Vec<Self> = devices.iter().map(open).collect::<Result<_, _>>()?;
+        let ordinals: Vec<i32> = devices.iter().map(|(_, ordinal)| *ordinal).collect();
         let Some(first) = members.first() else { return Ok(members) };
         let communicators = first.core.session.communicators(&ordinals)?;
         for (member, communicator) in members.iter_mut().zip(communicators) {

@@ -118,7 +118,8 @@ fn a_rows_bits_do_not_depend_on_the_rest_of_its_batch() {
 fn devices_of_one_group_exchange_along_the_contracts_tree() {
     use pontoon_ops::{AllGather, AllReduce, DType, Group, ReduceScatter, View};
     let library = Arc::new(Library::linked(pontoon_emu_ascend::symbol));
-    let members = AscendBackend::group(&library, 2).unwrap();
+    let devices = [0, 1].map(|ordinal| (format!("emu-ascend:{ordinal}"), ordinal));
+    let members = AscendBackend::group(&library, &devices).unwrap();
     let tasks: Vec<_> = members
         .into_iter()
         .enumerate()

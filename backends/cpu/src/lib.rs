@@ -14,14 +14,15 @@ pub mod peak;
 pub mod pool;
 pub mod scratch;
 pub mod simd;
+mod soon;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName, Support, View,
-    digest,
+    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Layout, Op, OpName,
+    Support, View, digest,
 };
 
 use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums};
@@ -166,6 +167,17 @@ impl CpuBackend {
         Ok(buffer)
     }
 
+    /// Tells the pool which weights the next product of few rows will stream.
+    fn foresee(&self, ops: &[Op]) {
+        let (mut bytes, mut range_bytes): (&[u8], _) = (&[], 0);
+        if let Some((weight, rows)) = ops.iter().take(FORESEEN).find_map(streamed) {
+            let span = weight.span_bytes();
+            bytes = self.buffers.part(weight.buffer, weight.byte_offset, span).unwrap_or(&[]);
+            range_bytes = span / weight.dim(0).max(1) * rows(&self.pool, self.isa, weight.dim(0));
+        }
+        self.pool.soon().set(bytes, range_bytes);
+    }
+
     /// Flips a bit in the f32 sums of the next product that is launched with checks, before they
     /// are stored: to try whether the check finds it.
     pub fn spoil_next_product(&mut self, flip: Flip) {
@@ -260,6 +272,14 @@ impl Backend for CpuBackend {
         }
     }
 
+    fn launch_all(&mut self, ops: &[Op]) -> Result<(), DeviceError> {
+        for (index, op) in ops.iter().enumerate() {
+            self.foresee(&ops[index + 1..]);
+            self.launch(op)?;
+        }
+        Ok(())
+    }
+
     fn sums_in_place(&self) -> bool {
         true
     }
@@ -291,6 +311,22 @@ impl Backend for CpuBackend {
 
     fn memory_used(&self) -> usize {
         self.buffers.bytes() + self.gemm_scratch.bytes() + self.work.bytes()
+    }
+}
+
+/// Operations between two products of a layer at most, those of mixtures of experts aside.
+const FORESEEN: usize = 8;
+
+/// The weights of a product that streams them, and how it cuts their rows.
+fn streamed(op: &Op) -> Option<(&View, fn(&Pool, Isa, usize) -> usize)> {
+    match op {
+        Op::Matmul(op) if op.layout == Layout::Nt && op.a.dim(0) <= gemm::GEMV_ROWS_MAX => {
+            Some((&op.b, gemm::streamed_rows))
+        }
+        Op::MatmulQuant(op) if op.x.dim(0) <= gemm::GEMV_ROWS_MAX => {
+            Some((&op.weight, gemm::streamed_quant_rows))
+        }
+        _ => None,
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
 use crate::ffi::JobSlot;
+use crate::soon::{Cursor, Soon};
 
 /// Polls before an idle worker sleeps: roughly 0.2 ms, longer than the serial work between two ops
 /// of a decode step, shorter than anything a user would notice on the power meter.
@@ -30,6 +31,7 @@ struct Padded<T>(T);
 
 struct Shared {
     slot: Padded<JobSlot>,
+    soon: Padded<Soon>,
     sleeping: Vec<AtomicBool>,
     stop: AtomicBool,
 }
@@ -51,6 +53,7 @@ impl Pool {
         assert!(threads > 0, "a pool needs at least one thread");
         let shared = Arc::new(Shared {
             slot: Padded(JobSlot::new()),
+            soon: Padded(Soon::default()),
             sleeping: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
         });
@@ -69,6 +72,11 @@ impl Pool {
     /// Threads that take part in a run, the caller included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// What the next large product will read.
+    pub(crate) fn soon(&self) -> &Soon {
+        &self.shared.soon.0
     }
 
     /// Runs `task(0)`, ..., `task(tasks - 1)`, each once, on any thread, and returns when all are
@@ -146,6 +154,7 @@ impl Drop for Pool {
 fn work(shared: &Shared, index: usize) {
     let mut done = 0;
     let mut polls = 0;
+    let mut cursor = Cursor::default();
     while !shared.stop.load(Ordering::SeqCst) {
         if let Some(number) = shared.slot.0.open_job()
             && number != done
@@ -157,6 +166,7 @@ fn work(shared: &Shared, index: usize) {
         }
         if polls < POLLS_BEFORE_SLEEP {
             polls += 1;
+            cursor.advance(&shared.soon.0, index + 1);
             std::hint::spin_loop();
             continue;
         }

@@ -81,6 +81,63 @@ pub fn open(name: &str) -> Result<Box<dyn Backend>> {
     }
 }
 
+/// Opens devices of one kind as a group whose members exchange with one another.
+pub fn group(names: &[String]) -> Result<Vec<Box<dyn Backend>>> {
+    let parsed: Vec<Name> = names.iter().map(|name| parse(name)).collect::<Result<_>>()?;
+    let with_name = || format!("devices {} cannot be a group", names.join(", "));
+    let ordinals = |of: fn(&Name) -> Option<i32>| -> Option<Vec<(String, i32)>> {
+        let ordinals: Option<Vec<i32>> = parsed.iter().map(of).collect();
+        ordinals.map(|ordinals| names.iter().cloned().zip(ordinals).collect())
+    };
+    let real =
+        |name: &Name| if let Name::Ascend { ordinal } = name { Some(*ordinal) } else { None };
+    let emulated = |name: &Name| match name {
+        Name::EmulatedAscend { ordinal } => Some(*ordinal),
+        _ => None,
+    };
+    if let [Name::Cpu(options), rest @ ..] = parsed.as_slice()
+        && rest.iter().all(|name| *name == Name::Cpu(*options))
+    {
+        let members = CpuBackend::group(parsed.len() as u16, *options).with_context(with_name)?;
+        return Ok(boxed(members));
+    }
+    let (library, devices) = match (ordinals(real), ordinals(emulated)) {
+        (Some(devices), _) => (&ascend_library().with_context(with_name)?, devices),
+        (_, Some(devices)) => (emulated_library(), devices),
+        _ => bail!("devices {} are of several kinds and cannot exchange", names.join(", ")),
+    };
+    Ok(boxed(AscendBackend::group(library, &devices).with_context(with_name)?))
+}
+
+fn boxed<T: Backend + 'static>(members: Vec<T>) -> Vec<Box<dyn Backend>> {
+    members.into_iter().map(|member| Box::new(member) as Box<dyn Backend>).collect()
+}
+
+/// What the page of supported operations covers: the CPU with each of its instruction sets and an
+/// emulated chip; each with a second one of its kind, to exchange with.
+pub fn supported() -> Vec<[String; 2]> {
+    let sets = Isa::available().into_iter().rev();
+    let mut all: Vec<[String; 2]> = sets
+        .map(|isa| format!("cpu:isa={}", isa.name()))
+        .map(|name| [name.clone(), name])
+        .collect();
+    all.push(["emu-ascend:0".to_owned(), "emu-ascend:1".to_owned()]);
+    all
+}
+
+/// What devices of a kind refuse, and when, beyond what they refuse here: `(when, operations,
+/// reason)`.
+pub fn waivers(name: &str) -> Result<Vec<(String, String, String)>> {
+    let published = match parse(name)? {
+        Name::Cpu(_) => return Ok(Vec::new()),
+        Name::Ascend { .. } | Name::EmulatedAscend { .. } => pontoon_ascend::needs::waivers(),
+    };
+    let row = |(when, waiver): (&String, &pontoon_ascend::needs::Waiver)| {
+        (when.clone(), waiver.ops.join(", "), waiver.reason.clone())
+    };
+    Ok(published.iter().map(row).collect())
+}
+
 /// Names with commas between them, where a comma may also stand before an option of a name.
 pub fn listed(given: &[String]) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();

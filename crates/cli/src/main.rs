@@ -81,7 +81,8 @@ enum Command {
     Export(export::Arguments),
     /// Says whether a device can be trusted, and with what: FIT, FIT WITH LIMITS or UNFIT.
     #[command(after_help = "Example:\n  pontoon qualify --device cpu --model qwen3-30m \
-                            --minutes 5 --report cpu.json")]
+                            --minutes 5 --report cpu.json\n  pontoon qualify \
+                            --device cpu,cpu --quick")]
     Qualify(qualify::Arguments),
     /// Certifies that devices agree on a model.
     #[command(

@@ -474,6 +474,12 @@ impl Supervisor {
             Report::Replayed { .. } if self.workers[worker].standing == Standing::Warming => {
                 self.workers[worker].standing = Standing::Waiting;
             }
+            Report::Replayed { leaf, digest, loss, apart, .. } if self.workers[worker].trial => {
+                self.tried(worker, Replayed { leaf, digest, loss: loss.value(), apart });
+            }
+            Report::Checked { digest, .. } if self.workers[worker].trial => {
+                self.checked(worker, digest);
+            }
             Report::Replayed { step: of, leaf, digest, loss, apart } if of == step => {
                 self.replayed(worker, Replayed { leaf, digest, loss: loss.value(), apart });
             }

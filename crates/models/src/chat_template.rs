@@ -314,7 +314,7 @@ fn strftime(format: &str, unix_seconds: u64) -> Result<String, Error> {
 }
 
 /// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar.
-fn civil_date(mut days: u64) -> (u64, u64, u64) {
+pub fn civil_date(mut days: u64) -> (u64, u64, u64) {
     let leap = |year: u64| {
         year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
     };

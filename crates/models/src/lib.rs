@@ -30,7 +30,7 @@ mod values;
 mod weights;
 
 pub use adapters::{AdapterShapes, Adapters};
-pub use chat_template::{ChatRequest, ChatTemplate};
+pub use chat_template::{ChatRequest, ChatTemplate, civil_date};
 pub use config::{
     Bias, Deepseek, Family, Head, LayerKind, MODEL_TYPES, ModelConfig, Qwen3Experts, RotaryPairs,
     RouterWeights,

@@ -111,9 +111,13 @@ impl Placed {
 /// Holds what a device left of a case against the reference: the worst error as a share of what
 /// is allowed, and what is wrong, empty if nothing is.
 pub(crate) fn assess(case: &Case, got: &Memory) -> (f64, String) {
-    let wanted = reference(&case.op, &case.memory);
-    let (error, detail) = judge(case, &wanted, got);
-    let detail = if detail.is_empty() { stray_write(case, &wanted, got) } else { detail };
+    assess_against(case, &reference(&case.op, &case.memory), got)
+}
+
+/// The same against results that the caller knows.
+pub(crate) fn assess_against(case: &Case, wanted: &[Expected], got: &Memory) -> (f64, String) {
+    let (error, detail) = judge(case, wanted, got);
+    let detail = if detail.is_empty() { stray_write(case, wanted, got) } else { detail };
     (error, detail)
 }
 

@@ -1,7 +1,10 @@
 //! A qualification as one object, and as one HTML page that needs nothing else: tables, and plots
 //! drawn as SVG.
 //!
-//! Decides nothing. Read next: `verdict.rs`.
+//! Decides nothing. Read next: `verdict.rs`, `several.rs` for devices that were asked about
+//! together.
+
+mod several;
 
 use std::fmt::Write;
 
@@ -10,8 +13,10 @@ use serde::Serialize;
 use crate::forecast::Forecast;
 use crate::speed::{Bound, Speed, SpeedRow};
 use crate::stress::Stability;
-use crate::suite::{Conformance, Row};
+use crate::suite::{Conformance, Row, Unsupported};
 use crate::verdict::{Fitness, Verdict};
+
+pub use several::Several;
 
 /// The device, for the report.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -73,38 +78,35 @@ impl Qualification {
 
     /// The page.
     pub fn html(&self) -> String {
+        let title = format!("{} is {}", self.device.name, self.verdict.verdict);
+        let mut page = self.body();
+        footer(&mut page, &self.version, self.seconds);
+        whole_page(&title, &page)
+    }
+
+    fn body(&self) -> String {
         let mut page = String::new();
         let device = &self.device;
         let emulated = if device.emulated { " (emulated)" } else { "" };
-        let (mark, verdict) = (class(self.verdict.verdict), self.verdict.verdict);
         push(&mut page, format_args!("<h1>{}{emulated}</h1>", escaped(&device.name)));
         push(
             &mut page,
             format_args!(
-                "<p>{} · {} · {} compute units · {:.1} GiB</p><p class=\"verdict {mark}\">{verdict}\
-                 </p>",
+                "<p>{} · {} · {} compute units · {:.1} GiB</p>",
                 escaped(&device.chip),
                 escaped(&device.numeric_class),
                 device.compute_units,
                 device.memory_bytes as f64 / 2_f64.powi(30),
             ),
         );
-        list(&mut page, &self.verdict.reasons);
-        list(&mut page, &self.verdict.notes);
+        verdict_part(&mut page, &self.verdict);
         if let Some(forecast) = &self.forecast {
             forecast_table(&mut page, forecast);
         }
         self.stability_part(&mut page);
         self.speed_part(&mut page);
         conformance_part(&mut page, &self.conformance);
-        let footer = format!("Pontoon {}, in {:.0} s", self.version, self.seconds);
-        push(&mut page, format_args!("<footer>{}</footer>", escaped(&footer)));
-        let title = format!("{} is {verdict}", device.name);
-        format!(
-            "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
-             <title>{}</title><style>{STYLE}</style></head><body>{page}</body></html>\n",
-            escaped(&title)
-        )
+        page
     }
 
     fn stability_part(&self, page: &mut String) {
@@ -172,6 +174,26 @@ fn class(fitness: Fitness) -> &'static str {
     }
 }
 
+fn verdict_part(page: &mut String, verdict: &Verdict) {
+    let (mark, word) = (class(verdict.verdict), verdict.verdict);
+    push(page, format_args!("<p class=\"verdict {mark}\">{word}</p>"));
+    list(page, &verdict.reasons);
+    list(page, &verdict.notes);
+}
+
+fn footer(page: &mut String, version: &str, seconds: f64) {
+    let text = format!("Pontoon {version}, in {seconds:.0} s");
+    push(page, format_args!("<footer>{}</footer>", escaped(&text)));
+}
+
+fn whole_page(title: &str, body: &str) -> String {
+    format!(
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <title>{}</title><style>{STYLE}</style></head><body>{body}</body></html>\n",
+        escaped(title)
+    )
+}
+
 fn push(page: &mut String, text: std::fmt::Arguments<'_>) {
     page.write_fmt(text).expect("a string takes any text");
 }
@@ -226,11 +248,16 @@ fn forecast_table(page: &mut String, forecast: &Forecast) {
 }
 
 fn conformance_part(page: &mut String, suite: &Conformance) {
+    page.push_str("<h2>Conformance</h2>");
+    rows_table(page, &suite.rows, &suite.unsupported);
+}
+
+fn rows_table(page: &mut String, rows: &[Row], unsupported: &[Unsupported]) {
     page.push_str(
-        "<h2>Conformance</h2><p>Errors are shares of what is allowed.</p><table><tr><th>Operation\
+        "<p>Errors are shares of what is allowed.</p><table><tr><th>Operation\
          </th><th>dtype</th><th>check</th><th>cases</th><th>worst</th><th></th></tr>",
     );
-    let mut rows: Vec<&Row> = suite.rows.iter().collect();
+    let mut rows: Vec<&Row> = rows.iter().collect();
     rows.sort_by_key(|row| row.ok);
     for row in rows {
         let (mark, word) = if row.ok { ("", "ok") } else { (" class=\"bad\"", "FAILED") };
@@ -252,10 +279,8 @@ fn conformance_part(page: &mut String, suite: &Conformance) {
         );
     }
     page.push_str("</table>");
-    let reasons = suite.unsupported.iter();
-    let unsupported: Vec<String> =
-        reasons.map(|one| format!("{} {}: {}", one.op, one.dtype, one.reason)).collect();
-    list(page, &unsupported);
+    let reason = |one: &Unsupported| format!("{} {}: {}", one.op, one.dtype, one.reason);
+    list(page, &unsupported.iter().map(reason).collect::<Vec<_>>());
 }
 
 /// One horizontal bar per operation.

@@ -62,7 +62,7 @@ pub struct Conformance {
 /// Runs every case of a seed. `progress` hears how far it is, from 0 to 1.
 pub fn run(backend: &mut dyn Backend, seed: u64, progress: &mut dyn FnMut(f64)) -> Conformance {
     let all = cases::all(seed);
-    let mut rows: BTreeMap<(&str, String, &str), Row> = BTreeMap::new();
+    let mut rows = Rows::new();
     let mut unsupported = BTreeSet::new();
     let mut stopped = None;
     for (index, case) in all.iter().enumerate() {
@@ -113,7 +113,11 @@ fn failure(case: &Case, error: &DeviceError) -> Finding {
     }
 }
 
-fn merge(rows: &mut BTreeMap<(&'static str, String, &'static str), Row>, finding: Finding) {
+/// The worst row of each operation, dtype and check.
+pub(crate) type Rows = BTreeMap<(&'static str, String, &'static str), Row>;
+
+/// Adds a finding to the row that it belongs to.
+pub(crate) fn merge(rows: &mut Rows, finding: Finding) {
     let Finding { op, dtype, check, case, worst_error, limit, ok, detail } = finding;
     // JSON has no infinity.
     let worst_error = worst_error.clamp(0.0, f64::MAX);

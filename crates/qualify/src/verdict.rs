@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pontoon_ops::DType;
 use serde::Serialize;
 
+use crate::exchange::Exchange;
 use crate::forecast::Forecast;
 use crate::speed::Speed;
 use crate::stress::Stability;
@@ -90,6 +91,43 @@ pub fn judge(evidence: &Evidence<'_>) -> Verdict {
         () if !found.limits.is_empty() => Fitness::Limits,
         () => Fitness::Fit,
     };
+    let mut reasons = found.unfit;
+    reasons.extend(found.limits);
+    Verdict { verdict, reasons, notes: found.notes }
+}
+
+/// Judges devices that were asked about together by the worst of them and by how they exchange.
+/// An exchange that fails leaves each of them as good as it is alone.
+pub fn judge_together(each: &[(&str, &Verdict)], exchange: &Exchange) -> Verdict {
+    let mut found = Found::default();
+    let mut worst = Fitness::Fit;
+    for (name, verdict) in each {
+        worst = worst.max(verdict.verdict);
+        let named = |text: &String| format!("{name}: {text}");
+        let list =
+            if verdict.verdict == Fitness::Unfit { &mut found.unfit } else { &mut found.limits };
+        list.extend(verdict.reasons.iter().map(named));
+        found.notes.extend(verdict.notes.iter().map(named));
+    }
+    let together = format!("as a group of {}", exchange.devices);
+    if let Some(failure) = &exchange.failure {
+        found.limit(format!("{together}: {failure}"));
+    }
+    for row in exchange.rows.iter().filter(|row| !row.ok) {
+        let what = match row.check {
+            "repeat" => "gave other bits when run again",
+            "agreement" => "does not sum along the contract's tree on every member",
+            _ => "computed wrongly",
+        };
+        found.limit(format!("{together}: {} {} {what}: {}", row.dtype, row.op, row.detail));
+    }
+    for one in &exchange.unsupported {
+        found.limit(format!(
+            "{together}: {} {} is not supported: {}",
+            one.op, one.dtype, one.reason
+        ));
+    }
+    let verdict = if found.limits.is_empty() { worst } else { worst.max(Fitness::Limits) };
     let mut reasons = found.unfit;
     reasons.extend(found.limits);
     Verdict { verdict, reasons, notes: found.notes }
@@ -271,6 +309,23 @@ mod tests {
         let one = Unsupported { op: "Matmul", dtype: "f32".to_owned(), reason };
         let suite = Conformance { unsupported: vec![one], ..Conformance::default() };
         assert_eq!(judged(&suite, &Stability::default()).verdict, Fitness::Unfit);
+    }
+
+    #[test]
+    fn devices_together_are_as_good_as_the_worst_of_them_and_their_exchange() {
+        let good = judged(&Conformance::default(), &Stability::default());
+        let lied = Stability { lies: 1, ..Stability::default() };
+        let bad = judged(&Conformance::default(), &lied);
+        let mut exchange = Exchange { devices: 2, ..Exchange::default() };
+        let each = [("a", &good), ("b", &good)];
+        assert_eq!(judge_together(&each, &exchange).verdict, Fitness::Fit);
+        exchange.rows = vec![row("AllReduce", "bf16", "agreement", false)];
+        let verdict = judge_together(&each, &exchange);
+        assert_eq!(verdict.verdict, Fitness::Limits);
+        assert!(verdict.reasons[0].starts_with("as a group of 2: bf16 AllReduce"));
+        let verdict = judge_together(&[("a", &good), ("b", &bad)], &exchange);
+        assert_eq!(verdict.verdict, Fitness::Unfit);
+        assert!(verdict.reasons[0].starts_with("b: it lied"), "{:?}", verdict.reasons);
     }
 
     #[test]

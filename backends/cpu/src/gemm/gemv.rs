@@ -48,7 +48,7 @@ pub(super) fn run<T: Unit>(
     };
     let to = &mut left[..m * row_words];
     dispatch(isa, PackRows { from: source(product.a, product.a_stride, 0, m), row_words, to });
-    let range = n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(2 * lanes);
+    let range = range_columns(pool, isa, n);
     let grid =
         Grid { rows: m, columns: n, row_stride: c.row_stride, tile_rows: m, tile_columns: range };
     let shared = Shared {
@@ -63,6 +63,11 @@ pub(super) fn run<T: Unit>(
         DataMut::Bf16(c) => stream(pool, isa, &shared, Tiles::new(c, grid), range),
         DataMut::F16(c) => stream(pool, isa, &shared, Tiles::new(c, grid), range),
     }
+}
+
+/// Columns of a task.
+pub(crate) fn range_columns(pool: &Pool, isa: Isa, n: usize) -> usize {
+    n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(2 * isa.geometry().lanes)
 }
 
 /// What all ranges of columns share.
@@ -87,7 +92,15 @@ fn stream<T: Unit, C: Element>(
         let first = index * range;
         let count = range.min(shared.right.count - first);
         let right = Source { first, count, ..shared.right };
-        dispatch(isa, Range { shared, right, tile: tiles.take(0, index) });
+        // This thread's next range, as long as threads take turns; then the next product's.
+        let later = index + pool.threads();
+        let after = if later < ranges {
+            Some(shared.right.data[later * range * shared.right.stride..].as_ptr().cast())
+        } else {
+            pool.soon().at(later - ranges)
+        };
+        let cold = index < pool.threads();
+        dispatch(isa, Range { shared, right, after, cold, tile: tiles.take(0, index) });
     });
 }
 
@@ -95,6 +108,10 @@ fn stream<T: Unit, C: Element>(
 struct Range<'a, T, C> {
     shared: &'a Shared<'a, T>,
     right: Source<'a, T>,
+    /// What this thread will read after this range.
+    after: Option<*const u8>,
+    /// Nobody has asked for the range's first rows.
+    cold: bool,
     tile: Tile<'a, C>,
 }
 
@@ -117,11 +134,9 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         // One wide vector's chains keep up with memory, and fewer rows at once leave more of the
         // cache to what is prefetched; narrow vectors need two.
         let wide = S::LANES >= 16;
-        // What is asked for ahead never lies in another task's range: its thread has a cache of
-        // its own, and memory would be read twice.
         let (right, raw) = (&self.right, DOT || size_of::<T>() == 4);
         let begin = right.count.min(S::LANES) * right.stride;
-        if raw && right.first * right.stride + begin <= right.data.len() {
+        if raw && self.cold && right.first * right.stride + begin <= right.data.len() {
             let bytes = &right.data[right.first * right.stride..][..begin];
             fetch(simd, bytemuck::cast_slice(bytes));
         }
@@ -181,6 +196,17 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         }
     }
 
+    /// What to ask for while the columns from `column` on are computed: those that follow them,
+    /// then what follows the range.
+    #[inline(always)]
+    fn next<S: Simd, const VECTORS: usize>(&self, column: usize) -> Option<*const u8> {
+        let (right, column) = (&self.right, column + VECTORS * S::LANES);
+        if column + VECTORS * S::LANES > right.count {
+            return self.after;
+        }
+        Some(right.data[(right.first + column) * right.stride..].as_ptr().cast())
+    }
+
     /// The chains of `ROWS` rows and `VECTORS` vectors of columns.
     #[inline(always)]
     fn sums<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
@@ -203,7 +229,7 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
                 right_start: (right.first + column) * right.stride * size_of::<T>(),
                 right_row_bytes: right.stride * size_of::<T>(),
                 squares,
-                fetch_ahead: row == 0 && column + 2 * VECTORS * S::LANES <= right.count,
+                next: self.next::<S, VECTORS>(column).filter(|_| row == 0),
             };
             stream_squares::<S, DOT, ROWS, VECTORS>(simd, &stream, &mut sums);
             unit = squares * S::LANES;

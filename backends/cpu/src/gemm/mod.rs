@@ -20,7 +20,9 @@ mod tests;
 mod tile;
 mod verify;
 
+pub(crate) use gemv::range_columns as streamed_rows;
 pub use grouped::{GroupedGemmArgs, grouped_gemm, grouped_gemm_checked};
+pub(crate) use quant::range_columns as streamed_quant_rows;
 pub use quant::{Integers, QuantArgs, quant_gemm};
 pub use verify::{Flip, ProductSums, WrongColumn};
 

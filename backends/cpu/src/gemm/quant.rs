@@ -110,13 +110,12 @@ fn typed<T: Unit, W: Stored>(
     x: &[T],
 ) {
     let (m, n, k) = (args.m, args.n, args.k);
-    let lanes = isa.geometry().lanes;
     let blocks = k.div_ceil(args.block);
     let row_words = units(T::KIND, isa, blocks * args.block);
     let rest = m % ROWS_TOGETHER;
     let rows_padded = m - rest + if rest == 0 { 0 } else { rows_together(rest) };
     let bias_words = if args.bias.is_some() { n } else { 0 };
-    let range = n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(lanes);
+    let range = range_columns(pool, isa, n);
     let sums_words = n.div_ceil(range) * range * rows_near(row_words).min(rows_padded);
     let [left, bias, sums] = scratch.words([rows_padded * row_words, bias_words, sums_words]);
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
@@ -153,6 +152,11 @@ fn typed<T: Unit, W: Stored>(
         DataMut::Bf16(c) => run::<W, _>(pool, isa, &shared, Tiles::new(c, grid), sums),
         DataMut::F16(c) => run::<W, _>(pool, isa, &shared, Tiles::new(c, grid), sums),
     }
+}
+
+/// Columns of a task.
+pub(crate) fn range_columns(pool: &Pool, isa: Isa, n: usize) -> usize {
+    n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(isa.geometry().lanes)
 }
 
 /// Rows of x that are taken before the next columns come.
@@ -210,13 +214,22 @@ fn run<W: Stored, C: Element>(
 ) {
     let Shared { m, n, range, rows_near, .. } = *shared;
     let parts = Parts::new(sums, range * rows_near);
-    pool.run(n.div_ceil(range), |index| {
+    let (ranges, row_bytes) = (n.div_ceil(range), shared.k / W::PER_BYTE);
+    pool.run(ranges, |index| {
+        // This thread's next range, as long as threads take turns; then the next product's.
+        let later = index + pool.threads();
+        let after = if later < ranges {
+            Some(shared.weight[later * range * row_bytes..].as_ptr())
+        } else {
+            pool.soon().at(later - ranges)
+        };
+        let cold = index < pool.threads();
         let (sums, mut tile) = (parts.take(index), tiles.take(0, index));
         let first = index * range;
         let columns = range.min(n - first);
         for near in (0..m).step_by(rows_near) {
             let rows = rows_near.min(m - near);
-            let part = Part { near, rows, first, columns };
+            let part = Part { near, rows, first, columns, after, cold };
             let stored = std::marker::PhantomData::<W>;
             dispatch(isa, Sums { shared, part, sums: &mut *sums, stored });
             dispatch(isa, Write { shared, part, sums: &*sums, tile: &mut tile });
@@ -233,6 +246,10 @@ struct Part {
     /// Its first column.
     first: usize,
     columns: usize,
+    /// What this thread will read after it.
+    after: Option<*const u8>,
+    /// Nobody has asked for its first columns.
+    cold: bool,
 }
 
 /// Computes a part of C in f32, `range` values a row.
@@ -261,10 +278,10 @@ impl<W: Stored> Sums<'_, W> {
         let Part { rows, columns, first, .. } = self.part;
         let row_bytes = self.shared.k / W::PER_BYTE;
         let vectors = if rows <= 2 { 2 } else { 1 };
-        // What is asked for ahead never lies in another task's range: its thread has a cache of
-        // its own, and memory would be read twice.
-        let begin = columns.min(vectors * S::LANES) * row_bytes;
-        fetch(simd, &self.shared.weight[first * row_bytes..][..begin]);
+        if self.part.cold {
+            let begin = columns.min(vectors * S::LANES) * row_bytes;
+            fetch(simd, &self.shared.weight[first * row_bytes..][..begin]);
+        }
         let mut column = 0;
         while column < columns {
             if rows <= 2 && columns - column >= 2 * S::LANES {
@@ -302,6 +319,12 @@ impl<W: Stored> Sums<'_, W> {
         let lanes = (VECTORS * S::LANES).min(self.part.columns - column);
         let row_bytes = k / W::PER_BYTE;
         let blocks = k.div_ceil(block);
+        let following = column + VECTORS * S::LANES;
+        let next = if following + VECTORS * S::LANES <= self.part.columns {
+            Some(self.shared.weight[(self.part.first + following) * row_bytes..].as_ptr())
+        } else {
+            self.part.after
+        };
         let whole = if lanes == VECTORS * S::LANES { k / block } else { 0 };
         let stream = QuantStream {
             left: &self.shared.left[(self.part.near + row) * row_words..],
@@ -314,7 +337,7 @@ impl<W: Stored> Sums<'_, W> {
             scales_stride: blocks,
             blocks: whole,
             block_bytes: block / W::PER_BYTE,
-            fetch_ahead: row == 0 && column + 2 * VECTORS * S::LANES <= self.part.columns,
+            next: next.filter(|_| row == 0),
         };
         let mut totals = [[simd.zero(); ROWS]; VECTORS];
         stream_quantised::<S, W, DOT, ROWS, VECTORS>(simd, &stream, &mut totals);
@@ -345,7 +368,7 @@ impl<C: Element> Kernel for Write<'_, '_, C> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Part { near, rows, first, columns } = self.part;
+        let Part { near, rows, first, columns, .. } = self.part;
         let bias = self.shared.bias.map(|bias| &bias[first..][..columns]);
         for row in 0..rows {
             let sums = &self.sums[row * self.shared.range..][..columns];
@@ -394,7 +417,7 @@ fn edge<S: Simd, W: Stored, const DOT: bool, const ROWS: usize>(
         scales_start: 0,
         scales_stride: 1,
         blocks: 1,
-        fetch_ahead: false,
+        next: None,
         ..*stream
     };
     let mut sums = [*totals];

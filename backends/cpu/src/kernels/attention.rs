@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use half::bf16;
 use pontoon_ops::{self as ops, DeviceError, KEY_TILE, View};
 
+use super::attention_cache::{Cached, ROWS_APART};
 use super::product::{Product, all_finite, within};
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Scattered;
@@ -35,8 +36,8 @@ pub(super) struct Rows<'a, T> {
 enum KeyValues<'a, T> {
     /// In rows of a tensor.
     InRows { k: Rows<'a, T>, v: Rows<'a, T> },
-    /// In blocks of a cache, `block` positions each, named by `blocks`.
-    InBlocks { k: Rows<'a, T>, v: Rows<'a, T>, blocks: &'a [i32], block: usize },
+    /// In blocks of a cache.
+    InBlocks(Cached<'a, T>),
 }
 
 impl<'a, T: Unit> KeyValues<'a, T> {
@@ -57,19 +58,18 @@ impl<'a, T: Unit> KeyValues<'a, T> {
                     |rows: Rows<'a, T>| Rows { data: &rows.data[start * rows.stride..], ..rows };
                 [from(k), from(v)]
             }
-            KeyValues::InBlocks { k, v, blocks, block } => {
+            KeyValues::InBlocks(cached) => {
                 let memory = grown(memory, KEY_TILE * (qk_width + v_width));
                 let (keys, values) =
                     bytemuck::cast_slice_mut::<u32, T>(memory).split_at_mut(KEY_TILE * qk_width);
                 for index in 0..count {
-                    let position = start + index;
-                    let slot = blocks[position / block] as usize * block + position % block;
+                    let slot = cached.slot(start + index);
                     let copy = |from: Rows<'_, T>, to: &mut [T], width: usize| {
                         let from = &from.data[slot * from.stride..][..width];
                         to[index * width..][..width].copy_from_slice(from);
                     };
-                    copy(k, keys, qk_width);
-                    copy(v, values, v_width);
+                    copy(cached.k, keys, qk_width);
+                    copy(cached.v, values, v_width);
                 }
                 [Rows { data: keys, stride: qk_width }, Rows { data: values, stride: v_width }]
             }
@@ -78,6 +78,7 @@ impl<'a, T: Unit> KeyValues<'a, T> {
 }
 
 /// One head's share of one range of query rows of one sequence.
+#[derive(Clone, Copy)]
 struct Work<'a, T> {
     isa: Isa,
     /// The query rows.
@@ -125,6 +126,23 @@ fn floats(memory: &mut Vec<u32>, len: usize) -> &mut [f32] {
 impl<T: Unit> Work<'_, T> {
     /// Calls `finish(row, output row, lse)` for every row when all keys have been seen.
     fn run(&self, mut finish: impl FnMut(usize, &[T], f32)) {
+        match self.keys {
+            KeyValues::InBlocks(cached)
+                if self.rows <= ROWS_APART && cached.streams(self.isa, self.qk_width) =>
+            {
+                for row in 0..self.rows {
+                    let q = Rows { data: &self.q.data[row * self.q.stride..], ..self.q };
+                    let one = Work { q, first: self.first + row, rows: 1, ..*self };
+                    one.tiles(Some(cached), |_, result, log_sum| finish(row, result, log_sum));
+                }
+            }
+            _ => self.tiles(None, finish),
+        }
+    }
+
+    /// All rows against tile after tile; the keys and values of `in_place`, where given, are read
+    /// where they lie, by a single row.
+    fn tiles(&self, in_place: Option<Cached<'_, T>>, mut finish: impl FnMut(usize, &[T], f32)) {
         MEMORY.with_borrow_mut(|memory| {
             let geometry = self.isa.geometry();
             let (width, dot) = (geometry.micro_columns, is_dot(T::KIND, self.isa));
@@ -146,15 +164,20 @@ impl<T: Unit> Work<'_, T> {
             let end = self.first + self.rows;
             for start in (0..end).step_by(KEY_TILE) {
                 let keys = KEY_TILE.min(end - start);
-                let widths = (self.qk_width, self.v_width);
-                let tile = self.keys.tile((start, keys), widths, &mut memory.gathered);
-                self.pack(tile, keys, (&mut *k, &mut *v));
+                if in_place.is_none() {
+                    let widths = (self.qk_width, self.v_width);
+                    let tile = self.keys.tile((start, keys), widths, &mut memory.gathered);
+                    self.pack(tile, keys, (&mut *k, &mut *v));
+                }
                 let (p, scores) = (&mut *p, &mut *scores);
                 let softmax = Softmax { peak: &mut *peak, sum: &mut *sum, scale: self.scale };
                 let (first, out) = (self.first, &mut *out);
                 let step =
                     Step { q, k, v, qk_units, p, scores, out, softmax, start, keys, first, dot };
-                dispatch(self.isa, step);
+                match in_place {
+                    Some(cached) => dispatch(self.isa, CachedStep { step, cached }),
+                    None => dispatch(self.isa, step),
+                }
             }
             let result = grown(&mut memory.result, self.v_width.max(1));
             for row in 0..self.rows {
@@ -250,6 +273,40 @@ impl Kernel for Step<'_> {
         } else {
             self.step::<S, false>(simd);
         }
+    }
+}
+
+/// One tile of keys in a cache against a single query row.
+struct CachedStep<'a, T> {
+    step: Step<'a>,
+    cached: Cached<'a, T>,
+}
+
+impl<T: Unit> Kernel for CachedStep<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        if S::BF16_DOT && self.step.dot {
+            self.run_as::<S, true>(simd);
+        } else {
+            self.run_as::<S, false>(simd);
+        }
+    }
+}
+
+impl<T: Unit> CachedStep<'_, T> {
+    #[inline(always)]
+    fn run_as<S: Simd, const DOT: bool>(self, simd: S) {
+        let CachedStep { mut step, cached } = self;
+        let (start, width) = (step.start, 2 * S::LANES);
+        let end = step.first + 1;
+        for at in (0..step.keys).step_by(S::LANES) {
+            let scores = cached.scores::<S, DOT>(simd, step.q, (start + at, end));
+            let place = at / width * S::MICRO_ROWS * width + at % width;
+            simd.store(scores, &mut step.scores[place..][..S::LANES]);
+        }
+        step.soften::<S, DOT>(simd, 0, 0);
+        cached.mix::<S, DOT>(simd, step.p, (start, end), step.out);
     }
 }
 
@@ -582,12 +639,13 @@ fn paged_attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::PagedAttenti
     let isa = context.isa;
     context.pool.run(ranges.len() * heads, |task| {
         let (range, head) = (ranges[task / heads], task % heads);
-        let keys = KeyValues::InBlocks {
+        let keys = KeyValues::InBlocks(Cached {
             k: Rows { data: &k[head / group * qk_width..], stride: kv_heads * qk_width },
             v: Rows { data: &v[head / group * v_width..], stride: kv_heads * v_width },
             blocks: &blocks[range.sequence * blocks_max..][..blocks_max],
             block,
-        };
+            v_width,
+        });
         let work = Work {
             isa,
             q: Rows { data: &q[range.row * q_row + head * head_stride(&op.q)..], stride: q_row },

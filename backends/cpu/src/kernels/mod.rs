@@ -6,6 +6,7 @@
 
 mod attention;
 mod attention_bwd;
+mod attention_cache;
 mod elementwise;
 mod embed;
 mod exchange;

@@ -320,9 +320,15 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn prefetch(self, from: *const u8) {
-        // SAFETY: a prefetch of any address has no effect but on the cache.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
+        prefetch(from);
     }
+}
+
+/// Asks for a cache line; every 64-bit processor has the instruction.
+#[inline(always)]
+pub(super) fn prefetch(from: *const u8) {
+    // SAFETY: a prefetch of any address has no effect but on the cache.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) };
 }
 
 /// 8x8 transpose in three rounds.

@@ -192,14 +192,13 @@ pub(crate) struct Stream<'a> {
     pub(crate) right_row_bytes: usize,
     /// How many squares follow each other along the rows.
     pub(crate) squares: usize,
-    /// Whether as many rows that follow are asked for meanwhile.
-    pub(crate) fetch_ahead: bool,
+    /// Where as many bytes begin that are asked for meanwhile.
+    pub(crate) next: Option<*const u8>,
 }
 
 /// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
 ///
-/// As many bytes as are used are prefetched, in order of address, from the right rows that come
-/// next: the hardware does not foresee this many short streams. They go to the second level, as a
+/// As many bytes as are used are prefetched, in order of address, from `next`: the hardware does not foresee this many short streams. They go to the second level, as a
 /// block of rows would push the one in use out of the first.
 #[inline(always)]
 pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
@@ -216,21 +215,20 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
     assert!(end <= right.len(), "squares end at {end} of {}", right.len());
     assert!((ROWS - 1) * left_stride + squares * S::LANES <= left.len());
     let mut values = *sums;
-    let ahead = VECTORS * S::LANES * right_row_bytes;
     // SAFETY: the assertions bound every address that is read; prefetches may go anywhere.
     unsafe {
         let mut left = left.as_ptr().cast::<u8>();
         let mut right = right.as_ptr().add(right_start);
-        let mut next = right.wrapping_add(ahead);
+        let mut next = stream.next;
         for _ in 0..squares {
             for vector in 0..VECTORS {
                 let rows = right.add(vector * S::LANES * right_row_bytes);
                 for quad in 0..S::LANES / 4 {
-                    if stream.fetch_ahead {
+                    if let Some(next) = &mut next {
                         for line in 0..S::LANES * 16 / LINE_BYTES {
                             simd.prefetch(next.wrapping_add(line * LINE_BYTES));
                         }
-                        next = next.wrapping_add(S::LANES * 16);
+                        *next = next.wrapping_add(S::LANES * 16);
                     }
                     let columns = simd.load_columns(rows.add(quad * 16), right_row_bytes);
                     for (step, weights) in columns.into_iter().enumerate() {

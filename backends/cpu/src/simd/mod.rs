@@ -56,6 +56,15 @@ pub use isa::{Geometry, ISA_VARIABLE, Isa, IsaError, dispatch};
 
 use half::{bf16, f16};
 
+/// Asks for the cache line at `from` to come to the second level; any address is allowed.
+#[inline]
+pub(crate) fn prefetch(from: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    avx2::prefetch(from);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = from;
+}
+
 /// A piece of work compiled once for every instruction set.
 pub trait Kernel {
     /// What [`dispatch`] returns.

@@ -132,8 +132,8 @@ pub(crate) struct QuantStream<'a> {
     pub(crate) blocks: usize,
     /// Bytes of a block, a multiple of `SQUARE_BYTES`.
     pub(crate) block_bytes: usize,
-    /// Whether as many rows that follow are asked for meanwhile.
-    pub(crate) fetch_ahead: bool,
+    /// Where as many bytes begin that are asked for meanwhile.
+    pub(crate) next: Option<*const u8>,
 }
 
 /// Adds the blocks' products to the totals of `ROWS` left rows, for `VECTORS * LANES` rows of the
@@ -165,24 +165,23 @@ pub(crate) fn stream_quantised<
     assert!(end <= stream.scales.len(), "scales end at {end} of {}", stream.scales.len());
     let mut values = *totals;
     let squares = block_bytes / SQUARE_BYTES;
-    let ahead = VECTORS * S::LANES * right_row_bytes;
     // SAFETY: the assertions bound every address that is read: four scales are read at once only
     // where four blocks are left; prefetches may go anywhere.
     unsafe {
         let mut left = stream.left.as_ptr().cast::<u8>();
         let mut right = stream.right.as_ptr().add(stream.right_start);
-        let mut next = right.wrapping_add(ahead);
+        let mut next = stream.next;
         for first in (0..blocks).step_by(4) {
             let count = (blocks - first).min(4);
             let scales = scales_of::<S, VECTORS>(simd, stream, first, count);
             for block in 0..count {
                 let mut sums = [[simd.zero(); ROWS]; VECTORS];
                 for _ in 0..squares {
-                    if stream.fetch_ahead {
+                    if let Some(next) = &mut next {
                         for line in 0..VECTORS * S::LANES * SQUARE_BYTES / LINE_BYTES {
                             simd.prefetch(next.wrapping_add(line * LINE_BYTES));
                         }
-                        next = next.wrapping_add(VECTORS * S::LANES * SQUARE_BYTES);
+                        *next = next.wrapping_add(VECTORS * S::LANES * SQUARE_BYTES);
                     }
                     for (vector, sums) in sums.iter_mut().enumerate() {
                         let rows = right.add(vector * S::LANES * right_row_bytes);

@@ -82,10 +82,9 @@ pub fn lines(certificate: &Value) -> Vec<String> {
             None => "an unknown time".to_owned(),
         };
         lines.push(format!(
-            "loaded in {} beside the run, state copied in {}; that step took {}, {} beyond others",
+            "loaded in {} and tried in {} beside the run, which stood still for {}",
             ms("load_ms"),
-            ms("transfer_ms"),
-            ms("step_ms"),
+            ms("trial_ms"),
             ms("pause_ms"),
         ));
     }

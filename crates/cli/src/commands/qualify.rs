@@ -1,7 +1,11 @@
 //! `pontoon qualify`: can this device carry our model? A verdict with reasons, and a forecast.
 //!
-//! Also replays the file that `pontoon bisect` writes. What is measured is in the qualify crate;
-//! the model's part is made here. Read next: `compare.rs`.
+//! Also replays the file that `pontoon bisect` writes, and writes the page of what is supported.
+//! What is measured is in the qualify crate. Read next: `qualify/asked.rs`, `compare.rs`.
+
+mod asked;
+mod print;
+mod support;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,26 +14,22 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use pontoon_models::{BatchShape, Model, ModelConfig, PagedHead, PagedShape, preset};
 use pontoon_ops::{Backend, DType, DeviceInfo};
-use pontoon_program::{Program, Recompute};
 use pontoon_qualify::cases::Size;
 use pontoon_qualify::conformance::check;
-use pontoon_qualify::forecast::{Forecast, Question, Soaked, forecast};
-use pontoon_qualify::report::{Device, Qualification};
+use pontoon_qualify::exchange::Exchange;
+use pontoon_qualify::report::{Device, Qualification, Several};
 use pontoon_qualify::reproducer;
 use pontoon_qualify::speed::{Roofs, Speed, SpeedOptions};
 use pontoon_qualify::stress::{Stability, StressOptions};
-use pontoon_qualify::verdict::{Evidence, Fitness, judge};
-use pontoon_qualify::{speed, stress, suite};
-use pontoon_train::data::Batch;
-use pontoon_train::{RunConfig, TrainingState};
+use pontoon_qualify::verdict::{Evidence, Fitness, Verdict, judge, judge_together};
+use pontoon_qualify::{exchange, speed, stress, suite};
 use serde_json::json;
 
+use self::asked::Asked;
 use super::show;
 use crate::devices;
 use crate::engine::dtype;
-use crate::model_source::ModelSource;
 
 /// Seconds of the soak with `--quick`.
 const QUICK_SOAK: Duration = Duration::from_secs(3);
@@ -39,22 +39,16 @@ const MEMORY_TEST: [usize; 2] = [512 << 20, 32 << 20];
 const SOAK_DEADLINE: Duration = Duration::from_secs(30);
 /// Seconds that conformance and speed are expected to take, for the ETA.
 const EXPECTED_S: [f64; 2] = [8.0, 30.0];
-/// Tokens to train on for each parameter, where none are given: what is spent on a model that is
-/// as good as its training compute allows.
-const TOKENS_PER_PARAMETER: f64 = 20.0;
-/// Models up to this size run a real training step; larger ones are reckoned.
-const MEASURED_PARAMETERS_MAX: u64 = 50_000_000;
-/// The same with `--quick`.
-const QUICK_PARAMETERS_MAX: u64 = 2_000_000;
-/// Tokens of the measured step, in sequences as long as the model's.
-const MEASURED_TOKENS: usize = 1024;
+/// Elements of the tensor that devices exchange to be timed, and with `--quick`.
+const EXCHANGED: [usize; 2] = [8 << 20, 64 << 10];
 
 /// The arguments of `pontoon qualify`.
 #[derive(Args)]
 pub struct Arguments {
-    /// The device, as in `pontoon devices`.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    /// The device, as in `pontoon devices`; `cpu` if absent. Several, with commas between them or
+    /// the flag repeated, are qualified one after the other and then as a group.
+    #[arg(long)]
+    device: Vec<String>,
     /// The model to forecast for: a preset, a config.json, or a model's folder.
     #[arg(long)]
     model: Option<String>,
@@ -70,12 +64,16 @@ pub struct Arguments {
     /// Run one operation from a file that `pontoon bisect` wrote, and nothing else.
     #[arg(long)]
     replay: Option<PathBuf>,
+    /// Only check conformance, of the CPU's instruction sets and an emulated chip, and write what
+    /// they support to this Markdown file; `cargo xtask support` does it for docs/support.md.
+    #[arg(long, conflicts_with_all = ["device", "replay", "report", "model", "json"])]
+    support: Option<PathBuf>,
     /// Tokens to train the model on; 20 for each parameter if absent.
     #[arg(long)]
     tokens: Option<f64>,
-    /// Devices to train on, each with the whole model.
-    #[arg(long, default_value_t = 1)]
-    count: usize,
+    /// Devices to train on, each with the whole model; as many as are named if absent.
+    #[arg(long)]
+    count: Option<usize>,
     /// Faults a day and device, where they are known better than from this soak.
     #[arg(long)]
     faults_per_day: Option<f64>,
@@ -96,150 +94,118 @@ pub struct Arguments {
     json: bool,
 }
 
-/// Qualifies. Exit code 1 if the device is unfit, or the replayed operation is wrong.
+impl Arguments {
+    fn devices(&self) -> Vec<String> {
+        match self.device.as_slice() {
+            [] => vec!["cpu".to_owned()],
+            given => devices::listed(given),
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.count.unwrap_or_else(|| self.devices().len())
+    }
+}
+
+/// Qualifies. Exit code 1 if a device is unfit, or the replayed operation is wrong.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let minutes = arguments.minutes;
     ensure!(minutes.is_finite() && minutes >= 0.0, "--minutes should be 0 or more");
-    ensure!(arguments.count > 0, "--count should be at least 1");
-    let mut backend = devices::open(&arguments.device)?;
+    ensure!(arguments.count() > 0, "--count should be at least 1");
+    if let Some(path) = &arguments.support {
+        return support::run(path, arguments.seed);
+    }
+    let names = arguments.devices();
     if let Some(path) = &arguments.replay {
-        return replay(arguments, path, backend.as_mut());
+        let [name] = names.as_slice() else { bail!("--replay takes one --device") };
+        return replay(arguments.json, path, name);
     }
     let asked = match &arguments.model {
         Some(name) => Some(Asked::new(arguments, name)?),
         None => None,
     };
-    let qualification = qualify(arguments, backend.as_mut(), asked.as_ref())?;
-    let value = qualification.json();
+    let each = names.iter().map(|name| {
+        let mut backend = devices::open(name)?;
+        qualify(arguments, name, backend.as_mut(), asked.as_ref())
+    });
+    let mut each = each.collect::<Result<Vec<Qualification>>>()?;
+    let verdict = match each.as_slice() {
+        [one] => {
+            show(arguments, &one.json(), || one.html(), || print::one(one))?;
+            one.verdict.clone()
+        }
+        _ => {
+            let several = together(arguments, &names, std::mem::take(&mut each))?;
+            show(arguments, &several.json(), || several.html(), || print::several(&several))?;
+            several.verdict
+        }
+    };
+    refuse_unfit(arguments, &names, &verdict)
+}
+
+/// Writes the report where one is asked for, and prints.
+fn show(
+    arguments: &Arguments,
+    value: &serde_json::Value,
+    html: impl Fn() -> String,
+    print: impl Fn(),
+) -> Result<()> {
     if let Some(path) = &arguments.report {
-        show::write_json(path, &value)?;
+        show::write_json(path, value)?;
         let page = path.with_extension("html");
-        std::fs::write(&page, qualification.html())
+        std::fs::write(&page, html())
             .with_context(|| format!("cannot write `{}`", page.display()))?;
         eprintln!("wrote {} and {}", path.display(), page.display());
     }
     if arguments.json {
         println!("{value}");
     } else {
-        print(&qualification);
-    }
-    let verdict = &qualification.verdict;
-    if verdict.verdict == Fitness::Unfit {
-        let first = verdict.reasons.first().map_or("", String::as_str);
-        let purpose = arguments.model.as_ref().map_or(String::new(), |name| format!(" for {name}"));
-        bail!("{} is unfit{purpose}: {first}; do not use it", arguments.device);
+        print();
     }
     Ok(())
 }
 
-/// The model that is asked about.
-struct Asked {
-    name: String,
-    model: Model,
-    dtype: DType,
-    sequence: usize,
-    training: Program,
-    decoding: Program,
+fn refuse_unfit(arguments: &Arguments, names: &[String], verdict: &Verdict) -> Result<()> {
+    if verdict.verdict != Fitness::Unfit {
+        return Ok(());
+    }
+    let first = verdict.reasons.first().map_or("", String::as_str);
+    let purpose = arguments.model.as_ref().map_or(String::new(), |name| format!(" for {name}"));
+    match names {
+        [name] => bail!("{name} is unfit{purpose}: {first}; do not use it"),
+        _ => bail!("not all of {} are fit{purpose}: {first}", names.join(", ")),
+    }
 }
 
-impl Asked {
-    fn new(arguments: &Arguments, name: &str) -> Result<Asked> {
-        let path = Path::new(name);
-        let config = match () {
-            () if path.is_dir() => ModelSource::open(path)?.model.config,
-            () if path.is_file() => {
-                let text = std::fs::read_to_string(path)
-                    .with_context(|| format!("cannot read `{name}`"))?;
-                let map = serde_json::from_str(&text)
-                    .with_context(|| format!("`{name}` is no JSON object"))?;
-                ModelConfig::from_json(map)?
+/// The exchanges of devices that were qualified one by one, and the verdict on all of them.
+fn together(
+    arguments: &Arguments,
+    names: &[String],
+    devices: Vec<Qualification>,
+) -> Result<Several> {
+    let begun = Instant::now();
+    let clock = || begun.elapsed();
+    let exchange = match devices::group(names) {
+        Err(error) => {
+            let failure = Some(format!("{error:#}"));
+            Exchange { devices: names.len(), failure, ..Exchange::default() }
+        }
+        Ok(mut members) => {
+            let mut found = exchange::check(&mut members, arguments.seed);
+            let dtypes = members[0].info().matrix_dtypes.clone();
+            let elements = EXCHANGED[usize::from(arguments.quick)];
+            if found.failure.is_none() {
+                match exchange::measure(&mut members, &dtypes, elements, &clock) {
+                    Ok(speed) => found.speed = speed,
+                    Err(failure) => found.failure = Some(failure),
+                }
             }
-            () => preset(name)?,
-        };
-        let model = Model::new(config)?;
-        let compute = dtype(&arguments.dtype)?;
-        let sequence = arguments.sequence.clamp(2, model.config.max_positions);
-        let rows = sequence * arguments.micro_batch.max(1);
-        let shape = BatchShape { rows, documents: rows + 1, positions_max: sequence };
-        let training = model.training_program(shape, compute, Recompute::Cheap)?;
-        let block = 16;
-        let blocks = sequence.div_ceil(block);
-        let shape = PagedShape {
-            rows: 1,
-            sequences: 1,
-            block,
-            blocks,
-            sequence_blocks: blocks,
-            positions_max: sequence,
-        };
-        let head = PagedHead::Sample { vocabulary: model.config.vocab_size };
-        let decoding = model.paged_program(shape, compute, head)?;
-        Ok(Asked { name: name.to_owned(), model, dtype: compute, sequence, training, decoding })
-    }
-
-    /// Tokens a second of real training steps, for models small enough; the second step counts.
-    fn measure(&self, backend: &mut dyn Backend, parameters_max: u64) -> Result<Option<f64>> {
-        let large = self.model.config.parameter_count() > parameters_max;
-        if large || self.dtype == DType::F16 {
-            return Ok(None);
+            found
         }
-        let sequence = MEASURED_TOKENS.min(self.sequence);
-        let count = (MEASURED_TOKENS / sequence).max(1);
-        let settings = format!(
-            "[data]\nsequence = {sequence}\n[train]\nmicro_batch = {count}\nmicro_batches = 1\n\
-             dtype = \"{}\"\nwarmup = 0\nschedule = \"constant\"\n",
-            self.dtype
-        );
-        let config = RunConfig::parse(&settings, &[], "the measurement's settings")?;
-        let weights = self.model.initialise(1);
-        let mut state = TrainingState::load(backend, &self.model, &config, &weights)?;
-        let rows = count * sequence;
-        let token = |row: usize| (row * 31 % self.model.config.vocab_size) as i32;
-        let start = |at: usize| (at.min(count) * sequence) as i32;
-        let batch = Batch {
-            ids: (0..rows).map(token).collect(),
-            targets: (0..rows).map(|row| token(row + 1)).collect(),
-            positions: (0..rows).map(|row| (row % sequence) as i32).collect(),
-            documents: (0..=rows).map(start).collect(),
-            valid: rows,
-        };
-        let mut best = f64::INFINITY;
-        for step in 1..=3 {
-            let started = Instant::now();
-            state.step(backend, step, std::slice::from_ref(&batch))?;
-            let seconds = started.elapsed().as_secs_f64();
-            best = if step == 1 { best } else { best.min(seconds) };
-        }
-        Ok(Some(rows as f64 / best))
-    }
-
-    fn forecast(
-        &self,
-        arguments: &Arguments,
-        backend: &mut dyn Backend,
-        speed: &Speed,
-        stability: &Stability,
-    ) -> Result<Forecast> {
-        let limits = [MEASURED_PARAMETERS_MAX, QUICK_PARAMETERS_MAX];
-        let parameters = self.model.config.parameter_count();
-        let measured = self.measure(backend, limits[usize::from(arguments.quick)])?;
-        let question = Question {
-            model: self.name.clone(),
-            parameters,
-            dtype: self.dtype,
-            trained: self.model.table.trainable_elements(),
-            sequence: self.sequence,
-            micro_batch: arguments.micro_batch.max(1),
-            training: &self.training,
-            decoding: &self.decoding,
-            tokens: arguments.tokens.unwrap_or(TOKENS_PER_PARAMETER * parameters as f64),
-            devices: arguments.count,
-            measured,
-            faults_per_day: arguments.faults_per_day,
-        };
-        let soaked = Soaked { faults: stability.faults(), seconds: stability.seconds };
-        Ok(forecast(&question, speed, soaked, backend.info().memory_bytes))
-    }
+    };
+    let each: Vec<_> = devices.iter().map(|one| (one.device.name.as_str(), &one.verdict)).collect();
+    let verdict = judge_together(&each, &exchange);
+    Ok(Several { devices, exchange, verdict })
 }
 
 /// Progress over stages of expected lengths.
@@ -275,6 +241,7 @@ impl Stages {
 
 fn qualify(
     arguments: &Arguments,
+    name: &str,
     backend: &mut dyn Backend,
     asked: Option<&Asked>,
 ) -> Result<Qualification> {
@@ -288,9 +255,13 @@ fn qualify(
     };
     let speed_s = if arguments.quick { 3.0 } else { EXPECTED_S[1] };
     let mut stages = Stages::new(EXPECTED_S[0] + soak.as_secs_f64() + speed_s);
-    let conformance = stages.stage("conformance", EXPECTED_S[0], |progress| {
+    let mut conformance = stages.stage("conformance", EXPECTED_S[0], |progress| {
         suite::run(backend, arguments.seed, progress)
     });
+    if arguments.devices().len() > 1 {
+        // Exchanges are judged in the group.
+        conformance.not_judged.clear();
+    }
     let memory_bytes = MEMORY_TEST[quick].min((info.memory_bytes / 4) as usize);
     let options = StressOptions { soak, memory_bytes, deadline: SOAK_DEADLINE };
     let stability = match conformance.stopped {
@@ -308,7 +279,7 @@ fn qualify(
                 dtypes: info.matrix_dtypes.clone(),
                 size: if arguments.quick { Size::Small } else { Size::Full },
                 budget: Duration::from_millis(if arguments.quick { 5 } else { 100 }),
-                known: known_roofs(&arguments.device, &info.matrix_dtypes),
+                known: known_roofs(name, &info.matrix_dtypes),
             };
             speed::run(backend, &options, &clock, progress)
         }),
@@ -321,10 +292,9 @@ fn qualify(
         Some(asked) => Some(asked.forecast(arguments, backend, &speed, &stability)?),
         None => None,
     };
-    let programs = asked.iter().flat_map(|asked| [&asked.training, &asked.decoding]);
     let compute = dtype(&arguments.dtype)?;
-    let needed: BTreeSet<_> =
-        programs.flat_map(|program| &program.ops).map(|op| (op.name().name(), compute)).collect();
+    let ops = asked.iter().flat_map(|asked| asked.ops());
+    let needed: BTreeSet<_> = ops.map(|op| (op.name().name(), compute)).collect();
     let verdict = judge(&Evidence {
         conformance: &conformance,
         stability: &stability,
@@ -333,14 +303,14 @@ fn qualify(
         forecast: forecast.as_ref(),
         needed: &needed,
     });
-    let device = device_of(arguments, &info);
+    let device = device_of(name, &info);
     let (seconds, version) = (begun.elapsed().as_secs_f64(), env!("CARGO_PKG_VERSION").to_owned());
     Ok(Qualification { device, verdict, conformance, stability, speed, forecast, seconds, version })
 }
 
-fn device_of(arguments: &Arguments, info: &DeviceInfo) -> Device {
+fn device_of(name: &str, info: &DeviceInfo) -> Device {
     Device {
-        name: arguments.device.clone(),
+        name: name.to_owned(),
         chip: info.chip.clone(),
         numeric_class: info.numeric_class.clone(),
         emulated: info.emulated,
@@ -361,14 +331,15 @@ fn known_roofs(device: &str, dtypes: &[DType]) -> Roofs {
     roofs
 }
 
-fn replay(arguments: &Arguments, path: &Path, backend: &mut dyn Backend) -> Result<()> {
+fn replay(as_json: bool, path: &Path, name: &str) -> Result<()> {
+    let mut backend = devices::open(name)?;
     let (case, origin) = reproducer::read(path)?;
-    let (findings, _) = check(backend, &case)?;
+    let (findings, _) = check(backend.as_mut(), &case)?;
     let wrong = findings.iter().find(|finding| !finding.ok);
-    if arguments.json {
+    if as_json {
         let result = json!({
             "ok": wrong.is_none(),
-            "device": arguments.device,
+            "device": name,
             "op": case.op.name().name(),
             "findings": findings.iter().map(|finding| {
                 let mut value = json!(finding);
@@ -389,77 +360,10 @@ fn replay(arguments: &Arguments, path: &Path, backend: &mut dyn Backend) -> Resu
     match wrong {
         None => Ok(()),
         Some(finding) => bail!(
-            "{} computes {} wrongly: {}; send `{}` to its maker",
-            arguments.device,
+            "{name} computes {} wrongly: {}; send `{}` to its maker",
             finding.op,
             finding.detail,
             path.display()
         ),
     }
-}
-
-fn print(qualification: &Qualification) {
-    let verdict = &qualification.verdict;
-    println!("{}: {}", qualification.device.name, verdict.verdict);
-    for reason in &verdict.reasons {
-        println!("  {reason}");
-    }
-    for note in &verdict.notes {
-        println!("  note: {note}");
-    }
-    let rows = &qualification.conformance.rows;
-    let failed = rows.iter().filter(|row| !row.ok);
-    let cases: usize = rows.iter().map(|row| row.cases).sum();
-    println!(
-        "conformance: {cases} checks in {} rows, {} failed",
-        rows.len(),
-        failed.clone().count()
-    );
-    for row in failed {
-        let (op, dtype, check, detail) = (row.op, &row.dtype, row.check, &row.detail);
-        println!("  {op:16} {dtype:5} {check:10} {detail}");
-    }
-    let seen = &qualification.stability;
-    println!(
-        "stability: {} rounds of {} operations in {:.0} s, {} lies; {} of memory, {} errors",
-        seen.rounds,
-        seen.ops_per_round,
-        seen.seconds,
-        seen.lies,
-        show::bytes(seen.memory_bytes as f64),
-        seen.memory_errors
-    );
-    let roofs = &qualification.speed.roofs;
-    let peaks = roofs.matrix.iter();
-    let peaks: Vec<String> =
-        peaks.map(|(dtype, peak)| format!("{dtype} {}FLOP/s", show::count(*peak))).collect();
-    println!("speed: {}, {}B/s", peaks.join(", "), show::count(roofs.memory));
-    for row in &qualification.speed.rows {
-        let (op, dtype, ms, share) = (row.op, &row.dtype, row.ms, 100.0 * row.roof_fraction);
-        println!("  {op:16} {dtype:5} {ms:>10.3} ms {share:>5.0}% of its roof  {}", row.shape);
-    }
-    let Some(forecast) = &qualification.forecast else { return };
-    let source = if forecast.tokens_per_s_measured.is_some() { "measured" } else { "predicted" };
-    println!(
-        "{} in {}: {} to train, {} to serve, of {}",
-        forecast.model,
-        forecast.dtype,
-        show::bytes(forecast.memory_bytes as f64),
-        show::bytes(forecast.serving_bytes as f64),
-        show::bytes(forecast.device_bytes as f64)
-    );
-    println!(
-        "  {} tokens/s {source} ({} predicted); {} tokens take {:.2} days, {:.1} device-hours",
-        show::count(forecast.tokens_per_s),
-        show::count(forecast.tokens_per_s_predicted),
-        show::count(forecast.tokens),
-        forecast.days,
-        forecast.device_hours
-    );
-    println!(
-        "  {:.2} faults a day: {:.1} until the end, goodput {:.1}%",
-        forecast.faults_per_day,
-        forecast.faults_expected,
-        100.0 * forecast.goodput
-    );
 }

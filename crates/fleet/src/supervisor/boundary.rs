@@ -101,6 +101,17 @@ impl Supervisor {
         if joining && self.join_donor.is_none() {
             self.export(donor, Area::Join);
         }
+        self.try_hand_out();
+    }
+
+    /// Hands the step out, unless the run is about to go to new workers: they get it. Whether it
+    /// did.
+    pub(super) fn try_hand_out(&mut self) -> bool {
+        if self.hand_over() == Some(false) {
+            return false;
+        }
+        let Some(donor) = self.fastest() else { return false };
+        self.round.handed_out = true;
         let may_save = self.saving.is_none() && self.now >= self.save_not_before;
         if self.snapshot_due && may_save {
             self.snapshot_due = false;
@@ -108,10 +119,13 @@ impl Supervisor {
         }
         let members = self.those(Standing::Member).len();
         self.round.plan = self.plan_audits(members);
+        let joins = |of: &Standing| matches!(of, Standing::Ready | Standing::Joining);
+        let joining = self.workers.iter().any(|of| joins(&of.standing));
         let alone = members == 1 && !joining;
         self.round.publish = if alone { Publish::Local } else { Publish::Shared };
         let leaves: Vec<u32> = (0..self.settings.leaves).collect();
         self.hand_out(&leaves, 0);
+        true
     }
 
     /// Gives leaves to members by their speeds; `turn` moves each part to another member.
@@ -287,7 +301,6 @@ impl Supervisor {
             valid_loss: self.round.valid_loss,
         }));
         self.look_for_slowness(&members);
-        self.complete_move(wall);
         let every = self.settings.snapshot_every;
         self.snapshot_due |= every > 0 && self.step.is_multiple_of(every);
         let over = self.step >= self.settings.steps || self.stop_asked;
@@ -425,12 +438,12 @@ impl Supervisor {
     }
 
     pub(super) fn imported(&mut self, worker: usize, digest: StateDigest) {
+        if self.workers[worker].trial {
+            return self.transferred(worker, digest);
+        }
         if digest != self.agreed {
             let cause = "took another state from its peer than the peer gave".to_owned();
             return self.lose(worker, Loss::new(EventKind::Corrupt, cause));
-        }
-        if self.workers[worker].trial {
-            return self.transferred();
         }
         let event = self.event(worker, EventKind::Joined);
         self.tell(event);

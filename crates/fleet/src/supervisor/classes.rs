@@ -89,11 +89,8 @@ impl Supervisor {
             || self.round.single.contains(&audit.leaf)
     }
 
-    /// Takes an answer for the audit, or the trial, that it was asked for.
+    /// Takes an answer for the audit that it was asked for.
     pub(super) fn replayed(&mut self, worker: usize, of: Replayed) {
-        if self.workers[worker].trial {
-            return self.tried(worker, of);
-        }
         let (workers, limits) = (&self.workers, self.settings.tolerance);
         let alike =
             |one: usize, other: usize| workers[one].numeric_class == workers[other].numeric_class;

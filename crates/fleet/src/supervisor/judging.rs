@@ -22,6 +22,9 @@ impl Supervisor {
             self.start_over("no worker is left");
             return false;
         }
+        if !self.round.handed_out {
+            return self.try_hand_out();
+        }
         self.ask_trial();
         if !self.round.is_complete(self.settings.leaves) {
             return false;

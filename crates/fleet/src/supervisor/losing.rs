@@ -65,7 +65,7 @@ impl Supervisor {
             return;
         }
         if self.workers[worker].trial {
-            return self.refuse_move(format!("worker {worker}: {}", loss.cause));
+            return self.refuse_move(format!("{}: {}", self.called(worker), loss.cause));
         }
         self.outputs.push(Output::Kill { worker });
         let mut lost = self.round.take_pending(worker);

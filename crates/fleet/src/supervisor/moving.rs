@@ -1,19 +1,22 @@
-//! A live run goes to other devices: new workers start beside the old, are tried on a micro-batch
-//! of the run's present step, and take over at its end. Whatever goes wrong with them, the old
+//! A live run goes to other devices: new workers start beside the old and are tried on a
+//! micro-batch of one of the run's steps, for which nobody waits; once they have passed they take
+//! the state at a step's beginning and that step is theirs. Whatever goes wrong with them, the old
 //! ones go on as if nothing had been asked.
 //!
-//! The new ones join like any worker that joins; what is special is here. Read next: `classes.rs`.
+//! The new ones take the state like any worker that joins; what is special is here. Read next:
+//! `classes.rs`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::json;
 
-use crate::protocol::{Against, Area, Command, Publish, Source};
+use crate::protocol::{Against, Area, Command, Publish, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
 use super::classes::{Tolerance, loss_apart};
+use super::losing::CHANGED;
 use super::round::{Replayed, Subtree};
 use super::workers::{Standing, Worker};
 use super::{Output, Phase, Saving, Supervisor};
@@ -80,12 +83,12 @@ pub struct Certificate {
     pub reasons: Vec<String>,
     /// Milliseconds in which the new workers loaded while the old ones went on.
     pub load_ms: u64,
-    /// Milliseconds from the copy of the state to the last new worker that had it.
-    pub transfer_ms: u64,
-    /// Milliseconds of the step in which the run moved.
-    pub step_ms: u64,
-    /// And beyond those of a usual step, once one is known.
-    pub pause_ms: Option<u64>,
+    /// Milliseconds from the copy of the state that they are tried on to the last answer, in which
+    /// the old ones went on, unless the trial had to be done again.
+    pub trial_ms: u64,
+    /// Milliseconds in which nobody computed: from the copy of the state to the last new worker
+    /// that had it.
+    pub pause_ms: u64,
 }
 
 /// How a move ended.
@@ -107,13 +110,21 @@ pub(super) struct Moving {
     workers: Vec<usize>,
     begun: Duration,
     loaded: Option<Duration>,
-    transferred: Duration,
+    /// When the trial under way began.
+    tried: Option<Duration>,
+    /// The step whose state the trial is about, and its digest.
+    step: u64,
+    state: StateDigest,
     micro_batch: u32,
-    /// Whether the trial of this step was asked for.
-    asked: bool,
+    /// What the new ones are held against, once they were asked.
+    owner: Option<Subtree>,
     trials: u32,
     answers: BTreeMap<usize, Vec<Replayed>>,
+    /// Those whose state was the same after they had computed.
+    checked: BTreeSet<usize>,
     certificate: Option<Certificate>,
+    /// Those that have taken the state that they go on from.
+    took: BTreeSet<usize>,
 }
 
 impl Supervisor {
@@ -146,12 +157,16 @@ impl Supervisor {
             devices,
             begun: self.now,
             loaded: None,
-            transferred: self.now,
+            tried: None,
+            step: 0,
+            state: self.agreed,
             micro_batch: 0,
-            asked: false,
+            owner: None,
             trials: 0,
             answers: BTreeMap::new(),
+            checked: BTreeSet::new(),
             certificate: None,
+            took: BTreeSet::new(),
         });
         for worker in first..self.workers.len() {
             self.launch(worker, Source::Nothing);
@@ -165,18 +180,25 @@ impl Supervisor {
         self.send(worker, Command::Replay { step, leaf: 0, against });
     }
 
-    /// At a step's beginning: once all new workers have loaded, they are tried in this step.
+    /// At a step's beginning: once all new workers have loaded they are tried in this step, and
+    /// once they have passed this step is theirs.
     pub(super) fn begin_trial(&mut self) {
         let (now, step, leaves) = (self.now, self.step, self.settings.leaves);
         let Some(moving) = &mut self.moving else { return };
         let waiting = |worker: &usize| self.workers[*worker].standing == Standing::Waiting;
-        if moving.loaded.is_some() || !moving.workers.iter().all(waiting) {
+        let is_under_way = moving.tried.is_some() && moving.certificate.is_none();
+        if is_under_way || !moving.workers.iter().all(waiting) {
             return;
         }
-        (moving.loaded, moving.transferred) = (Some(now), now);
-        moving.micro_batch = (step % u64::from(leaves)) as u32;
+        moving.loaded.get_or_insert(now);
+        (moving.step, moving.state) = (step, self.agreed);
         self.round.moving = true;
-        self.round.single.insert(moving.micro_batch);
+        if moving.certificate.is_none() {
+            moving.tried = Some(now);
+            // An odd one's place in the exchange is rarely used by the steps that follow.
+            moving.micro_batch = (step % u64::from(leaves)) as u32 | u32::from(leaves > 1);
+            self.round.single.insert(moving.micro_batch);
+        }
         for worker in moving.workers.clone() {
             self.workers[worker].standing = Standing::Ready;
         }
@@ -187,31 +209,41 @@ impl Supervisor {
         self.moving.as_ref().is_some_and(|moving| moving.certificate.is_some())
     }
 
-    /// A new worker has the run's state, as it lies on its device.
-    pub(super) fn transferred(&mut self) {
-        if let Some(moving) = &mut self.moving {
-            moving.transferred = self.now;
+    /// A new worker has taken a state, as it lies on its device: that of its trial, or that from
+    /// which it goes on.
+    pub(super) fn transferred(&mut self, worker: usize, digest: StateDigest) {
+        let who = self.called(worker);
+        let Some(moving) = &mut self.moving else { return };
+        if digest != moving.state {
+            return self.refuse_move(format!("{who}: took another state than it was given"));
+        }
+        if moving.certificate.is_some() {
+            moving.took.insert(worker);
         }
     }
 
     /// Asks the new workers for the micro-batch, as soon as it is published and they are told to
-    /// take the state.
+    /// take the state, and then for the digest of that state.
     pub(super) fn ask_trial(&mut self) {
-        let Some(moving) = &mut self.moving else { return };
+        let Some(moving) = self.moving.as_mut().filter(|of| of.certificate.is_none()) else {
+            return;
+        };
         let joining = |worker: &usize| self.workers[*worker].standing == Standing::Joining;
         let leaf = moving.micro_batch;
-        let published =
-            self.round.publish == Publish::Shared && self.round.published(leaf).is_some();
-        if moving.asked || !published || !moving.workers.iter().all(joining) {
+        let shared = self.round.publish == Publish::Shared;
+        let Some(owner) = self.round.published(leaf).filter(|_| shared) else { return };
+        if moving.owner.is_some() || !moving.workers.iter().all(joining) {
             return;
         }
-        (moving.asked, moving.trials) = (true, moving.trials + 1);
+        (moving.owner, moving.trials) = (Some(owner.clone()), moving.trials + 1);
         moving.answers.clear();
+        moving.checked.clear();
         let (step, against) = (self.step + 1, Against::Published);
         for worker in moving.workers.clone() {
             for _ in 0..REPEATS {
                 self.send(worker, Command::Replay { step, leaf, against });
             }
+            self.send(worker, Command::Check { step });
         }
     }
 
@@ -222,25 +254,76 @@ impl Supervisor {
         }
     }
 
-    /// `None` if no new worker is tried, or all have passed; else whether the step moves on.
+    /// A new worker's state after it has computed.
+    pub(super) fn checked(&mut self, worker: usize, digest: StateDigest) {
+        let who = self.called(worker);
+        let Some(moving) = &mut self.moving else { return };
+        if digest != moving.state {
+            return self.refuse_move(format!("{who}: {CHANGED}"));
+        }
+        moving.checked.insert(worker);
+        let aside = |worker: &usize| self.workers[*worker].standing == Standing::Waiting;
+        let is_last = moving.checked.len() == moving.workers.len();
+        if is_last && moving.workers.iter().all(aside) {
+            // The step under way does not depend on it.
+            let _ = self.settle_trial();
+        }
+    }
+
+    /// `None` if the step need not wait for new workers; else whether it moves on. The first time
+    /// they are tried the step goes on without them, and they answer when they can.
     pub(super) fn judge_trial(&mut self) -> Option<bool> {
-        let moving = self.moving.as_mut().filter(|of| of.loaded.is_some())?;
-        if moving.certificate.is_some() {
+        let tried = |of: &&mut Moving| of.tried.is_some() && of.certificate.is_none();
+        let moving = self.moving.as_mut().filter(tried)?;
+        let joining = |worker: &usize| self.workers[*worker].standing == Standing::Joining;
+        if !moving.workers.iter().all(joining) {
+            // Of a step before.
             return None;
         }
-        let answered =
-            |worker: &usize| moving.answers.get(worker).is_some_and(|of| of.len() >= REPEATS);
-        if !moving.asked || !moving.workers.iter().all(answered) {
+        let Some(owner) = &moving.owner else { return Some(false) };
+        let now = self.round.published(moving.micro_batch).map(|subtree| subtree.digest);
+        let is_spoilt = now != Some(owner.digest);
+        if moving.checked.len() == moving.workers.len() {
+            // What was computed again since is not what they were held against.
+            return if is_spoilt { self.try_again() } else { self.settle_trial() };
+        }
+        if is_spoilt || moving.trials > 1 {
             return Some(false);
         }
-        let published = self.round.published(moving.micro_batch).map(|subtree| subtree.digest);
+        self.set_aside();
+        None
+    }
+
+    /// The new workers take no part in the present step.
+    fn set_aside(&mut self) {
+        let workers = self.moving.as_ref().map(|moving| moving.workers.clone());
+        for worker in workers.unwrap_or_default() {
+            self.workers[worker].standing = Standing::Waiting;
+        }
+    }
+
+    /// They are tried once more, from the next step's beginning on.
+    fn try_again(&mut self) -> Option<bool> {
+        if let Some(moving) = &mut self.moving {
+            (moving.tried, moving.owner) = (None, None);
+        }
+        self.set_aside();
+        None
+    }
+
+    /// All have answered: they have passed, are refused, or are tried again. Says what it means for
+    /// the step under way, as `judge_trial` does.
+    fn settle_trial(&mut self) -> Option<bool> {
+        let moving = self.moving.as_mut()?;
+        let published = moving.owner.as_ref().map(|owner| owner.digest);
         let read = |of: &Replayed| of.apart.as_ref().map(|apart| apart.published);
         let stale = moving.answers.values().flatten().any(|of| read(of) != published);
         if stale && moving.trials < TRIALS {
-            moving.asked = false;
-            return Some(true);
+            // It was replaced before all had compared theirs with it.
+            return self.try_again();
         }
         let certificate = self.certify();
+        self.set_aside();
         if certificate.agree {
             if let Some(moving) = &mut self.moving {
                 moving.certificate = Some(certificate);
@@ -252,6 +335,11 @@ impl Supervisor {
         Some(true)
     }
 
+    /// A new worker in a refusal.
+    pub(super) fn called(&self, worker: usize) -> String {
+        format!("{} (worker {worker})", self.workers[worker].device)
+    }
+
     fn place(&self, worker: usize) -> Place {
         let of = &self.workers[worker];
         let (device, numeric_class) = (of.device.clone(), of.numeric_class.clone());
@@ -261,7 +349,7 @@ impl Supervisor {
     fn certify(&self) -> Certificate {
         let moving = self.moving.as_ref().expect("it is called while new workers are tried");
         let leaf = moving.micro_batch;
-        let owner = self.round.published(leaf).expect("it was published before it was compared");
+        let owner = moving.owner.as_ref().expect("they were asked to compare theirs with it");
         let mut reasons = Vec::new();
         let mut trials = Vec::new();
         for (&worker, answers) in &moving.answers {
@@ -278,7 +366,7 @@ impl Supervisor {
         };
         let old = (0..self.workers.len()).filter(stays);
         Certificate {
-            step: self.step + 1,
+            step: moving.step + 1,
             from: old.map(|worker| self.place(worker)).collect(),
             to: moving.workers.iter().map(|worker| self.place(*worker)).collect(),
             micro_batch: leaf,
@@ -288,9 +376,8 @@ impl Supervisor {
             agree: reasons.is_empty(),
             reasons,
             load_ms: ms(moving.begun, loaded),
-            transfer_ms: ms(loaded, moving.transferred),
-            step_ms: 0,
-            pause_ms: None,
+            trial_ms: ms(moving.tried.unwrap_or(self.now), self.now),
+            pause_ms: 0,
         }
     }
 
@@ -376,60 +463,65 @@ impl Supervisor {
         (of.standing, of.left) = (Standing::Retired, true);
     }
 
-    /// At the end of the step in which new workers passed: they are the run's workers from here.
-    pub(super) fn complete_move(&mut self, wall: Duration) {
-        let Some(moving) = self.moving.take_if(|moving| moving.certificate.is_some()) else {
-            return;
-        };
-        let Some(mut certificate) = moving.certificate else { return };
-        certificate.step_ms = wall.as_millis() as u64;
-        let usual = self.ledger.typical();
-        certificate.pause_ms =
-            usual.map(|usual| (1e3 * (wall.as_secs_f64() - usual)).max(0.0) as u64);
-        let donor = match self.saving {
-            Some(Saving::Copying { donor, .. }) => Some(donor),
-            _ => None,
-        };
+    /// Before a step is handed out: `None` if it is, else whether the run has gone to the new
+    /// workers, to whom it is handed out from here on. It has once all of them have its state.
+    pub(super) fn hand_over(&mut self) -> Option<bool> {
+        let moving = self.moving.as_ref().filter(|of| of.certificate.is_some())?;
+        let waiting = |worker: &usize| self.workers[*worker].standing == Standing::Waiting;
+        if moving.workers.iter().any(waiting) {
+            // They have passed since the step began.
+            return None;
+        }
+        if moving.took.len() < moving.workers.len() {
+            return Some(false);
+        }
+        let moving = self.moving.take()?;
+        let mut certificate = moving.certificate.clone()?;
+        certificate.step = self.step;
+        let pause = self.now.saturating_sub(self.round.begun);
+        certificate.pause_ms = pause.as_millis() as u64;
         for worker in 0..self.workers.len() {
             if self.workers[worker].trial {
                 self.workers[worker].trial = false;
+                self.workers[worker].standing = Standing::Member;
             } else if !self.workers[worker].left {
                 self.leave(worker);
             }
         }
         self.join_donor = None;
+        // The new class follows by the move itself, not because the old one was lost.
+        self.writing = None;
+        self.writers();
+        let copying = matches!(self.saving, Some(Saving::Copying { donor, .. })
+            if self.workers[donor].left);
+        if let Some(donor) = self.fastest().filter(|_| copying) {
+            self.export(donor, Area::Snapshot);
+        }
+        self.tell_of_move(moving.devices, certificate);
+        Some(true)
+    }
+
+    fn tell_of_move(&mut self, devices: Vec<String>, certificate: Certificate) {
         let names = |places: &[Place]| -> String {
             let of = places.iter().map(|of| format!("{} ({})", of.device, of.numeric_class));
             of.collect::<Vec<_>>().join(", ")
         };
         let (from, to) = (names(&certificate.from), names(&certificate.to));
-        // The new class follows by the move itself, not because the old one was lost.
-        self.writing = None;
-        self.writers();
-        if donor.is_some_and(|donor| self.workers[donor].left)
-            && let Some(other) = self.fastest()
-        {
-            self.export(other, Area::Snapshot);
-        }
         let worst = certificate.trials.iter().map(|of| of.gradient_error).fold(0.0, f64::max);
         let text = format!(
             "moved after step {} from {from} to {to}: gradients at most {worst:.1e} apart",
             certificate.step
         );
         self.tell(Event {
-            device: Some(moving.devices.join(",")),
+            device: Some(devices.join(",")),
             cause: Some("asked for".to_owned()),
             action: Some(format!("from {from} to {to}")),
-            recovery_ms: certificate.pause_ms,
+            recovery_ms: Some(certificate.pause_ms),
             certificate: Some(json!(certificate)),
             ..Event::new(self.step, EventKind::Moved)
         });
-        let (devices, moved, certificate) = (moving.devices, true, Some(certificate));
-        self.outputs.push(Output::Moved(Box::new(MoveOutcome {
-            devices,
-            moved,
-            text,
-            certificate,
-        })));
+        let (moved, certificate) = (true, Some(certificate));
+        let outcome = MoveOutcome { devices, moved, text, certificate };
+        self.outputs.push(Output::Moved(Box::new(outcome)));
     }
 }

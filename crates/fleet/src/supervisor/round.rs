@@ -122,10 +122,12 @@ pub(super) struct Round {
     pub valid_loss: Option<f64>,
     /// The furthest that gradients of two classes were apart.
     pub apart: Option<f64>,
-    /// Whether new workers of a move are tried in it.
+    /// Whether new workers of a move are tried in it, or the run goes to them at its beginning.
     pub moving: bool,
     /// Whether the supervisor itself was stopped meanwhile.
     pub stalled: bool,
+    /// Whether its leaves were given to anyone yet.
+    pub handed_out: bool,
 }
 
 impl Round {
@@ -154,6 +156,7 @@ impl Round {
             apart: None,
             moving: false,
             stalled: false,
+            handed_out: false,
         }
     }
 

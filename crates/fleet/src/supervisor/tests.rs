@@ -63,6 +63,10 @@ struct World {
     /// Still to be asked for: the step from which on, and the devices.
     moves: VecDeque<(u64, Vec<String>)>,
     outcomes: Vec<MoveOutcome>,
+    /// Until the first of these steps is done, workers from the second on do not come to their
+    /// trials.
+    slow: Option<(u64, usize)>,
+    held: VecDeque<(usize, u32, Command)>,
     /// Steps done.
     step: u64,
     outbox: VecDeque<Input>,
@@ -128,6 +132,8 @@ impl World {
             classes: Vec::new(),
             moves: VecDeque::new(),
             outcomes: Vec::new(),
+            slow: None,
+            held: VecDeque::new(),
             step: 0,
             outbox: VecDeque::from([Input::Start]),
         }
@@ -145,6 +151,7 @@ impl World {
 
     fn turn(&mut self) {
         self.now += Duration::from_millis(10);
+        self.hold_trials();
         if let Some((worker, incarnation, command)) = self.queue.pop_front()
             && self.incarnations[worker] == incarnation
             && !self.hung.contains(&(worker, incarnation))
@@ -154,6 +161,25 @@ impl World {
         let input = self.outbox.pop_front().unwrap_or(Input::Tick);
         for output in self.supervisor.handle(self.now, input) {
             self.obey(output);
+        }
+    }
+
+    /// Keeps the commands of slow workers, in their order.
+    fn hold_trials(&mut self) {
+        let Some((step, first)) = self.slow else { return };
+        if self.step >= step {
+            while let Some(command) = self.held.pop_back() {
+                self.queue.push_front(command);
+            }
+            return;
+        }
+        let is_trial = |command: &Command| {
+            matches!(command, Command::Replay { against: Against::Published, .. })
+        };
+        while let Some(next) = self.queue.pop_front_if(|(worker, _, command)| {
+            *worker >= first && (is_trial(command) || !self.held.is_empty())
+        }) {
+            self.held.push_back(next);
         }
     }
 
@@ -249,6 +275,7 @@ impl World {
             Command::Check { step } => {
                 let mut digest = self.state(step - 1);
                 digest[0] += u64::from(self.changed.contains(&(worker, incarnation)));
+                digest[0] += u64::from(self.is_wrong(worker, step, Wrong::Weights));
                 say(self, Report::Checked { step, digest });
             }
             Command::Combine { step, nodes } => {

@@ -165,24 +165,37 @@ pub fn gather(plan: &mut Plan, x: &Argument, (dim, index): (i64, &Argument), y: 
     let lines = pair(plan, x, dim, (index, y))?;
     let (x, index) = (plan.read("self", x), plan.read("index", index));
     let y = plan.write("out", y);
-    plan.run(move |run| {
-        let bits = run.at(x).dtype().bits();
-        by_size(
-            bits,
-            || gather_as::<u8>(run, [x, index, y], &lines),
-            || gather_as::<u16>(run, [x, index, y], &lines),
-            || gather_as::<u32>(run, [x, index, y], &lines),
-            || gather_as::<u64>(run, [x, index, y], &lines),
-        )
-    })
+    plan.run(move |run| carry(run, [x, index, y], &lines, Way::OutOfX))
 }
 
-fn gather_as<T: Pod>(run: &Run<'_>, [x, index, y]: [Slot; 3], lines: &Paired) -> Done {
-    let (from, to) = (run.at(x), run.at(y));
-    each_pair(run, index, lines, |place, other| {
+/// Which way elements go between `x` and the other operand of a gather or scatter.
+#[derive(Clone, Copy)]
+enum Way {
+    OutOfX,
+    IntoX,
+}
+
+/// Copies every element whose place in `x` the index names.
+fn carry(run: &Run<'_>, slots: [Slot; 3], lines: &Paired, way: Way) -> Done {
+    by_size(
+        run.at(slots[0]).dtype().bits(),
+        || carry_as::<u8>(run, slots, lines, way),
+        || carry_as::<u16>(run, slots, lines, way),
+        || carry_as::<u32>(run, slots, lines, way),
+        || carry_as::<u64>(run, slots, lines, way),
+    )
+}
+
+fn carry_as<T: Pod>(run: &Run<'_>, [x, index, other]: [Slot; 3], lines: &Paired, way: Way) -> Done {
+    let (x, other) = (run.at(x), run.at(other));
+    each_pair(run, index, lines, |in_x, in_other| {
+        let (from, to) = match way {
+            Way::OutOfX => ((x, in_x), (other, in_other)),
+            Way::IntoX => ((other, in_other), (x, in_x)),
+        };
         let mut value = [T::zeroed()];
-        from.load(place, &mut value);
-        to.store(other, &value);
+        from.0.load(from.1, &mut value);
+        to.0.store(to.1, &value);
     })
 }
 
@@ -222,26 +235,10 @@ pub fn scatter(
     let x = plan.operand("selfRef", x, Access::Both);
     let (index, source) = (plan.read("index", index), plan.read("src", source));
     plan.run(move |run| {
-        let bits = run.at(x).dtype().bits();
         if meeting == Meeting::Add {
             return scatter_add(run, [x, index, source], &lines);
         }
-        by_size(
-            bits,
-            || scatter_as::<u8>(run, [x, index, source], &lines),
-            || scatter_as::<u16>(run, [x, index, source], &lines),
-            || scatter_as::<u32>(run, [x, index, source], &lines),
-            || scatter_as::<u64>(run, [x, index, source], &lines),
-        )
-    })
-}
-
-fn scatter_as<T: Pod>(run: &Run<'_>, [x, index, source]: [Slot; 3], lines: &Paired) -> Done {
-    let (to, from) = (run.at(x), run.at(source));
-    each_pair(run, index, lines, |place, other| {
-        let mut value = [T::zeroed()];
-        from.load(other, &mut value);
-        to.store(place, &value);
+        carry(run, [x, index, source], &lines, Way::IntoX)
     })
 }
 

@@ -122,6 +122,26 @@ fn a_live_run_goes_to_other_devices_of_its_kind_or_another() {
 }
 
 #[test]
+fn nobody_waits_for_a_trial_but_for_one_that_has_to_be_done_again() {
+    // With a micro-batch for each worker the compared one is replaced in every step.
+    for (workers, is_replaced) in [(2, false), (LEAVES as usize, true)] {
+        let mut world = World::on(&vec!["a"; workers], 0.5, &[], NonFinite::Stop);
+        world.moves.push_back((1, vec!["b".to_owned(), "b".to_owned()]));
+        world.slow = Some((3, workers));
+        let world = world.until_it_ends();
+        let outcome = &world.outcomes[0];
+        assert!(outcome.moved, "{workers}: {:?}", world.events);
+        assert_eq!(world.losses, [8.0; STEPS as usize]);
+        let certificate = outcome.certificate.as_ref().unwrap();
+        // The old ones did steps while the new ones had not answered.
+        assert!(certificate.step >= 3, "{certificate:?}");
+        assert!(certificate.trial_ms > certificate.pause_ms || is_replaced, "{certificate:?}");
+        let after = world.applied.iter().filter(|(step, _)| *step > certificate.step);
+        assert!(after.clone().count() > 0 && after.clone().all(|(_, of)| *of >= workers));
+    }
+}
+
+#[test]
 fn devices_that_fail_are_refused_and_the_run_goes_on_untouched() {
     for (wrong, want) in [
         (Wrong::Load, "no room"),
