@@ -2,16 +2,16 @@
 """Faults in real runs: what is lost to them, how soon they are found, what the watching costs.
 
     cargo build --release
-    python benches/faults.py latency  --out benches/results/DATE-fault-latency.json
-    python benches/faults.py hundred  --out benches/results/DATE-hundred-faults.json
-    python benches/faults.py goodput  --out benches/results/DATE-goodput.json
-    python benches/faults.py overhead --out benches/results/DATE-fleet-overhead.json
+    python benches/faults.py MODE --out benches/results/DATE-MODE.json
 
-latency   one fault of every kind in a run on three workers: found after, got over after, lost
+latency   every kind of fault in runs on three workers: found after, got over after, lost
 hundred   a small model with a fault in every twentieth step at random, all kinds: the hash of the
           final weights must be that of an undisturbed run
 goodput   the same rate in a run whose steps take as long as a real one's
 overhead  a fleet without faults against the plain loop, in turns: the time of a step
+clean     10,000 steps of a tiny model with every check and with audits: nothing is accused
+flips     sign and exponent bits of products, weights and gradients, flipped one by one in a run on
+          three workers: found before the step is applied, without effect, or missed
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ KINDS = [
     ("slow", {"for_steps": 8, "factor": 8.0}),
     ("bitflip", {"tensor": "Matmul", "bit": 30}),
     ("bitflip", {"tensor": "SwiGlu", "bit": 31}),
-    ("bitflip", {"tensor": "CrossEntropyBwd", "bit": 27}),
+    ("bitflip", {"tensor": "Attention", "bit": 27}),
     ("bitflip", {"tensor": "weights", "bit": 29}),
     ("bitflip", {"tensor": "gradients", "bit": 25}),
     ("bitflip", {"tensor": "moments", "bit": 24}),
@@ -44,6 +45,15 @@ KINDS = [
     ("disk_full", {}),
     ("damaged_snapshot", {}),
 ]
+
+
+# A model whose steps take a few milliseconds.
+TINY = {
+    "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512,
+    "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
 
 
 def pontoon(*arguments, **more):
@@ -62,13 +72,15 @@ def prepare(folder: Path, settings: str):
     pontoon("tokenizer", "train", "corpus.txt", "--vocab", 512, "--out", "tokenizer.json", cwd=folder)
     pontoon("data", "prepare", "corpus.txt", "--tokenizer", "tokenizer.json", "--out", "shards",
             cwd=folder)
+    (folder / "config.json").write_text(json.dumps(TINY))
     (folder / "run.toml").write_text(settings)
 
 
 def settings(preset, sequence, steps, micro_batch, micro_batches, every):
+    model = 'config = "config.json"' if preset == "tiny" else f'preset = "{preset}"'
     return f"""
 [model]
-preset = "{preset}"
+{model}
 [data]
 train = ["shards/*.bin"]
 tokenizer = "tokenizer.json"
@@ -88,7 +100,7 @@ def train(folder: Path, name: str, *more):
     begun = time.perf_counter()
     text = pontoon("train", "run.toml", "--dir", name, "--json", *more, cwd=folder)
     summary = json.loads(text)
-    summary["wall_s"] = round(time.perf_counter() - begun, 3)
+    summary["process_s"] = round(time.perf_counter() - begun, 3)
     return summary
 
 
@@ -108,24 +120,70 @@ def fault(worker, step, kind, **more):
     return text
 
 
+def spread(values):
+    values = sorted(value for value in values if value is not None)
+    if not values:
+        return None
+    return {"median": statistics.median(values), "max": values[-1], "count": len(values)}
+
+
+def found_by(events, planned):
+    """The event that tells of a planned fault: the first about its worker from its step on."""
+    of_disk = planned["kind"] in ("disk_full", "damaged_snapshot")
+    for event in events:
+        mine = event["kind"] == "snapshot_failed" if of_disk else event.get("worker") == planned["worker"]
+        if mine and planned["step"] <= event["step"] + 1 and event["step"] < planned["until"]:
+            return event
+    return None
+
+
 def latency(folder: Path):
-    steps = 20 + 14 * len(KINDS)
+    """Two halves of the kinds in a run each: a device that is taken out three times stays out."""
+    apart, first = 14, 20
+    halves = [KINDS[::2], KINDS[1::2]]
+    steps = first + apart * len(halves[0])
     prepare(folder, settings("qwen3-1m", 128, steps, 4, 8, 7))
-    plan = "".join(
-        fault(place % 3, 20 + 14 * place, kind, **more) for place, (kind, more) in enumerate(KINDS)
-    )
-    (folder / "chaos.toml").write_text(plan)
     plain = train(folder, "plain")
-    run = train(folder, "run", "--workers", 3, "--chaos", "chaos.toml", "--set", "fleet.audit=0.02")
-    keys = ["step", "kind", "worker", "cause", "detected_ms", "recovery_ms", "lost_micro_batches"]
-    table = [{key: event.get(key) for key in keys} for event in faults_of(folder, "run")]
-    steps_ms = [line["step_ms"] for line in lines(folder / "run" / "metrics.jsonl")]
+    rows, steps_ms, equal, summaries = {}, [], True, []
+    for round in range(ROUNDS):
+        for half, kinds in enumerate(halves):
+            plan, listed = "", []
+            for place, (kind, more) in enumerate(kinds):
+                worker, step = (place + round) % 3, first + apart * place
+                plan += fault(worker, step, kind, **more)
+                until = step + apart
+                listed.append({"kind": kind, "worker": worker, "step": step, "until": until, **more})
+            (folder / "chaos.toml").write_text(plan)
+            name = f"run-{round}-{half}"
+            run = train(folder, name, "--workers", 3, "--chaos", "chaos.toml")
+            equal &= run["weights_blake3"] == plain["weights_blake3"]
+            summaries.append(run)
+            steps_ms += [line["step_ms"] for line in lines(folder / name / "metrics.jsonl")]
+            events = faults_of(folder, name)
+            for planned in listed:
+                what = planned["kind"] + (f" in {planned['tensor']}" if "tensor" in planned else "")
+                row = rows.setdefault(what, {"struck": 0, "events": []})
+                row["struck"] += 1
+                if event := found_by(events, planned):
+                    row["events"].append(event)
+    table = {
+        what: {
+            "struck": row["struck"],
+            "found": len(row["events"]),
+            "detected_ms": spread(event.get("detected_ms") for event in row["events"]),
+            "recovery_ms": spread(event.get("recovery_ms") for event in row["events"]),
+            "lost_micro_batches": spread(event.get("lost_micro_batches") for event in row["events"]),
+            "causes": sorted({event.get("cause", "") for event in row["events"]})[:3],
+        }
+        for what, row in rows.items()
+    }
     return {
-        "equal": run["weights_blake3"] == plain["weights_blake3"],
+        "settings": {"preset": "qwen3-1m", "workers": 3, "rounds": ROUNDS, "micro_batches": 8,
+                     "tokens_a_micro_batch": 512},
+        "equal": equal,
         "step_ms_median": statistics.median(steps_ms),
-        "planned": [{"kind": kind, **more} for kind, more in KINDS],
-        "faults": table,
-        "summary": run,
+        "table": table,
+        "summary": summaries,
     }
 
 
@@ -136,9 +194,31 @@ def account(run):
             "open_s": run["wall_s"] - run["useful_s"] - lost}
 
 
+def plan_at_random(steps, workers, seed=7, rate=0.05):
+    """As many faults as the rate makes, each of any kind. A disk is full once at a time: the chaos
+    plan's own draws keep it full for up to three tries, and such faults pile up."""
+    draw = random.Random(seed)
+    listed = []
+    for step in sorted(draw.sample(range(5, steps - 20), round(steps * rate))):
+        kind = draw.choice(["crash", "hang", "slow", "bitflip", "out_of_memory", "memory_fault",
+                            "link_down", "disk_full", "damaged_snapshot"])
+        more = {}
+        if kind == "slow":
+            more = {"for_steps": draw.randint(1, 3), "factor": 5.0}
+        if kind == "bitflip":
+            tensor = draw.choice(["Matmul", "weights", "gradients", "moments", "SwiGlu"])
+            more = {"tensor": tensor, "bit": draw.randint(23, 31)}
+        listed.append((kind, fault(draw.randrange(workers), step, kind, **more)))
+    return listed
+
+
 def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every):
     prepare(folder, settings(preset, sequence, steps, micro_batch, 8, every))
-    (folder / "chaos.toml").write_text("[random]\nseed = 7\nrate = 0.05\n")
+    plan = plan_at_random(steps, workers)
+    (folder / "chaos.toml").write_text("".join(text for _, text in plan))
+    planned = {}
+    for kind, _ in plan:
+        planned[kind] = planned.get(kind, 0) + 1
     plain = train(folder, "plain")
     run = train(folder, "run", "--workers", workers, "--chaos", "chaos.toml", "--set",
                 "fleet.audit=0.01")
@@ -146,11 +226,16 @@ def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every
     kinds = {}
     for event in events:
         kinds[event["kind"]] = kinds.get(event["kind"], 0) + 1
+    losses = [[line["loss"] for line in lines(folder / name / "metrics.jsonl")]
+              for name in ("plain", "run")]
     steps_ms = [line["step_ms"] for line in lines(folder / "run" / "metrics.jsonl")]
     return {
         "settings": {"preset": preset, "steps": steps, "workers": workers, "rate": 0.05, "seed": 7},
         "equal": run["weights_blake3"] == plain["weights_blake3"],
+        "equal_losses": losses[0] == losses[1],
         "weights_blake3": run["weights_blake3"],
+        "planned_count": len(plan),
+        "planned": planned,
         "faults": run["faults"],
         "found": kinds,
         "step_ms_median": statistics.median(steps_ms),
@@ -159,6 +244,85 @@ def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every
         "account": account(run),
         "summary": run,
     }
+
+
+def clean(folder: Path, steps):
+    """Nothing is wrong: whoever is accused is accused falsely."""
+    prepare(folder, settings("tiny", 32, steps, 1, 4, 500))
+    plain = train(folder, "plain")
+    run = train(folder, "run", "--workers", 2, "--set", "fleet.audit=0.05")
+    alarms = {}
+    for event in faults_of(folder, "run"):
+        alarms.setdefault(event["kind"], []).append(event)
+    return {
+        "settings": {"steps": steps, "workers": 2, "audit": 0.05, "checks": True, "model": TINY},
+        "equal": run["weights_blake3"] == plain["weights_blake3"],
+        "alarms": {kind: len(of) for kind, of in alarms.items()},
+        "alarms_told": alarms,
+        "goodput": run["goodput"],
+        "account": account(run),
+        "summary": run,
+    }
+
+
+def flips(folder: Path, count, within):
+    """One flip in every 60th step, the workers in turn: a device is forgiven a flip after a hundred
+    steps, so that it never stays out."""
+    apart, first = 60, 10
+    steps = first + apart * (count + 1)
+    prepare(folder, settings("tiny", 32, steps, 1, 4, 500))
+    draw = random.Random(11)
+    listed, plan = [], ""
+    for place in range(count):
+        tensor = ("Matmul", "weights", "gradients")[place % 3]
+        # Each of the nine bits and each worker meets each kind of tensor.
+        worker, bit = (place + place // 3) % 3, 23 + place // 9 % 9
+        step = first + apart * place + draw.randrange(8)
+        listed.append({"kind": "bitflip", "worker": worker, "step": step, "until": step + 20,
+                       "tensor": tensor, "bit": bit})
+        plan += fault(worker, step, "bitflip", tensor=tensor, bit=bit)
+    (folder / "chaos.toml").write_text(plan)
+    plain = train(folder, "plain")
+    run = train(folder, "run", "--workers", 3, "--chaos", "chaos.toml")
+    events = [event for event in faults_of(folder, "run") if event["kind"] == "corrupt"]
+    table, open_ = {}, []
+    for planned in listed:
+        row = table.setdefault(planned["tensor"], {"flipped": 0, "found": 0, "detected_ms": []})
+        row["flipped"] += 1
+        if event := found_by(events, planned):
+            row["found"] += 1
+            row["detected_ms"].append(event.get("detected_ms"))
+        else:
+            open_.append(planned)
+    for row in table.values():
+        row["detected_ms"] = spread(row["detected_ms"])
+    equal = run["weights_blake3"] == plain["weights_blake3"]
+    return {
+        "settings": {"flips": count, "bits": "sign and exponent", "workers": 3, "steps": steps},
+        "equal": equal,
+        "table": table,
+        # With equal weights at the end these changed nothing.
+        "without_effect" if equal else "missed_or_without_effect": open_,
+        "share_found": sum(row["found"] for row in table.values()) / count,
+        "events": len(events),
+        "goodput": run["goodput"],
+        "within_a_step": sweep(within) if within else None,
+        "summary": run,
+    }
+
+
+def sweep(count):
+    """Bits in the sums of products before they are stored, and in every operation's results, as a
+    test of the training crate flips and counts them; every step's outcome is compared."""
+    command = ["cargo", "test", "-p", "pontoon-train", "--test", "flips", "--", "--nocapture"]
+    environment = {**os.environ, "PONTOON_FLIPS": str(count)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    found = re.findall(r"^(\S+): (.+): (\d+) flips, (\d+) found, (\d+) without effect$",
+                       done.stdout, re.MULTILINE)
+    return [{"model": model, "what": what, "flips": int(all), "found": int(caught),
+             "without_effect": int(harmless)} for model, what, all, caught, harmless in found]
 
 
 def overhead(folder: Path):
@@ -183,34 +347,53 @@ def overhead(folder: Path):
     return {"model": "llama-30m, 8 x 4 x 256 tokens a step", "step_ms": times, "ratios": ratios}
 
 
+def processor():
+    """The processor's name where the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return name.group(1) if name else platform.machine()
+
+
 ROUNDS = 3
 
 
 def main():
     global ROUNDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["latency", "hundred", "goodput", "overhead"])
+    modes = ["latency", "hundred", "goodput", "overhead", "clean", "flips"]
+    parser.add_argument("what", choices=modes)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--flips", type=int, default=162, help="81 are each bit in each tensor")
+    parser.add_argument("--sweep", type=int, default=0, metavar="N",
+                        help="flips: N more within a step, from the training crate's test")
+    parser.add_argument("--keep", type=Path, help="a folder for the runs, which stays")
+    parser.add_argument("--note", default="two cores, shared with other work")
     arguments = parser.parse_args()
     ROUNDS = arguments.rounds
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if arguments.what == "latency":
-            result = latency(folder)
-        elif arguments.what == "hundred":
-            result = at_random(folder, "qwen3-1m", 64, arguments.steps or 2000, 1, 3, 50)
-        elif arguments.what == "goodput":
-            result = at_random(folder, "llama-30m", 128, arguments.steps or 80, 1, 2, 20)
-        else:
-            result = overhead(folder)
-    result["machine"] = {"processor": platform.processor(), "cores": os.cpu_count()}
+        if arguments.keep:
+            arguments.keep.mkdir(parents=True)
+            folder = arguments.keep
+        folder, steps = Path(folder), arguments.steps
+        result = {
+            "latency": lambda: latency(folder),
+            "hundred": lambda: at_random(folder, "qwen3-1m", 64, steps or 2000, 1, 3, 10),
+            "goodput": lambda: at_random(folder, "llama-30m", 128, steps or 400, 1, 2, 10),
+            "overhead": lambda: overhead(folder),
+            "clean": lambda: clean(folder, steps or 10_000),
+            "flips": lambda: flips(folder, arguments.flips, arguments.sweep),
+        }[arguments.what]()
+    result["machine"] = {"processor": processor(), "cores": os.cpu_count(), "note": arguments.note}
     result["date"] = time.strftime("%Y-%m-%d")
     text = json.dumps(result, indent=1)
     if arguments.out:
         arguments.out.write_text(text + "\n")
-    shown = {key: value for key, value in result.items() if key not in ("summary", "step_ms")}
+    shown = {key: value for key, value in result.items() if key not in ("summary", "step_ms", "alarms_told")}
     print(json.dumps(shown, indent=1))
 
 

@@ -1,11 +1,13 @@
-//! MODEL on the command line: a Hugging Face folder, a snapshot, or a run folder.
+//! MODEL on the command line: a Hugging Face folder, a snapshot, a run folder, or one of a store.
 //!
 //! A snapshot is checked against its hashes before it is used. Read next: `commands/generate.rs`.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
-use pontoon_fleet::snapshot::{Parts, STATE_FILE, SnapshotReader, is_url, place, read_folder};
+use anyhow::{Context, Result, bail};
+use pontoon_fleet::snapshot::{
+    Newest, Parts, STATE_FILE, SnapshotReader, is_url, place, read_folder, split,
+};
 use pontoon_fleet::world::{Clock, RealDisk, SystemClock};
 use pontoon_models::{
     ChatRequest, ChatTemplate, ExtraLayer, HostWeights, Model, ModelConfig, ModelError, Tokenizer,
@@ -13,6 +15,9 @@ use pontoon_models::{
 };
 use pontoon_train::RunConfig;
 use serde_json::{Map, json};
+use tempfile::TempDir;
+
+use crate::snapshot_place::disk_of;
 
 /// A model on disk.
 pub struct ModelSource {
@@ -20,25 +25,34 @@ pub struct ModelSource {
     pub folder: PathBuf,
     /// Its configuration, with places for its parameters.
     pub model: Model,
+    /// Keeps what came from a store for as long as it is used.
+    _fetched: Option<TempDir>,
 }
 
 impl ModelSource {
     /// Finds the folder and reads the configuration.
     pub fn open(path: &Path) -> Result<ModelSource> {
+        let snapshots = if is_url(path) { Some(path.to_owned()) } else { snapshots_of(path) };
+        let mut fetched = None;
         let folder = if path.join("config.json").is_file() {
             path.to_owned()
-        } else if let Some(snapshots) = snapshots_of(path) {
-            newest_snapshot(path, &snapshots)?
+        } else if let Some(url) = snapshots.as_deref().filter(|place| is_url(place)) {
+            let (folder, holder) = fetch(path, url)?;
+            fetched = Some(holder);
+            folder
+        } else if let Some(snapshots) = snapshots {
+            let reader = SnapshotReader::new(&RealDisk, &snapshots);
+            usable(path, reader.read_newest(Parts::Model)?)?
         } else if path.is_dir() {
             bail!("`{}` is no model: it has no config.json and no snapshots", path.display());
         } else {
             bail!("there is no folder `{}`; give a model, snapshot or run folder", path.display());
         };
-        if folder.join(STATE_FILE).is_file() {
+        if fetched.is_none() && folder.join(STATE_FILE).is_file() {
             read_folder(&RealDisk, &folder, Parts::Model)?;
         }
         let model = Model::new(ModelConfig::from_folder(&folder)?)?;
-        Ok(ModelSource { folder, model })
+        Ok(ModelSource { folder, model, _fetched: fetched })
     }
 
     /// Reads the weights.
@@ -98,20 +112,22 @@ fn snapshots_of(run: &Path) -> Option<PathBuf> {
     (settings.is_some() || snapshots.is_dir()).then_some(snapshots)
 }
 
-fn newest_snapshot(run: &Path, snapshots: &Path) -> Result<PathBuf> {
-    if is_url(snapshots) {
-        bail!(
-            "the snapshots of `{}` are in `{}`; copy a folder step-* from there and give that",
-            run.display(),
-            snapshots.display()
-        );
-    }
-    let newest = SnapshotReader::new(&RealDisk, snapshots).read_newest(Parts::Model)?;
+/// Copies a snapshot from a store to a temporary folder: weights are read from files.
+fn fetch(named: &Path, url: &Path) -> Result<(PathBuf, TempDir)> {
+    let holder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let (place, step) = split(url);
+    let disk = disk_of(place, &holder.path().join("upload"))?;
+    let newest = SnapshotReader::new(&*disk, place).fetch(step, &RealDisk, holder.path())?;
+    Ok((usable(named, newest)?, holder))
+}
+
+/// The folder of the snapshot that was found; says which newer ones are damaged.
+fn usable(named: &Path, newest: Newest) -> Result<PathBuf> {
     for rejected in &newest.rejected {
         eprintln!("passed over: {}", rejected.reason);
     }
     match newest.snapshot {
         Some(snapshot) => Ok(snapshot.folder),
-        None => bail!("`{}` has no usable snapshot yet", run.display()),
+        None => bail!("`{}` has no usable snapshot yet", named.display()),
     }
 }

@@ -32,7 +32,13 @@ fn a_run_on_a_full_disk_ends_with_one_line_and_goes_on_from_its_last_snapshot() 
     for (name, workers, first, left, want) in [
         ("early", &[][..], 1, &[][..], "disk full: the snapshot of step 3"),
         ("late", &[], 6, &["step-00000003"], "disk full: the snapshot of step 6"),
-        ("fleet", &["--workers", "2"], 4, &["step-00000003"], "last snapshot could not be written"),
+        (
+            "fleet",
+            &["--workers", "2", "--set", "snapshot.patience=0.5"],
+            4,
+            &["step-00000003"],
+            "last snapshot could not be written",
+        ),
     ] {
         let plan = format!("[[fault]]\nkind = \"disk_full\"\nstep = {first}\nfor_steps = 1000\n");
         std::fs::write(folder.join("chaos.toml"), plan).unwrap();
@@ -47,6 +53,10 @@ fn a_run_on_a_full_disk_ends_with_one_line_and_goes_on_from_its_last_snapshot() 
         assert_eq!(snapshots(&run), left, "{name}");
         let events = std::fs::read_to_string(run.join("events.jsonl")).unwrap();
         assert!(events.contains("\"snapshot_failed\""), "{name}: {events}");
+        if name == "fleet" {
+            // It was tried again before it was given up.
+            assert!(events.contains("tried again") && events.contains("given up"), "{events}");
+        }
         let resumed = json(folder, &train(name, &[workers, &["--resume"]].concat()));
         assert_eq!(resumed["weights_blake3"], plain["weights_blake3"], "{name}");
     }

@@ -196,11 +196,33 @@ fn a_run_keeps_its_snapshots_in_a_store_and_goes_on_from_there_past_a_damaged_on
     }
     let run = store.train(folder, &["run", "--resume", "--steps", "16", "--workers", "2"]);
     assert_eq!(run["weights_blake3"], plain["weights_blake3"]);
+    models_are_read_from_the_store(&store, folder);
     let events = events(&folder.join("run"));
     let passed = events.iter().find(|event| event["kind"] == "rolled_back").unwrap();
     let cause = passed["cause"].as_str().unwrap();
     assert!(cause.contains("step-00000010") && cause.contains("model.safetensors"), "{cause}");
     assert!(events.iter().any(|event| event["kind"] == "resumed" && event["step"] == older));
+}
+
+/// By the store's name, one snapshot's, and the run's; all are the model of the plain run.
+#[expect(clippy::unwrap_used, reason = "a test's helper may fail loudly too")]
+fn models_are_read_from_the_store(store: &Store, folder: &Path) {
+    let text = |model: &str| {
+        let output = store.run(folder, &["generate", model, "-p", "After", "-n", "6", "--json"]);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{model}: {errors}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()["logprobs"].clone()
+    };
+    let plain = text("plain");
+    let url = "s3://bucket/runs/one";
+    for model in [url, "s3://bucket/runs/one/step-00000016", "run"] {
+        assert_eq!(text(model), plain, "{model}");
+    }
+    let output = store.run(folder, &["export", url, "exported"]);
+    assert!(output.status.success() && folder.join("exported/config.json").is_file());
+    let refused = store.run(folder, &["generate", "s3://bucket/runs/two", "-p", "After"]);
+    let errors = String::from_utf8_lossy(&refused.stderr);
+    assert!(errors.contains("no usable snapshot") && errors.lines().count() == 1, "{errors}");
 }
 
 #[test]

@@ -11,6 +11,9 @@ use crate::world::Clock;
 
 /// How often silence is looked for.
 const TICK: Duration = Duration::from_millis(10);
+/// A driver that was away for so long was itself stopped, with or without its workers: nothing it
+/// does between two inputs takes this long unless all of the machine waits too.
+const STALL: Duration = Duration::from_millis(700);
 /// So many inputs in a row are heard before it is looked for in between: beats of a thousand
 /// workers in a quarter of a second.
 const INPUTS: u32 = 4096;
@@ -22,18 +25,23 @@ pub struct Inbox<'a> {
     ticked: Instant,
     /// Inputs since then.
     heard: u32,
+    /// When it was last asked or answered.
+    awake: Instant,
 }
 
 impl<'a> Inbox<'a> {
     /// An inbox of what arrives.
     pub fn new(arrived: &'a Receiver<Input>, clock: &'a dyn Clock) -> Inbox<'a> {
-        Inbox { clock, arrived, ticked: clock.now(), heard: 0 }
+        Inbox { clock, arrived, ticked: clock.now(), heard: 0, awake: clock.now() }
     }
 
     /// Waits for the next input, or for the time to look for silence.
     pub fn next_input(&mut self) -> Input {
+        if self.has_stalled() {
+            return Input::Stalled;
+        }
         if self.heard < INPUTS {
-            let wait = TICK.saturating_sub(self.clock.now().duration_since(self.ticked));
+            let wait = TICK.saturating_sub(self.awake.duration_since(self.ticked));
             let next = match self.arrived.try_recv() {
                 // The channel stays open: whoever drives holds an end of it.
                 Err(_) if !wait.is_zero() => self.arrived.recv_timeout(wait).ok(),
@@ -44,8 +52,18 @@ impl<'a> Inbox<'a> {
                 return input;
             }
         }
-        (self.ticked, self.heard) = (self.clock.now(), 0);
+        // Silence is not looked for before it is known whether this process was there to hear.
+        if self.has_stalled() {
+            return Input::Stalled;
+        }
+        (self.ticked, self.heard) = (self.awake, 0);
         Input::Tick
+    }
+
+    /// Whether it was away for long since this was last asked.
+    fn has_stalled(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.awake, self.clock.now());
+        self.awake.saturating_duration_since(before) >= STALL
     }
 }
 
@@ -88,5 +106,18 @@ mod tests {
         }
         let ticks = (0..2 * INPUTS).filter(|_| matches!(inbox.next_input(), Input::Tick)).count();
         assert_eq!(ticks, 1);
+    }
+
+    #[test]
+    fn a_driver_that_stood_still_says_so_before_it_looks_for_silence() {
+        let clock = Hurried(Instant::now(), 0.into());
+        let (to, arrived) = mpsc::channel();
+        let mut inbox = Inbox::new(&arrived, &clock);
+        assert!(matches!(inbox.next_input(), Input::Tick));
+        clock.1.fetch_add(1000, std::sync::atomic::Ordering::Relaxed);
+        to.send(saved(1)).unwrap();
+        assert!(matches!(inbox.next_input(), Input::Stalled));
+        assert!(matches!(inbox.next_input(), Input::Saved { step: 1, .. }));
+        assert!(matches!(inbox.next_input(), Input::Tick));
     }
 }

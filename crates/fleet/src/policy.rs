@@ -167,14 +167,42 @@ pub fn is_overdue(taken: Duration, expected: Duration) -> bool {
     taken > HANG_FLOOR && taken.as_secs_f64() > OVERDUE_FACTOR * expected.as_secs_f64()
 }
 
-/// Whether a leaf is audited: a share of all, drawn from (seed, step, leaf).
-pub fn is_audited(share: f64, seed: u64, step: u64, leaf: u32) -> bool {
-    let mut z = seed ^ step.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (u64::from(leaf) << 40);
-    for factor in [0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB] {
-        z = (z ^ (z >> 30)).wrapping_mul(factor);
+/// What is audited in one step: so many of every run of so many neighbouring leaves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AuditPlan {
+    /// Of each run.
+    audited: u32,
+    /// The length of a run: what a worker computes.
+    each: u32,
+    /// Where in the run they lie.
+    offset: u32,
+}
+
+impl AuditPlan {
+    /// Draws a step's audits from (seed, step), given the leaves of a worker: over many steps
+    /// `share` of all leaves, every leaf as often as any other, and in one step the same number of
+    /// each worker, give or take one where workers have not equally many.
+    pub fn draw(share: f64, each: u32, seed: u64, step: u64) -> AuditPlan {
+        let mut z = seed ^ step.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        for factor in [0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB] {
+            z = (z ^ (z >> 30)).wrapping_mul(factor);
+        }
+        let z = z ^ (z >> 31);
+        // The upper half decides how many, the lower one which.
+        let uniform = (z >> 32) as f64 / (1_u64 << 32) as f64;
+        let audited = (share * f64::from(each) + uniform) as u32;
+        let offset = (z as u32) % each.max(1);
+        AuditPlan { audited: audited.min(each), each: each.max(1), offset }
     }
-    let z = z ^ (z >> 31);
-    ((z >> 11) as f64) < share * (1_u64 << 53) as f64
+
+    /// Whether a leaf is audited.
+    pub fn takes(&self, leaf: u32) -> bool {
+        let before = |leaf: u32| {
+            u64::from(self.audited) * (u64::from(leaf) + u64::from(self.offset))
+                / u64::from(self.each.max(1))
+        };
+        before(leaf + 1) > before(leaf)
+    }
 }
 
 /// What votes about a value come to.
@@ -259,11 +287,29 @@ mod tests {
     }
 
     #[test]
-    fn the_audited_share_is_about_the_share_asked_for() {
-        let audited = (0..20_000).filter(|step| is_audited(0.1, 7, *step, 3)).count();
-        assert!((1800..2200).contains(&audited), "{audited}");
-        assert!((0..1000).all(|step| is_audited(1.0, 7, step, 0)));
-        assert!(!(0..1000).any(|step| is_audited(0.0, 7, step, 0)));
+    fn audits_are_the_share_asked_for_and_alike_for_all_workers_of_a_step() {
+        for (share, each, workers) in [(0.01, 4, 512), (0.1, 4, 2), (0.3, 3, 5), (0.7, 8, 3)] {
+            let (steps, leaves) = (20_000, each * workers);
+            let mut of_leaf = vec![0_u32; leaves as usize];
+            for step in 0..steps {
+                let plan = AuditPlan::draw(share, each, 7, step);
+                let runs = of_leaf.chunks_mut(each as usize).zip((0..).step_by(each as usize));
+                let counts: BTreeSet<usize> = runs
+                    .map(|(counts, first)| {
+                        let drawn = (first..).zip(counts).filter(|(leaf, _)| plan.takes(*leaf));
+                        drawn.map(|(_, count)| *count += 1).count()
+                    })
+                    .collect();
+                assert_eq!(counts.len(), 1, "{plan:?}: {counts:?}");
+            }
+            for count in of_leaf {
+                let found = f64::from(count) / steps as f64;
+                assert!((found / share - 1.0).abs() < 0.2, "{found} of {share}");
+            }
+        }
+        let takes = |share: f64, leaf| AuditPlan::draw(share, 3, 7, 5).takes(leaf);
+        assert!((0..8).all(|leaf| takes(1.0, leaf)));
+        assert!(!(0..8).any(|leaf| takes(0.0, leaf) || AuditPlan::default().takes(leaf)));
     }
 
     #[test]

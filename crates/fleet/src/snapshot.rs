@@ -153,6 +153,15 @@ pub fn is_url(place: &Path) -> bool {
     place.to_string_lossy().contains("://")
 }
 
+/// The place of snapshots that a name means, and the step if it names a single one.
+pub fn split(place: &Path) -> (&Path, Option<u64>) {
+    let step = place.file_name().and_then(|name| step_of(name.to_str()?));
+    match (step, place.parent()) {
+        (Some(step), Some(parent)) => (parent, Some(step)),
+        _ => (place, None),
+    }
+}
+
 /// Where a run's snapshots are: `to` of its settings, relative to the folder of these, or in the
 /// run folder.
 pub fn place(to: Option<&Path>, base: &Path, run_dir: &Path) -> PathBuf {

@@ -4,8 +4,10 @@
 //! A step: leaves of the gradient tree are handed out by speed, computed, audited, combined by
 //! every replica, compared, applied, compared again. What goes wrong is in `losing.rs`, what a
 //! step holds in `round.rs`, devices of several kinds in `classes.rs`, other devices under a live
-//! run in `moving.rs`, where time went in `ledger.rs`, who decides how much in `policy.rs`.
+//! run in `moving.rs`, where time went in `ledger.rs`, what is computed twice in
+//! `auditing.rs`, who decides how much in `policy.rs`.
 
+mod auditing;
 mod boundary;
 mod classes;
 mod judging;
@@ -32,7 +34,7 @@ use moving::Moving;
 pub use moving::{Certificate, MoveOutcome, Trial};
 use round::{Replayed, Round};
 pub use workers::Seen;
-use workers::{Standing, Worker};
+use workers::{Slowness, Standing, Worker};
 
 /// What a supervised run is.
 #[derive(Clone, Debug)]
@@ -47,9 +49,12 @@ pub struct Settings {
     pub seed: u64,
     /// Steps between snapshots; 0 for one at the end.
     pub snapshot_every: u64,
+    /// How long the last snapshot is tried again when it cannot be written.
+    pub save_patience: Duration,
     /// When the validation data is scored.
     pub validation: Validation,
-    /// The share of micro-batches that a second worker computes too.
+    /// The share of micro-batches that a second worker computes too, and of the time that is
+    /// spent on it.
     pub audit: f64,
     /// What becomes of a step that gives no finite number anywhere.
     pub non_finite: NonFinite,
@@ -121,6 +126,8 @@ pub enum Input {
     },
     /// Time has passed.
     Tick,
+    /// Whoever drives was itself stopped for a while, and may have heard nothing in it.
+    Stalled,
     /// Someone wants the run to stop.
     Stop,
     /// Someone wants the run to go on, on other devices; answered by [`Output::Moved`].
@@ -270,6 +277,10 @@ pub struct Supervisor {
     save_failures: u32,
     /// After a failure the next snapshot waits until then.
     save_not_before: Duration,
+    /// The last snapshot is tried until then.
+    save_until: Duration,
+    /// Whether it failed then, too.
+    save_given_up: bool,
     /// Whether workers are started once the snapshot that is being written is there.
     awaits_snapshot: bool,
     /// The longest that a worker took to load.
@@ -306,6 +317,8 @@ impl Supervisor {
             saved: None,
             save_failures: 0,
             save_not_before: Duration::ZERO,
+            save_until: Duration::MAX,
+            save_given_up: false,
             awaits_snapshot: false,
             longest_load: None,
             skips: 0,
@@ -338,6 +351,7 @@ impl Supervisor {
             Input::Saved { step, folder } => self.saved(step, folder),
             Input::SaveFailed { step, cause } => self.save_failed(step, cause),
             Input::Tick => self.look_for_silence(),
+            Input::Stalled => self.start_listening_anew(),
             Input::Stop => self.stop_asked = true,
             Input::Move { devices } => self.ask_for_move(devices),
         }
@@ -530,6 +544,7 @@ impl Supervisor {
         of.incarnation += 1;
         of.standing = Standing::Loading;
         (of.open, of.operations, of.injected, of.loaded) = (0, 0, None, None);
+        of.slowness = Slowness::default();
         of.launched = self.now;
         let (incarnation, step, device) = (of.incarnation, self.step + 1, of.device.clone());
         self.outputs.push(Output::Launch { worker, incarnation, device, step });

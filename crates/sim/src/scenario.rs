@@ -38,7 +38,7 @@ pub struct Scenario {
     pub snapshot_every: u64,
     /// Steps between validations.
     pub valid_every: Option<u64>,
-    /// The share of micro-batches that a second worker computes too.
+    /// The share of micro-batches that a second worker computes too, and of the time spent on it.
     pub audit: f64,
     /// Whether devices check their own products.
     pub checksums: bool,
@@ -67,7 +67,7 @@ pub struct Long {
     pub step_seconds: f64,
     /// Minutes between snapshots.
     pub snapshot_minutes: f64,
-    /// The share of micro-batches that a second worker computes too.
+    /// The share of micro-batches that a second worker computes too, and of the time spent on it.
     pub audit: f64,
 }
 

@@ -38,6 +38,8 @@ use crate::world::{SimClock, SimDisk};
 const RUN: &str = "run";
 /// Snapshots kept.
 const KEEP: NonZeroUsize = NonZeroUsize::new(3).expect("three is not zero");
+/// As in real runs by default.
+const SAVE_PATIENCE: Duration = Duration::from_secs(200);
 /// A killed supervisor that was writing a snapshot had this many changes to the disk before it at
 /// most; a snapshot takes fewer.
 const CHANGES: u64 = 30;
@@ -208,6 +210,7 @@ impl<'w> Simulation<'w> {
             steps: of.steps,
             seed: of.seed,
             snapshot_every: of.snapshot_every,
+            save_patience: SAVE_PATIENCE,
             validation: of.valid_every.map_or(Validation::Never, Validation::Every),
             audit: of.audit,
             non_finite: NonFinite::Stop,

@@ -47,3 +47,26 @@ fn hundreds_of_workers_live_through_a_day_of_published_interruptions() {
         summary.goodput * summary.days * 86_400.0 + summary.lost_s.values().sum::<f64>();
     assert!((accounted / (summary.days * 86_400.0) - 1.0).abs() < 1e-6, "{summary:?}");
 }
+
+#[test]
+fn audits_make_steps_longer_by_their_share_and_the_account_says_so() {
+    let share = 0.05;
+    let run = |audit| {
+        let long = Long {
+            seed: 5,
+            workers: 64,
+            days: 1.0,
+            faults_a_day: 0.0,
+            step_seconds: 60.0,
+            snapshot_minutes: 1e6,
+            audit,
+        };
+        Summary::of(&simulate(&Scenario::long(&long)).unwrap())
+    };
+    let (without, with) = (run(0.0), run(share));
+    let longer = without.steps as f64 / with.steps as f64 - 1.0;
+    assert!((0.5 * share..1.5 * share).contains(&longer), "{longer} longer for {share}");
+    let charged = with.lost_s["audit"] / (with.days * 86_400.0);
+    let cost = 1.0 - with.steps as f64 / without.steps as f64;
+    assert!((charged / cost - 1.0).abs() < 0.15, "{charged} charged for {cost}");
+}

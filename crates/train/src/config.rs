@@ -115,6 +115,9 @@ pub struct SnapshotSection {
     pub keep: usize,
     /// Where they go instead of the run folder.
     pub to: Option<PathBuf>,
+    /// Seconds over which a run on workers tries its last snapshot again while the disk is full or
+    /// the store out of reach; then it ends with an error. 0 to try once.
+    pub patience: f64,
 }
 
 /// `[fleet]`
@@ -125,7 +128,7 @@ pub struct FleetSection {
     pub devices: Vec<String>,
     /// Worker processes; the devices are dealt out in turn. Without it one for each device.
     pub workers: Option<usize>,
-    /// The share of micro-batches that a second worker computes too.
+    /// The share of micro-batches that a second worker computes too, and of the time spent on it.
     pub audit: f64,
     /// Seconds of silence after which a worker is taken for hung, or "auto".
     pub hang_after: HangSetting,
@@ -234,7 +237,7 @@ impl Default for TrainSection {
 
 impl Default for SnapshotSection {
     fn default() -> Self {
-        SnapshotSection { every: 200, keep: 3, to: None }
+        SnapshotSection { every: 200, keep: 3, to: None, patience: 200.0 }
     }
 }
 
@@ -339,6 +342,10 @@ impl RunConfig {
             ),
             (self.snapshot.keep >= 1, "snapshot.keep should be at least 1"),
             (
+                (0.0..1e6).contains(&self.snapshot.patience),
+                "snapshot.patience should be a number of seconds, 0 or more",
+            ),
+            (
                 !(self.model.preset.is_some() && self.model.config.is_some()),
                 "give model.preset or model.config, not both",
             ),
@@ -438,6 +445,7 @@ mod tests {
             ("[train]\nlr = \n", "run.toml"),
             ("[train]\noptimizer = \"sgd\"\n", "unknown variant `sgd`"),
             ("train = 3\n", "section"),
+            ("[snapshot]\npatience = -1\n", "snapshot.patience"),
         ] {
             let error = parse(text, &[]).unwrap_err();
             assert!(error.contains(want), "{error}");

@@ -162,6 +162,7 @@ fn settings(run: &Run<'_>, config: &RunConfig, devices: &Devices<'_>) -> Setting
         steps: config.train.steps,
         seed: config.train.seed,
         snapshot_every: config.snapshot.every,
+        save_patience: Duration::from_secs_f64(config.snapshot.patience),
         validation: match config.data.valid.as_slice() {
             [] => Validation::Never,
             _ => Validation::Every(config.train.valid_every),

@@ -5,7 +5,7 @@
 //! and full disks are tried.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -111,6 +111,64 @@ impl<'d> SnapshotReader<'d> {
         }
         Ok(Newest { snapshot: None, rejected })
     }
+}
+
+impl SnapshotReader<'_> {
+    /// Copies what it takes to use the model of the snapshot of `step`, or of the newest that
+    /// passes all checks, to a folder of another disk. The copy is what is checked.
+    pub fn fetch(
+        &self,
+        step: Option<u64>,
+        disk: &dyn Disk,
+        to: &Path,
+    ) -> Result<Newest, FleetError> {
+        let mut rejected = Vec::new();
+        let steps = step.map_or_else(|| self.list(), |step| Ok(vec![step]))?;
+        for of in steps {
+            let (from, copy) = (self.dir.join(folder_name(of)), to.join(folder_name(of)));
+            let fetched = copy_folder(self.disk, &from, disk, &copy);
+            match fetched.and_then(|()| read_folder(disk, &copy, Parts::Model)) {
+                Ok(snapshot) => return Ok(Newest { snapshot: Some(snapshot), rejected }),
+                Err(reason @ FleetError::Damaged { .. }) if step.is_none() => {
+                    rejected.push(Rejected { step: of, reason });
+                }
+                Err(reason) => return Err(reason),
+            }
+        }
+        Ok(Newest { snapshot: None, rejected })
+    }
+}
+
+/// Copies a snapshot without the optimiser's state.
+fn copy_folder(
+    from: &dyn Disk,
+    folder: &Path,
+    disk: &dyn Disk,
+    to: &Path,
+) -> Result<(), FleetError> {
+    let source = Folder { disk: from, path: folder };
+    let manifest = source.manifest()?;
+    disk.create_dir_all(to).map_err(FleetError::io("create", to))?;
+    let others = manifest.files.keys().map(String::as_str);
+    for name in others.chain([MODEL_FILE, STATE_FILE]) {
+        // A name must not lead out of the folder, whoever wrote it.
+        if Path::new(name).file_name() != Some(name.as_ref()) {
+            return Err(source.damaged(STATE_FILE, &format!("names a file `{name}`")));
+        }
+        let path = to.join(name);
+        let mut reader = source.open(name)?;
+        let mut file = disk.create_file(&path).map_err(FleetError::io("create", &path))?;
+        let mut chunk = vec![0; CHUNK_BYTES];
+        loop {
+            match reader.read(&mut chunk).map_err(|error| source.unreadable(name, &error))? {
+                0 => break,
+                count => {
+                    file.write_all(&chunk[..count]).map_err(FleetError::io("write", &path))?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Reads and checks a snapshot folder, wherever it lies.

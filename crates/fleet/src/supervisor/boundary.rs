@@ -3,26 +3,31 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::policy::{Verdict, apart, assign, is_audited, slow, verdict};
+use crate::policy::{Verdict, apart, assign, slow, verdict};
 use crate::protocol::{Area, Command, Node, Publish, Rates, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
+use super::auditing::Crew;
 use super::losing::Loss;
-use super::round::{Audit, Round};
-use super::workers::Standing;
+use super::round::Round;
+use super::workers::{Slowness, Standing};
 use super::{Ending, Output, Phase, Saving, StepDone, Supervisor, Validation};
 
 /// Slow steps in a row after which a worker is called slow: one may be the machine's noise.
 const SLOW_AFTER: u32 = 3;
-/// And after which one that gets no leaf any more is given up.
+/// But not before it has been slow for so long: steps of milliseconds are all noise.
+const SLOW_FLOOR: Duration = Duration::from_secs(1);
+/// Slow steps in a row after which one that gets no leaf any more is given up.
 const EVICT_AFTER: u32 = 6;
-/// A final snapshot is tried this often: over three minutes, in which a disk is freed or a store
-/// is back more often than not.
-const SAVE_TRIES: u32 = 10;
+/// But not before so long: a new process costs about as much.
+const EVICT_FLOOR: Duration = Duration::from_secs(3);
+/// What a slow worker's time for a leaf is multiplied with after a step without one, until it is
+/// given one again and shows whether it is still slow.
+const FORGETTING: f64 = 0.9;
 /// The pause before a failed snapshot is tried again; it doubles with every failure.
 const SAVE_PAUSE: Duration = Duration::from_millis(200);
-/// But never beyond this.
-const SAVE_PAUSE_MAX: Duration = Duration::from_secs(120);
+/// But never beyond this, so that a disk or store that is back is used soon; a try costs a copy.
+const SAVE_PAUSE_MAX: Duration = Duration::from_secs(10);
 
 impl Supervisor {
     /// Begins once every worker has loaded or is out, with those that have the newest state.
@@ -112,9 +117,11 @@ impl Supervisor {
             self.snapshot_due = false;
             self.export(donor, Area::Snapshot);
         }
+        let members = self.those(Standing::Member).len();
+        self.round.plan = self.plan_audits(members);
         let joins = |of: &Standing| matches!(of, Standing::Ready | Standing::Joining);
         let joining = self.workers.iter().any(|of| joins(&of.standing));
-        let alone = self.those(Standing::Member).len() == 1 && !joining;
+        let alone = members == 1 && !joining;
         self.round.publish = if alone { Publish::Local } else { Publish::Shared };
         let leaves: Vec<u32> = (0..self.settings.leaves).collect();
         self.hand_out(&leaves, 0);
@@ -136,15 +143,21 @@ impl Supervisor {
         };
         let seconds: Vec<f64> =
             members.iter().map(|w| self.workers[*w].seconds.unwrap_or(usual)).collect();
+        let assigned = assign(leaves, &seconds);
+        let mut crew = Crew { busy: vec![0.0; members.len()], members, seconds };
+        for (place, nodes) in assigned.iter().enumerate() {
+            crew.give(place, nodes.iter().map(|node| node.count).sum());
+        }
         let mut replays = Vec::new();
         let mixed = self.is_mixed();
-        for (worker, nodes) in members.iter().zip(assign(leaves, &seconds)) {
+        for (place, nodes) in assigned.into_iter().enumerate() {
+            let worker = crew.members[place];
             if nodes.is_empty() {
                 continue;
             }
             let mut digests = Vec::new();
             for leaf in nodes.iter().flat_map(|node| node.first..node.first + node.count) {
-                if let Some(auditor) = self.audit(leaf, *worker, &members) {
+                if let Some(auditor) = self.audit(leaf, worker, &mut crew) {
                     digests.push(leaf);
                     replays.push((auditor, leaf));
                     if mixed {
@@ -154,27 +167,13 @@ impl Supervisor {
             }
             let single = &self.round.single;
             let nodes: Vec<Node> = nodes.into_iter().flat_map(|of| apart(of, single)).collect();
-            self.round.pending.extend(nodes.iter().map(|node| (*worker, *node, self.now)));
+            self.round.pending.extend(nodes.iter().map(|node| (worker, *node, self.now)));
             let (step, publish) = (self.step + 1, self.round.publish);
-            self.send(*worker, Command::Compute { step, nodes, digests, publish });
+            self.send(worker, Command::Compute { step, nodes, digests, publish });
         }
         for (worker, leaf) in replays {
             self.replay(worker, leaf);
         }
-    }
-
-    /// Notes an audit of a leaf if it is drawn and there is someone to do it, who is returned.
-    fn audit(&mut self, leaf: u32, owner: usize, members: &[usize]) -> Option<usize> {
-        let settings = &self.settings;
-        let drawn = self.workers[owner].on_probation
-            || is_audited(settings.audit, settings.seed, self.step + 1, leaf);
-        if !drawn {
-            return None;
-        }
-        let auditor = self.auditor(leaf, owner, members)?;
-        self.round.audits.retain(|audit| audit.leaf != leaf);
-        self.round.audits.push(Audit::new(leaf, owner, auditor));
-        Some(auditor)
     }
 
     /// Every writer has applied the step: compares them, and hands their state on or closes it.
@@ -277,13 +276,10 @@ impl Supervisor {
         let wanted = self.workers.iter().filter(|of| !of.left && !of.trial).count();
         let missing = (members.len() < wanted).then_some("missing_workers");
         let moving = self.round.moving.then_some("move");
-        let cause = disturbance.or(moving).or(missing);
+        let stalled = self.round.stalled.then_some("stalled");
+        let cause = disturbance.or(stalled).or(moving).or(missing);
         let wall = self.now.saturating_sub(self.round.begun);
-        let checking = match self.fastest().and_then(|worker| self.workers[worker].seconds) {
-            Some(seconds) => f64::from(self.round.replays) * seconds / members.len() as f64,
-            None => 0.0,
-        };
-        let checking = checking.min(0.5 * wall.as_secs_f64());
+        let checking = self.audited_seconds(&members);
         self.ledger.lose("audit", checking);
         let lost = self.ledger.step(self.step, wall.as_secs_f64() - checking, cause);
         self.round.begun = self.now;
@@ -338,15 +334,26 @@ impl Supervisor {
         let even = self.settings.leaves / members.len().max(1) as u32;
         let is_slow = self.slow_for_their_kind(members, &seconds);
         for (index, &worker) in members.iter().enumerate() {
+            let computed = self.round.done.values().any(|subtree| subtree.worker == worker);
             let of = &mut self.workers[worker];
-            of.slow_steps = if is_slow[index] { of.slow_steps + 1 } else { 0 };
-            if of.slow_steps >= EVICT_AFTER && counts[index] == 0 && even > 0 {
+            if !is_slow[index] {
+                of.slowness = Slowness::default();
+                continue;
+            }
+            of.slowness.steps += 1;
+            let lasted = self.now.saturating_sub(*of.slowness.since.get_or_insert(self.now));
+            let is_over = of.slowness.steps >= EVICT_AFTER && lasted >= EVICT_FLOOR;
+            let is_clear = of.slowness.steps >= SLOW_AFTER && lasted >= SLOW_FLOOR;
+            if !computed {
+                of.seconds = of.seconds.map(|seconds| seconds * FORGETTING);
+            }
+            if is_over && counts[index] == 0 && even > 0 {
                 let cause = format!(
                     "{:.0} ms for a micro-batch: too slow to be of use",
                     1e3 * seconds[index]
                 );
                 self.lose(worker, Loss::new(EventKind::Evicted, cause));
-            } else if of.slow_steps == SLOW_AFTER {
+            } else if is_clear && !std::mem::replace(&mut of.slowness.is_told, true) {
                 self.ledger.faults += 1;
                 let mut event = self.event(worker, EventKind::Slow);
                 event.detected_ms = self.workers[worker].since_injection(self.now);
@@ -361,6 +368,10 @@ impl Supervisor {
     pub(super) fn finish(&mut self) {
         self.refuse_move("the run is ending".to_owned());
         self.phase = Phase::Finishing;
+        // Whatever failed before, the last one is tried at once, and then as long as was asked for.
+        (self.save_failures, self.save_not_before) = (0, self.now);
+        self.save_until = self.now + self.settings.save_patience;
+        self.save_given_up = false;
         // Of a step that could not be done; one that was done is accounted for.
         self.ledger.lose("given_up", self.since_round());
         self.round.begun = self.now;
@@ -381,7 +392,7 @@ impl Supervisor {
             return false;
         }
         if self.saving.is_none() {
-            if self.save_failures >= SAVE_TRIES {
+            if self.save_given_up {
                 let text = "the last snapshot could not be written, see events.jsonl; free some \
                             space, see to the store or set snapshot.to, then go on with --resume";
                 self.end(Ending::Failed(text.to_owned()));
@@ -453,11 +464,17 @@ impl Supervisor {
         self.save_failures += 1;
         self.snapshot_due = true;
         self.ledger.faults += 1;
-        let doublings = 1 << (self.save_failures - 1).min(SAVE_TRIES);
-        let pause = (SAVE_PAUSE * doublings).min(SAVE_PAUSE_MAX);
+        let doublings = 2_u32.saturating_pow(self.save_failures - 1);
+        let mut pause = SAVE_PAUSE.saturating_mul(doublings).min(SAVE_PAUSE_MAX);
+        if self.phase == Phase::Finishing {
+            pause = pause.min(self.save_until.saturating_sub(self.now));
+            self.save_given_up = pause.is_zero();
+        }
         self.save_not_before = self.now + pause;
-        let action = format!("goes on; tried again {:.1} s later or when due", pause.as_secs_f64());
-        let action = Some(action);
+        let action = Some(match pause.is_zero() {
+            true => "given up".to_owned(),
+            false => format!("goes on; tried again {:.1} s later or when due", pause.as_secs_f64()),
+        });
         let event = Event::new(step, EventKind::SnapshotFailed);
         self.tell(Event { cause: Some(cause), action, ..event });
         if self.awaits_snapshot {

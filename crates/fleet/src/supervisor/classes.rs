@@ -55,17 +55,6 @@ impl Supervisor {
         classes.any(|class| Some(class) != first)
     }
 
-    /// Who else computes a leaf: where there are several classes, one's own and the others in
-    /// turn, as one finds every changed bit and the other what a whole class does wrong.
-    pub(super) fn auditor(&self, leaf: u32, owner: usize, members: &[usize]) -> Option<usize> {
-        let others = members.iter().copied().filter(|worker| *worker != owner);
-        let (own, other): (Vec<usize>, Vec<usize>) =
-            others.partition(|worker| self.are_alike(*worker, owner));
-        let turn = (self.step + u64::from(leaf)).is_multiple_of(2);
-        let among = if other.is_empty() || (turn && !own.is_empty()) { own } else { other };
-        among.get(leaf as usize % among.len().max(1)).copied()
-    }
-
     /// Asks for a leaf once more. A worker of another class is asked when the owner's gradient
     /// has been published; see [`Supervisor::ask_across_classes`].
     pub(super) fn replay(&mut self, worker: usize, leaf: u32) {
@@ -75,7 +64,7 @@ impl Supervisor {
             return;
         }
         let against = if crosses { Against::Published } else { Against::Nothing };
-        self.round.replays += 1;
+        *self.round.replays.entry(worker).or_default() += 1;
         self.send(worker, Command::Replay { step: self.step + 1, leaf, against });
     }
 

@@ -47,6 +47,7 @@ impl Supervisor {
 
     fn ask_for_sums(&mut self) {
         self.phase = Phase::Combining;
+        self.round.computing = self.now.saturating_sub(self.round.begun);
         self.round.combined.clear();
         let nodes: Arc<[Node]> = match self.round.publish {
             Publish::Shared => self.round.nodes().into(),

@@ -69,7 +69,8 @@ impl Supervisor {
         }
         self.outputs.push(Output::Kill { worker });
         let mut lost = self.round.take_pending(worker);
-        if loss.discards {
+        // Once all agree on the sum, what it was made of is sound, and the step's losses with it.
+        if loss.discards && matches!(self.phase, Phase::Computing | Phase::Combining) {
             lost.extend(self.round.discard(|subtree| subtree.worker == worker));
         }
         self.round.combined.remove(&worker);
@@ -266,6 +267,18 @@ impl Supervisor {
                 self.lose(worker, Loss::new(kind, cause));
             }
         }
+    }
+
+    /// The supervisor was away: silence counts from now on. Workers that were stopped with it have
+    /// done nothing wrong, and the others are heard at once.
+    pub(super) fn start_listening_anew(&mut self) {
+        for of in &mut self.workers {
+            (of.progressed, of.answered) = (self.now, self.now);
+        }
+        for (.., since) in &mut self.round.pending {
+            *since = self.now;
+        }
+        self.round.stalled = true;
     }
 
     fn is_holding_up(&self, worker: usize) -> bool {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::policy::{Verdict, verdict};
+use crate::policy::{AuditPlan, Verdict, verdict};
 use crate::protocol::{Apart, Node, Publish, Rates, StateDigest};
 
 /// A computed subtree.
@@ -89,6 +89,8 @@ impl Audit {
 
 pub(super) struct Round {
     pub begun: Duration,
+    /// How long the leaves took.
+    pub computing: Duration,
     pub publish: Publish,
     pub done: BTreeMap<u32, Subtree>,
     /// Who computes what, and since when.
@@ -96,8 +98,10 @@ pub(super) struct Round {
     pub audits: Vec<Audit>,
     /// Leaves that are subtrees of their own, so that other classes can be held against them.
     pub single: BTreeSet<u32>,
-    /// Leaves computed only to check others.
-    pub replays: u32,
+    /// What was drawn to be audited.
+    pub plan: AuditPlan,
+    /// Leaves that each worker computes only to check others.
+    pub replays: BTreeMap<usize, u32>,
     /// Leaves whose losses were checked for a spike.
     pub spikes: Vec<u32>,
     pub combined: BTreeMap<usize, Combined>,
@@ -120,6 +124,8 @@ pub(super) struct Round {
     pub apart: Option<f64>,
     /// Whether new workers of a move are tried in it, or the run goes to them at its beginning.
     pub moving: bool,
+    /// Whether the supervisor itself was stopped meanwhile.
+    pub stalled: bool,
     /// Whether its leaves were given to anyone yet.
     pub handed_out: bool,
 }
@@ -128,12 +134,14 @@ impl Round {
     pub fn new(begun: Duration) -> Round {
         Round {
             begun,
+            computing: Duration::ZERO,
             publish: Publish::Shared,
             done: BTreeMap::new(),
             pending: Vec::new(),
             audits: Vec::new(),
             single: BTreeSet::new(),
-            replays: 0,
+            plan: AuditPlan::default(),
+            replays: BTreeMap::new(),
             spikes: Vec::new(),
             combined: BTreeMap::new(),
             recombined: false,
@@ -147,6 +155,7 @@ impl Round {
             valid_loss: None,
             apart: None,
             moving: false,
+            stalled: false,
             handed_out: false,
         }
     }

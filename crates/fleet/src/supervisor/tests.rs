@@ -31,8 +31,12 @@ enum Wrong {
     /// It is gone when it is told to apply a step, or to hand on the state after it.
     Apply,
     HandOn,
+    /// Its sum changes before it is applied, which it finds itself.
+    Spoilt,
     /// It computes something else each time it is asked once more.
     Fickle,
+    /// It takes ten times as long.
+    Slow,
 }
 
 struct World {
@@ -102,6 +106,7 @@ impl World {
             steps: STEPS,
             seed: 1,
             snapshot_every: 2,
+            save_patience: Duration::from_secs(60),
             validation: Validation::Every(3),
             audit,
             non_finite,
@@ -285,6 +290,10 @@ impl World {
                 if self.is_wrong(worker, step, Wrong::Apply) {
                     return self.gone((worker, incarnation));
                 }
+                if self.is_wrong(worker, step, Wrong::Spoilt) {
+                    let (trouble, text) = (Trouble::Corrupt, "it changed".to_owned());
+                    return say(self, Report::Failed { trouble, text });
+                }
                 self.applied.push((step, worker));
                 say(self, Report::Applied { step, rates: RATES, after: self.state(step) });
             }
@@ -321,6 +330,7 @@ impl World {
         let lie =
             u64::from(self.is_wrong(worker, step, Wrong::Gradient)) + self.lie(worker, incarnation);
         let bad_loss = self.is_wrong(worker, step, Wrong::Loss);
+        let seconds = if self.is_wrong(worker, step, Wrong::Slow) { 0.1 } else { 0.01 };
         for &node in nodes {
             let range = node.first..node.first + node.count;
             let inside = digests.iter().filter(|leaf| range.contains(leaf));
@@ -328,7 +338,7 @@ impl World {
             let leaves = inside.map(value).collect();
             let value = if bad_loss { f64::NAN } else { 1.0 };
             let losses = vec![Bits::from(value); node.count as usize];
-            let (digest, seconds) = (self.of_leaf(worker, step, node.first) + lie, 0.01);
+            let digest = self.of_leaf(worker, step, node.first) + lie;
             self.published.insert(node.first, digest);
             let report = Report::Computed { step, node, digest, leaves, losses, seconds };
             self.outbox.push_back(Input::Report { worker, incarnation, report });
@@ -376,6 +386,7 @@ fn every_fault_is_named_and_the_run_ends_all_the_same() {
         (Wrong::Weights, "corrupt"),
         (Wrong::Sum, "corrupt"),
         (Wrong::Loss, "corrupt"),
+        (Wrong::Spoilt, "corrupt"),
     ] {
         let world = World::run(3, 1.0, &[(1, 3, wrong)]);
         assert_eq!(world.ending, Some(Ending::Finished), "{kind}");
@@ -385,6 +396,32 @@ fn every_fault_is_named_and_the_run_ends_all_the_same() {
         assert_eq!(event.and_then(|event| event.worker), Some(1), "{:?}", world.events);
         assert!(world.kinds().contains(&"joined"), "{kind}: the replacement joins");
     }
+}
+
+#[test]
+fn a_worker_that_is_slow_for_a_moment_gets_less_and_is_not_accused() {
+    let slow: Vec<(usize, u64, Wrong)> = (1..=4).map(|step| (1, step, Wrong::Slow)).collect();
+    let world = World::run(2, 0.0, &slow);
+    assert_eq!(world.ending, Some(Ending::Finished));
+    assert!(world.wrongs.len() < slow.len(), "it was never slow");
+    assert_eq!(world.kinds(), ["started", "snapshot", "snapshot", "snapshot", "finished"]);
+}
+
+#[test]
+fn a_supervisor_that_was_stopped_with_its_workers_accuses_nobody() {
+    let mut world = World::on(&["chip"; 3], 0.0, &[], NonFinite::Stop);
+    while world.step < 3 {
+        world.turn();
+    }
+    // Everyone was stopped for a minute in the middle of a step.
+    world.now += Duration::from_secs(60);
+    world.outbox.push_front(Input::Stalled);
+    let world = world.until_it_ends();
+    assert_eq!(world.ending, Some(Ending::Finished));
+    assert!(!world.kinds().contains(&"hang"), "{:?}", world.events);
+    let lost = world.supervisor.lost();
+    let stalled = lost.iter().find(|(cause, _)| *cause == "stalled").map(|(_, seconds)| *seconds);
+    assert!(stalled.is_some_and(|seconds| seconds > 59.0), "{lost:?}");
 }
 
 #[test]

@@ -51,6 +51,17 @@ pub struct Seen<'a> {
     memory_bytes: u64,
 }
 
+/// A time in which a worker is much slower than the others of its kind.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Slowness {
+    /// Steps in a row.
+    pub steps: u32,
+    /// The end of the first of them.
+    pub since: Option<Duration>,
+    /// Whether it was said.
+    pub is_told: bool,
+}
+
 pub(super) struct Worker {
     pub device: String,
     pub numeric_class: String,
@@ -78,8 +89,8 @@ pub(super) struct Worker {
     pub false_starts: u32,
     /// Whether all its leaves are audited in its next step.
     pub on_probation: bool,
-    /// Steps in a row in which it was slow.
-    pub slow_steps: u32,
+    /// Whether it has been slow lately.
+    pub slowness: Slowness,
     /// A fault that was injected, and when.
     pub injected: Option<(String, Duration)>,
     /// The state it loaded by itself.
@@ -111,7 +122,7 @@ impl Worker {
             clean_steps: 0,
             false_starts: 0,
             on_probation: false,
-            slow_steps: 0,
+            slowness: Slowness::default(),
             injected: None,
             loaded: None,
             written_by: None,
