@@ -2,8 +2,8 @@
 //! memory bandwidth, and the time of each kind of operation.
 //!
 //! Run with `cargo run --release -p pontoon-cpu --example decode_bench [-- FORMAT SEQUENCES
-//! CONTEXT]`, FORMAT one of bf16, f32, int8, int4. `pontoon bench decode` measures the whole engine;
-//! this builds in seconds. Results are not checked here.
+//! CONTEXT]`, FORMAT one of bf16, f32, int8, int4. `pontoon bench decode` measures the whole
+//! engine; this builds in seconds. Results are not checked here.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -237,8 +237,9 @@ pub(crate) struct Stream<'a> {
 
 /// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
 ///
-/// As many bytes as are used are prefetched, in order of address, from `next`: the hardware does not foresee this many short streams. They go to the second level, as a
-/// block of rows would push the one in use out of the first.
+/// As many bytes as are used are prefetched, in order of address, from `next`: the hardware does
+/// not foresee this many short streams. They go to the second level, as a block of rows would push
+/// the one in use out of the first.
 #[inline(always)]
 pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
     simd: S,
