@@ -208,6 +208,10 @@ pub(crate) fn sum_strip<S: Simd, const DOT: bool, const VECTORS: usize>(
     (*sums, *squares) = (totals, total_squares);
 }
 
+/// Rows that lie a multiple of this apart compete for the same places of the first-level cache: a
+/// line of theirs is read once and whole.
+const ALIASED_BYTES: usize = 4096;
+
 /// Bytes of a cache line, for prefetching.
 const LINE_BYTES: usize = 64;
 
@@ -263,6 +267,31 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
         for _ in 0..squares {
             for vector in 0..VECTORS {
                 let rows = right.add(vector * S::LANES * right_row_bytes);
+                if right_row_bytes.is_multiple_of(ALIASED_BYTES) {
+                    if let Some(next) = &mut next {
+                        for line in 0..S::LANES * square_bytes / LINE_BYTES {
+                            simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+                        }
+                        *next = next.wrapping_add(S::LANES * square_bytes);
+                    }
+                    let mut square = simd.square();
+                    for (row, vector) in square.as_mut().iter_mut().enumerate() {
+                        *vector = simd.load_raw(rows.add(row * right_row_bytes));
+                    }
+                    for (step, weights) in simd.transpose(square).as_ref().iter().enumerate() {
+                        let left = left.add(step * 4);
+                        for (row, values) in values.iter_mut().enumerate() {
+                            let value = simd.splat_raw(left.add(row * left_stride * 4));
+                            let sum = &mut values[vector];
+                            *sum = if DOT {
+                                simd.dot_pairs(*sum, value, *weights)
+                            } else {
+                                simd.fma(value, *weights, *sum)
+                            };
+                        }
+                    }
+                    continue;
+                }
                 for quad in 0..S::LANES / 4 {
                     if let Some(next) = &mut next {
                         for line in 0..S::LANES * 16 / LINE_BYTES {
