@@ -279,16 +279,14 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
                         *vector = simd.load_raw(rows.add(row * right_row_bytes));
                     }
                     for (step, weights) in simd.transpose(square).as_ref().iter().enumerate() {
-                        let left = left.add(step * 4);
-                        for (row, values) in values.iter_mut().enumerate() {
-                            let value = simd.splat_raw(left.add(row * left_stride * 4));
-                            let sum = &mut values[vector];
-                            *sum = if DOT {
-                                simd.dot_pairs(*sum, value, *weights)
-                            } else {
-                                simd.fma(value, *weights, *sum)
-                            };
-                        }
+                        let left = (left.add(step * 4), left_stride * 4);
+                        multiply::<S, DOT, ROWS, VECTORS>(
+                            simd,
+                            left,
+                            *weights,
+                            vector,
+                            &mut values,
+                        );
                     }
                     continue;
                 }
@@ -301,16 +299,8 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
                     }
                     let columns = simd.load_columns(rows.add(quad * 16), right_row_bytes);
                     for (step, weights) in columns.into_iter().enumerate() {
-                        let left = left.add((quad * 4 + step) * 4);
-                        for (row, values) in values.iter_mut().enumerate() {
-                            let value = simd.splat_raw(left.add(row * left_stride * 4));
-                            let sum = &mut values[vector];
-                            *sum = if DOT {
-                                simd.dot_pairs(*sum, value, weights)
-                            } else {
-                                simd.fma(value, weights, *sum)
-                            };
-                        }
+                        let left = (left.add((quad * 4 + step) * 4), left_stride * 4);
+                        multiply::<S, DOT, ROWS, VECTORS>(simd, left, weights, vector, &mut values);
                     }
                 }
             }
@@ -319,4 +309,25 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
         }
     }
     *sums = values;
+}
+
+/// Continues the chains of one vector of columns by one unit of each left row.
+///
+/// # Safety
+/// `left.0` must be readable for 4 bytes in each of `ROWS` rows that are `left.1` bytes apart.
+#[inline(always)]
+unsafe fn multiply<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    left: (*const u8, usize),
+    weights: S::F32,
+    vector: usize,
+    sums: &mut [[S::F32; VECTORS]; ROWS],
+) {
+    for (row, sums) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller promises the rows.
+        let value = unsafe { simd.splat_raw(left.0.add(row * left.1)) };
+        let sum = &mut sums[vector];
+        *sum =
+            if DOT { simd.dot_pairs(*sum, value, weights) } else { simd.fma(value, weights, *sum) };
+    }
 }
