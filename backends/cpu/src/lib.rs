@@ -28,6 +28,7 @@ use pontoon_ops::{
 use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums};
 
 use crate::gemm::Flip;
+use crate::gemm::stretch::rows_of_task;
 use crate::group::Rendezvous;
 use crate::kernels::Context;
 use crate::kernels::watched::{Checks, fill};
@@ -170,10 +171,11 @@ impl CpuBackend {
     /// Tells the pool which weights the next product of few rows will stream.
     fn foresee(&self, ops: &[Op]) {
         let (mut bytes, mut range_bytes): (&[u8], _) = (&[], 0);
-        if let Some((weight, rows)) = ops.iter().take(FORESEEN).find_map(streamed) {
+        if let Some((weight, vectors)) = ops.iter().take(FORESEEN).find_map(streamed) {
             let span = weight.span_bytes();
             bytes = self.buffers.part(weight.buffer, weight.byte_offset, span).unwrap_or(&[]);
-            range_bytes = span / weight.dim(0).max(1) * rows(&self.pool, self.isa, weight.dim(0));
+            let rows = weight.dim(0);
+            range_bytes = span / rows.max(1) * rows_of_task(&self.pool, self.isa, rows, vectors);
         }
         self.pool.soon().set(bytes, range_bytes);
     }
@@ -317,18 +319,13 @@ impl Backend for CpuBackend {
 /// Operations between two products of a layer at most, those of mixtures of experts aside.
 const FORESEEN: usize = 8;
 
-/// How many rows of the weights one task streams.
-type RowsOfTask = fn(&Pool, Isa, usize) -> usize;
-
-/// The weights of a product that streams them, and how it cuts their rows.
-fn streamed(op: &Op) -> Option<(&View, RowsOfTask)> {
+/// The weights of a product that streams them, and how many vectors of their rows go together.
+fn streamed(op: &Op) -> Option<(&View, usize)> {
     match op {
         Op::Matmul(op) if op.layout == Layout::Nt && op.a.dim(0) <= gemm::GEMV_ROWS_MAX => {
-            Some((&op.b, gemm::streamed_rows))
+            Some((&op.b, gemm::VECTORS_MAX))
         }
-        Op::MatmulQuant(op) if op.x.dim(0) <= gemm::GEMV_ROWS_MAX => {
-            Some((&op.weight, gemm::streamed_quant_rows))
-        }
+        Op::MatmulQuant(op) if op.x.dim(0) <= gemm::GEMV_ROWS_MAX => Some((&op.weight, 1)),
         _ => None,
     }
 }

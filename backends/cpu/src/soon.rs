@@ -7,12 +7,11 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::simd::micro::{Ahead, LINE_BYTES};
 use crate::simd::prefetch;
 
 /// Most bytes that one thread asks for before the product begins: a part of its own cache.
 const BYTES_MAX: usize = 256 << 10;
-/// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
 
 /// Memory that will be streamed in ranges, one after another.
 #[derive(Default)]
@@ -40,10 +39,10 @@ impl Soon {
         start + from..start + to
     }
 
-    /// Where a range begins, to be asked for line by line.
-    pub fn at(&self, index: usize) -> Option<*const u8> {
+    /// The beginning of a range; nothing where there is none.
+    pub fn at(&self, index: usize) -> Ahead {
         let range = self.range(index);
-        (!range.is_empty()).then_some(range.start as *const u8)
+        if range.is_empty() { Ahead::default() } else { Ahead::at(range.start as *const u8) }
     }
 }
 

@@ -7,17 +7,18 @@
 //! the cache by then.
 
 use super::pack::{PackRows, Source, units_square};
+use super::stretch::{Stretch, rows_of_task};
 use super::{DataMut, MatrixMut, Product, Store, Unit};
 use crate::ffi::{Grid, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::micro::{Stream, fetch, stream_squares};
+use crate::simd::micro::{Ahead, Stream, stream_squares};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
 /// Rows that meet a vector of columns in registers.
 const ROWS_TOGETHER: usize = 16;
-/// Ranges of columns per thread: a few, so that a thread that is held up can be helped out.
-const RANGES_PER_THREAD: usize = 4;
+/// Vectors of columns that a task's range holds a whole number of: what narrow sets take at a time.
+pub(crate) const VECTORS_MAX: usize = 2;
 
 /// Computes a product with at most `GEMV_ROWS_MAX` rows.
 pub(super) fn run<T: Unit>(
@@ -48,7 +49,7 @@ pub(super) fn run<T: Unit>(
     };
     let to = &mut left[..m * row_words];
     dispatch(isa, PackRows { from: source(product.a, product.a_stride, 0, m), row_words, to });
-    let range = range_columns(pool, isa, n);
+    let range = rows_of_task(pool, isa, n, VECTORS_MAX);
     let grid =
         Grid { rows: m, columns: n, row_stride: c.row_stride, tile_rows: m, tile_columns: range };
     let shared = Shared {
@@ -63,11 +64,6 @@ pub(super) fn run<T: Unit>(
         DataMut::Bf16(c) => stream(pool, isa, &shared, Tiles::new(c, grid), range),
         DataMut::F16(c) => stream(pool, isa, &shared, Tiles::new(c, grid), range),
     }
-}
-
-/// Columns of a task.
-pub(crate) fn range_columns(pool: &Pool, isa: Isa, n: usize) -> usize {
-    n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(2 * isa.geometry().lanes)
 }
 
 /// What all ranges of columns share.
@@ -87,20 +83,12 @@ fn stream<T: Unit, C: Element>(
     tiles: Tiles<'_, C>,
     range: usize,
 ) {
-    let ranges = shared.right.count.div_ceil(range);
-    pool.run(ranges, |index| {
-        let first = index * range;
-        let count = range.min(shared.right.count - first);
-        let right = Source { first, count, ..shared.right };
-        // This thread's next range, as long as threads take turns; then the next product's.
-        let later = index + pool.threads();
-        let after = if later < ranges {
-            Some(shared.right.data[later * range * shared.right.stride..].as_ptr().cast())
-        } else {
-            pool.soon().at(later - ranges)
-        };
-        let cold = index < pool.threads();
-        dispatch(isa, Range { shared, right, after, cold, tile: tiles.take(0, index) });
+    let Source { data, stride, count, .. } = shared.right;
+    let matrix = (bytemuck::cast_slice(data), stride * size_of::<T>());
+    pool.run(count.div_ceil(range), |index| {
+        let stretch = Stretch::new(pool, matrix, index, (count, range));
+        let right = Source { first: stretch.first, count: stretch.rows, ..shared.right };
+        dispatch(isa, Range { shared, right, stretch, tile: tiles.take(0, index) });
     });
 }
 
@@ -108,10 +96,7 @@ fn stream<T: Unit, C: Element>(
 struct Range<'a, T, C> {
     shared: &'a Shared<'a, T>,
     right: Source<'a, T>,
-    /// What this thread will read after this range.
-    after: Option<*const u8>,
-    /// Nobody has asked for the range's first rows.
-    cold: bool,
+    stretch: Stretch<'a>,
     tile: Tile<'a, C>,
 }
 
@@ -134,11 +119,9 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         // One wide vector's chains keep up with memory, and fewer rows at once leave more of the
         // cache to what is prefetched; narrow vectors need two.
         let wide = S::LANES >= 16;
-        let (right, raw) = (&self.right, DOT || size_of::<T>() == 4);
-        let begin = right.count.min(S::LANES) * right.stride;
-        if raw && self.cold && right.first * right.stride + begin <= right.data.len() {
-            let bytes = &right.data[right.first * right.stride..][..begin];
-            fetch(simd, bytemuck::cast_slice(bytes));
+        // What is converted is not streamed.
+        if DOT || size_of::<T>() == 4 {
+            self.stretch.open(simd, S::LANES);
         }
         match self.tile.rows() {
             1 if wide => self.columns::<S, DOT, 1, 1>(simd),
@@ -196,17 +179,6 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         }
     }
 
-    /// What to ask for while the columns from `column` on are computed: those that follow them,
-    /// then what follows the range.
-    #[inline(always)]
-    fn next<S: Simd, const VECTORS: usize>(&self, column: usize) -> Option<*const u8> {
-        let (right, column) = (&self.right, column + VECTORS * S::LANES);
-        if column + VECTORS * S::LANES > right.count {
-            return self.after;
-        }
-        Some(right.data[(right.first + column) * right.stride..].as_ptr().cast())
-    }
-
     /// The chains of `ROWS` rows and `VECTORS` vectors of columns.
     #[inline(always)]
     fn sums<S: Simd, const DOT: bool, const ROWS: usize, const VECTORS: usize>(
@@ -222,6 +194,7 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         let mut unit = 0;
         if raw && right.count - column >= VECTORS * S::LANES {
             let squares = whole_units / S::LANES;
+            let next = self.stretch.next(column, VECTORS * S::LANES);
             let stream = Stream {
                 left,
                 left_stride: self.shared.row_words,
@@ -229,7 +202,7 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
                 right_start: (right.first + column) * right.stride * size_of::<T>(),
                 right_row_bytes: right.stride * size_of::<T>(),
                 squares,
-                next: self.next::<S, VECTORS>(column).filter(|_| row == 0),
+                next: if row == 0 { next } else { Ahead::default() },
             };
             stream_squares::<S, DOT, ROWS, VECTORS>(simd, &stream, &mut sums);
             unit = squares * S::LANES;

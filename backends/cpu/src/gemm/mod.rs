@@ -6,23 +6,23 @@
 //! element's bits depend on its row of A, its column of B and the instruction set, and on nothing
 //! else: not on m, n, the thread count, or whether the product ran as matrix times vector.
 //!
-//! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows,
-//! `quant.rs` for quantised weights, `grouped.rs` for experts, `verify.rs` for checks, and
-//! `simd/micro.rs` for the inner loop. Shapes are checked by the caller: a wrong one here is a bug
-//! and panics.
+//! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows and
+//! `quant.rs` for quantised weights (both streamed: `stretch.rs`), `grouped.rs` for experts,
+//! `verify.rs` for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the
+//! caller: a wrong one here is a bug and panics.
 
 mod gemv;
 mod grouped;
 pub(crate) mod pack;
 mod quant;
+pub(crate) mod stretch;
 #[cfg(test)]
 mod tests;
 mod tile;
 mod verify;
 
-pub(crate) use gemv::range_columns as streamed_rows;
+pub(crate) use gemv::VECTORS_MAX;
 pub use grouped::{GroupedGemmArgs, grouped_gemm, grouped_gemm_checked};
-pub(crate) use quant::range_columns as streamed_quant_rows;
 pub use quant::{Integers, QuantArgs, quant_gemm};
 pub use verify::{Flip, ProductSums, WrongColumn};
 

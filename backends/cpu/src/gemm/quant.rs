@@ -7,18 +7,17 @@
 //! order blocks are added. The path never depends on the number of rows.
 
 use super::pack::{PackRows, Source};
+use super::stretch::{Stretch, rows_of_task};
 use super::{Data, DataMut, Matrix, MatrixMut, Store, Unit, is_dot, units};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::micro::fetch;
+use crate::simd::micro::Ahead;
 use crate::simd::quantised::{
     Bytes, HalfBytes, LANES_MAX, QuantStream, SQUARE_BYTES, Stored, stream_quantised,
 };
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 
-/// Ranges of columns per thread: a few, so that a thread that is held up can be helped out.
-const RANGES_PER_THREAD: usize = 4;
 /// Rows of x that meet a vector of columns in registers.
 const ROWS_TOGETHER: usize = 16;
 /// Words of x that are kept near while a range of columns passes: a quarter of the second level.
@@ -115,7 +114,7 @@ fn typed<T: Unit, W: Stored>(
     let rest = m % ROWS_TOGETHER;
     let rows_padded = m - rest + if rest == 0 { 0 } else { rows_together(rest) };
     let bias_words = if args.bias.is_some() { n } else { 0 };
-    let range = range_columns(pool, isa, n);
+    let range = rows_of_task(pool, isa, n, 1);
     let sums_words = n.div_ceil(range) * range * rows_near(row_words).min(rows_padded);
     let [left, bias, sums] = scratch.words([rows_padded * row_words, bias_words, sums_words]);
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
@@ -152,11 +151,6 @@ fn typed<T: Unit, W: Stored>(
         DataMut::Bf16(c) => run::<W, _>(pool, isa, &shared, Tiles::new(c, grid), sums),
         DataMut::F16(c) => run::<W, _>(pool, isa, &shared, Tiles::new(c, grid), sums),
     }
-}
-
-/// Columns of a task.
-pub(crate) fn range_columns(pool: &Pool, isa: Isa, n: usize) -> usize {
-    n.div_ceil(pool.threads() * RANGES_PER_THREAD).next_multiple_of(isa.geometry().lanes)
 }
 
 /// Rows of x that are taken before the next columns come.
@@ -214,22 +208,13 @@ fn run<W: Stored, C: Element>(
 ) {
     let Shared { m, n, range, rows_near, .. } = *shared;
     let parts = Parts::new(sums, range * rows_near);
-    let (ranges, row_bytes) = (n.div_ceil(range), shared.k / W::PER_BYTE);
-    pool.run(ranges, |index| {
-        // This thread's next range, as long as threads take turns; then the next product's.
-        let later = index + pool.threads();
-        let after = if later < ranges {
-            Some(shared.weight[later * range * row_bytes..].as_ptr())
-        } else {
-            pool.soon().at(later - ranges)
-        };
-        let cold = index < pool.threads();
+    let matrix = (shared.weight, shared.k / W::PER_BYTE);
+    pool.run(n.div_ceil(range), |index| {
+        let stretch = Stretch::new(pool, matrix, index, (n, range));
         let (sums, mut tile) = (parts.take(index), tiles.take(0, index));
-        let first = index * range;
-        let columns = range.min(n - first);
         for near in (0..m).step_by(rows_near) {
             let rows = rows_near.min(m - near);
-            let part = Part { near, rows, first, columns, after, cold };
+            let part = Part { near, rows, stretch };
             let stored = std::marker::PhantomData::<W>;
             dispatch(isa, Sums { shared, part, sums: &mut *sums, stored });
             dispatch(isa, Write { shared, part, sums: &*sums, tile: &mut tile });
@@ -239,23 +224,18 @@ fn run<W: Stored, C: Element>(
 
 /// A part of C.
 #[derive(Clone, Copy)]
-struct Part {
+struct Part<'a> {
     /// Its first row.
     near: usize,
     rows: usize,
-    /// Its first column.
-    first: usize,
-    columns: usize,
-    /// What this thread will read after it.
-    after: Option<*const u8>,
-    /// Nobody has asked for its first columns.
-    cold: bool,
+    /// The rows of the matrix that make its columns.
+    stretch: Stretch<'a>,
 }
 
 /// Computes a part of C in f32, `range` values a row.
 struct Sums<'a, W> {
     shared: &'a Shared<'a>,
-    part: Part,
+    part: Part<'a>,
     sums: &'a mut [f32],
     stored: std::marker::PhantomData<W>,
 }
@@ -275,13 +255,10 @@ impl<W: Stored> Kernel for Sums<'_, W> {
 impl<W: Stored> Sums<'_, W> {
     #[inline(always)]
     fn columns<S: Simd, const DOT: bool>(&mut self, simd: S) {
-        let Part { rows, columns, first, .. } = self.part;
-        let row_bytes = self.shared.k / W::PER_BYTE;
+        let Part { rows, stretch, .. } = self.part;
+        let columns = stretch.rows;
         let vectors = if rows <= 2 { 2 } else { 1 };
-        if self.part.cold {
-            let begin = columns.min(vectors * S::LANES) * row_bytes;
-            fetch(simd, &self.shared.weight[first * row_bytes..][..begin]);
-        }
+        stretch.open(simd, vectors * S::LANES);
         let mut column = 0;
         while column < columns {
             if rows <= 2 && columns - column >= 2 * S::LANES {
@@ -315,16 +292,12 @@ impl<W: Stored> Sums<'_, W> {
         column: usize,
     ) -> usize {
         let Shared { k, block, row_words, range, .. } = *self.shared;
-        let first = self.part.first + column;
-        let lanes = (VECTORS * S::LANES).min(self.part.columns - column);
+        let stretch = &self.part.stretch;
+        let first = stretch.first + column;
+        let lanes = (VECTORS * S::LANES).min(stretch.rows - column);
         let row_bytes = k / W::PER_BYTE;
         let blocks = k.div_ceil(block);
-        let following = column + VECTORS * S::LANES;
-        let next = if following + VECTORS * S::LANES <= self.part.columns {
-            Some(self.shared.weight[(self.part.first + following) * row_bytes..].as_ptr())
-        } else {
-            self.part.after
-        };
+        let next = stretch.next(column, VECTORS * S::LANES);
         let whole = if lanes == VECTORS * S::LANES { k / block } else { 0 };
         let stream = QuantStream {
             left: &self.shared.left[(self.part.near + row) * row_words..],
@@ -337,7 +310,7 @@ impl<W: Stored> Sums<'_, W> {
             scales_stride: blocks,
             blocks: whole,
             block_bytes: block / W::PER_BYTE,
-            next: next.filter(|_| row == 0),
+            next: if row == 0 { next } else { Ahead::default() },
         };
         let mut totals = [[simd.zero(); ROWS]; VECTORS];
         stream_quantised::<S, W, DOT, ROWS, VECTORS>(simd, &stream, &mut totals);
@@ -359,7 +332,7 @@ impl<W: Stored> Sums<'_, W> {
 /// Rounds a part's sums into C.
 struct Write<'a, 'c, C> {
     shared: &'a Shared<'a>,
-    part: Part,
+    part: Part<'a>,
     sums: &'a [f32],
     tile: &'a mut Tile<'c, C>,
 }
@@ -368,7 +341,8 @@ impl<C: Element> Kernel for Write<'_, '_, C> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Part { near, rows, first, columns, .. } = self.part;
+        let Part { near, rows, stretch } = self.part;
+        let Stretch { first, rows: columns, .. } = stretch;
         let bias = self.shared.bias.map(|bias| &bias[first..][..columns]);
         for row in 0..rows {
             let sums = &self.sums[row * self.shared.range..][..columns];
@@ -417,7 +391,7 @@ fn edge<S: Simd, W: Stored, const DOT: bool, const ROWS: usize>(
         scales_start: 0,
         scales_stride: 1,
         blocks: 1,
-        next: None,
+        next: Ahead::default(),
         ..*stream
     };
     let mut sums = [*totals];

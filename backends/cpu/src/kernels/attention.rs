@@ -299,14 +299,14 @@ impl<T: Unit> CachedStep<'_, T> {
     fn run_as<S: Simd, const DOT: bool>(self, simd: S) {
         let CachedStep { mut step, cached } = self;
         let (start, width) = (step.start, 2 * S::LANES);
-        let end = step.first + 1;
+        let tile = cached.tile(start, step.first + 1);
         for at in (0..step.keys).step_by(S::LANES) {
-            let scores = cached.scores::<S, DOT>(simd, step.q, (start + at, end));
+            let scores = tile.scores::<S, DOT>(simd, step.q, at);
             let place = at / width * S::MICRO_ROWS * width + at % width;
             simd.store(scores, &mut step.scores[place..][..S::LANES]);
         }
         step.soften::<S, DOT>(simd, 0, 0);
-        cached.mix::<S, DOT>(simd, step.p, (start, end), step.out);
+        tile.mix::<S, DOT>(simd, step.p, step.out);
     }
 }
 

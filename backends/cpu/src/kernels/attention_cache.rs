@@ -4,11 +4,12 @@
 //! Scores and sums are the chains of the packed tile in `attention.rs`, element for element, so
 //! both ways give the same bits.
 
+use pontoon_ops::KEY_TILE;
+
 use super::attention::Rows;
 use crate::gemm::{Unit, is_dot, units};
-use crate::simd::micro::{Stream, fetch, stream_squares};
+use crate::simd::micro::{Ahead, Stream, fetch, stream_squares};
 use crate::simd::{Isa, Simd};
-use pontoon_ops::KEY_TILE;
 
 /// Most query rows of a sequence that are taken one by one.
 pub(super) const ROWS_APART: usize = 4;
@@ -32,12 +33,13 @@ impl<'a, T: Unit> Cached<'a, T> {
         self.blocks[position / self.block] as usize * self.block + position % self.block
     }
 
-    /// Where the positions of a tile lie, `count` of them.
+    /// Where the positions of the tile that starts at one lie, up to the sequence's end.
     #[inline(always)]
-    fn slots(&self, position: usize, count: usize) -> [u32; KEY_TILE] {
-        let mut slots = [0; KEY_TILE];
+    fn slots(&self, position: usize, end: usize) -> Slots {
+        let mut slots =
+            Slots { rows: [0; KEY_TILE], count: KEY_TILE.min(end.max(position) - position) };
         let (mut block, mut within) = (position / self.block, position % self.block);
-        for slot in &mut slots[..count] {
+        for slot in &mut slots.rows[..slots.count] {
             *slot = self.blocks[block] as u32 * self.block as u32 + within as u32;
             within += 1;
             if within == self.block {
@@ -47,20 +49,11 @@ impl<'a, T: Unit> Cached<'a, T> {
         slots
     }
 
-    /// Asks for the rows of `count` positions: those of a head lie far apart, which the hardware
-    /// does not foresee.
+    /// The tile that starts at a position, and what follows it, up to the sequence's end.
     #[inline(always)]
-    fn fetch<S: Simd>(
-        &self,
-        simd: S,
-        rows: Rows<'a, T>,
-        (position, count): (usize, usize),
-        width: usize,
-    ) {
-        for slot in &self.slots(position, count)[..count] {
-            let row = &rows.data[*slot as usize * rows.stride..][..width];
-            fetch(simd, bytemuck::cast_slice(row));
-        }
+    pub fn tile(&self, start: usize, end: usize) -> CachedTile<'_, T> {
+        let (here, next) = (self.slots(start, end), self.slots(start + KEY_TILE, end));
+        CachedTile { of: self, here, next, is_first: start == 0 }
     }
 
     /// Whether rows of these widths are whole vectors of units that need no conversion, and no
@@ -74,33 +67,62 @@ impl<'a, T: Unit> Cached<'a, T> {
             && self.v_width.is_multiple_of(2 * lanes)
             && units(T::KIND, isa, qk_width) > 0
     }
+}
 
-    /// The scores of `LANES` keys from a position on; those past the sequence's end are arbitrary.
+/// Rows of a cache.
+struct Slots {
+    rows: [u32; KEY_TILE],
+    count: usize,
+}
+
+impl Slots {
+    /// `count` of them from `at` on, or fewer at the end.
+    #[inline(always)]
+    fn some(&self, at: usize, count: usize) -> &[u32] {
+        let rows = &self.rows[..self.count];
+        &rows[at.min(rows.len())..(at + count).min(rows.len())]
+    }
+}
+
+/// One tile of a sequence in a cache.
+pub(super) struct CachedTile<'a, T> {
+    of: &'a Cached<'a, T>,
+    here: Slots,
+    /// Those of the tile that follows.
+    next: Slots,
+    /// Nobody has asked for its rows.
+    is_first: bool,
+}
+
+impl<T: Unit> CachedTile<'_, T> {
+    /// Asks for some rows: those of a head lie far apart, which the hardware does not foresee.
+    #[inline(always)]
+    fn fetch<S: Simd>(&self, simd: S, rows: Rows<'_, T>, slots: &[u32], width: usize) {
+        for slot in slots {
+            let row = &rows.data[*slot as usize * rows.stride..][..width];
+            fetch(simd, bytemuck::cast_slice(row));
+        }
+    }
+
+    /// The scores of `LANES` keys from place `at` on; those past the sequence's end are arbitrary.
     /// Meanwhile the keys a tile later are asked for, and the first tile's values.
     #[inline(always)]
-    pub fn scores<S: Simd, const DOT: bool>(
-        &self,
-        simd: S,
-        q: &[u32],
-        (position, end): (usize, usize),
-    ) -> S::F32 {
-        let later = position + KEY_TILE;
-        if later < end {
-            let width = q.len() * 4 / size_of::<T>();
-            self.fetch(simd, self.k, (later, S::LANES.min(end - later)), width);
+    pub fn scores<S: Simd, const DOT: bool>(&self, simd: S, q: &[u32], at: usize) -> S::F32 {
+        let Cached { k, v, v_width, .. } = *self.of;
+        let width = q.len() * 4 / size_of::<T>();
+        self.fetch(simd, k, self.next.some(at, S::LANES), width);
+        if self.is_first {
+            self.fetch(simd, v, self.here.some(at, S::LANES), v_width);
         }
-        if position < KEY_TILE {
-            self.fetch(simd, self.v, (position, S::LANES.min(end - position)), self.v_width);
-        }
-        let row_bytes = self.k.stride * size_of::<T>();
+        let row_bytes = k.stride * size_of::<T>();
         let stream = Stream {
             left: bytemuck::cast_slice(q),
             left_stride: q.len(),
-            right: bytemuck::cast_slice(self.k.data),
-            right_start: self.slot(position) * row_bytes,
+            right: bytemuck::cast_slice(k.data),
+            right_start: self.here.rows[at] as usize * row_bytes,
             right_row_bytes: row_bytes,
             squares: q.len() / S::LANES,
-            next: None,
+            next: Ahead::default(),
         };
         let mut sums = [[simd.zero(); 1]; 1];
         stream_squares::<S, DOT, 1, 1>(simd, &stream, &mut sums);
@@ -110,47 +132,37 @@ impl<'a, T: Unit> Cached<'a, T> {
     /// Some values of a row of the cache.
     #[inline(always)]
     fn values<S: Simd>(&self, simd: S, slot: u32, column: usize) -> S::F32 {
-        let start = slot as usize * self.v.stride + column;
-        T::load(simd, &self.v.data[start..][..S::LANES])
+        let Rows { data, stride } = self.of.v;
+        T::load(simd, &data[slot as usize * stride + column..][..S::LANES])
     }
 
-    /// Adds `count` values from a position on, times their probabilities `p` in units, to a row of
-    /// sums that lie panel after panel. Meanwhile the values a tile later are asked for.
+    /// Adds the tile's values, times their probabilities `p` in units, to a row of sums that lie
+    /// panel after panel. Meanwhile the values a tile later are asked for.
     #[inline(always)]
-    pub fn mix<S: Simd, const DOT: bool>(
-        &self,
-        simd: S,
-        p: &[u32],
-        (position, end): (usize, usize),
-        sums: &mut [f32],
-    ) {
+    pub fn mix<S: Simd, const DOT: bool>(&self, simd: S, p: &[u32], sums: &mut [f32]) {
         let per_unit = if DOT { 2 } else { 1 };
-        let (count, later) = (KEY_TILE.min(end - position), position + KEY_TILE);
-        let slots = self.slots(position, count);
-        let next_count = KEY_TILE.min(end.saturating_sub(later));
-        let next = if next_count > 0 { self.slots(later, next_count) } else { slots };
+        let slots = self.here.some(0, KEY_TILE);
         for (panel, sums) in sums.chunks_exact_mut(2 * S::LANES).enumerate() {
             let column = panel * 2 * S::LANES;
             let mut totals = [simd.load(sums), simd.load(&sums[S::LANES..])];
-            for (unit, &p) in p.iter().enumerate().take(count.div_ceil(per_unit)) {
+            for (unit, (&p, slots)) in p.iter().zip(slots.chunks(per_unit)).enumerate() {
                 let p = simd.splat(f32::from_bits(p));
                 // A panel of halves is a cache line.
-                for slot in &next[per_unit * unit..per_unit * (unit + 1)] {
-                    let row = &self.v.data[*slot as usize * self.v.stride + column..];
+                for slot in self.next.some(per_unit * unit, per_unit) {
+                    let row = &self.of.v.data[*slot as usize * self.of.v.stride + column..];
                     simd.prefetch(row.as_ptr().cast());
                 }
                 for (half, total) in totals.iter_mut().enumerate() {
                     let column = column + half * S::LANES;
+                    let first = self.values(simd, slots[0], column);
                     *total = if DOT {
-                        let even = self.values(simd, slots[2 * unit], column);
-                        let odd = if 2 * unit + 1 < count {
-                            self.values(simd, slots[2 * unit + 1], column)
-                        } else {
-                            simd.zero()
+                        let odd = match slots.get(1) {
+                            Some(slot) => self.values(simd, *slot, column),
+                            None => simd.zero(),
                         };
-                        simd.dot_pairs(*total, p, simd.merge_pairs(even, odd))
+                        simd.dot_pairs(*total, p, simd.merge_pairs(first, odd))
                     } else {
-                        simd.fma(p, self.values(simd, slots[unit], column), *total)
+                        simd.fma(p, first, *total)
                     };
                 }
             }

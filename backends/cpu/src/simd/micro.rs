@@ -213,7 +213,36 @@ pub(crate) fn sum_strip<S: Simd, const DOT: bool, const VECTORS: usize>(
 const ALIASED_BYTES: usize = 4096;
 
 /// Bytes of a cache line, for prefetching.
-const LINE_BYTES: usize = 64;
+pub(crate) const LINE_BYTES: usize = 64;
+
+/// Memory that is asked for little by little while other memory is worked on.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Ahead(Option<*const u8>);
+
+impl Ahead {
+    /// From the beginning of some bytes on.
+    #[inline(always)]
+    pub(crate) fn of(bytes: &[u8]) -> Ahead {
+        Ahead::at(bytes.as_ptr())
+    }
+
+    /// From an address on; any is allowed.
+    #[inline(always)]
+    pub(crate) fn at(address: *const u8) -> Ahead {
+        Ahead(Some(address))
+    }
+
+    /// Asks for the next `bytes` bytes.
+    #[inline(always)]
+    pub(crate) fn ask<S: Simd>(&mut self, simd: S, bytes: usize) {
+        if let Some(next) = &mut self.0 {
+            for line in 0..bytes / LINE_BYTES {
+                simd.prefetch(next.wrapping_add(line * LINE_BYTES));
+            }
+            *next = next.wrapping_add(bytes);
+        }
+    }
+}
 
 /// Asks for memory that will be streamed, where no earlier rows have asked for it.
 #[inline(always)]
@@ -235,8 +264,8 @@ pub(crate) struct Stream<'a> {
     pub(crate) right_row_bytes: usize,
     /// How many squares follow each other along the rows.
     pub(crate) squares: usize,
-    /// Where as many bytes begin that are asked for meanwhile.
-    pub(crate) next: Option<*const u8>,
+    /// As many bytes that are asked for meanwhile.
+    pub(crate) next: Ahead,
 }
 
 /// Continues the chains of `ROWS` left rows and `VECTORS * LANES` right rows over whole squares.
@@ -268,16 +297,9 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
             for vector in 0..VECTORS {
                 let rows = right.add(vector * S::LANES * right_row_bytes);
                 if right_row_bytes.is_multiple_of(ALIASED_BYTES) {
-                    if let Some(next) = &mut next {
-                        for line in 0..S::LANES * square_bytes / LINE_BYTES {
-                            simd.prefetch(next.wrapping_add(line * LINE_BYTES));
-                        }
-                        *next = next.wrapping_add(S::LANES * square_bytes);
-                    }
-                    let mut square = simd.square();
-                    for (row, vector) in square.as_mut().iter_mut().enumerate() {
-                        *vector = simd.load_raw(rows.add(row * right_row_bytes));
-                    }
+                    next.ask(simd, S::LANES * square_bytes);
+                    let start = rows.offset_from_unsigned(stream.right.as_ptr());
+                    let square = load_square(simd, stream.right, start, right_row_bytes);
                     for (step, weights) in simd.transpose(square).as_ref().iter().enumerate() {
                         let left = (left.add(step * 4), left_stride * 4);
                         multiply::<S, DOT, ROWS, VECTORS>(
@@ -291,12 +313,7 @@ pub(crate) fn stream_squares<S: Simd, const DOT: bool, const ROWS: usize, const 
                     continue;
                 }
                 for quad in 0..S::LANES / 4 {
-                    if let Some(next) = &mut next {
-                        for line in 0..S::LANES * 16 / LINE_BYTES {
-                            simd.prefetch(next.wrapping_add(line * LINE_BYTES));
-                        }
-                        *next = next.wrapping_add(S::LANES * 16);
-                    }
+                    next.ask(simd, S::LANES * 16);
                     let columns = simd.load_columns(rows.add(quad * 16), right_row_bytes);
                     for (step, weights) in columns.into_iter().enumerate() {
                         let left = (left.add((quad * 4 + step) * 4), left_stride * 4);

@@ -7,12 +7,10 @@
 //! streamed when is decided in `gemm/quant.rs`.
 
 use super::Simd;
+use super::micro::Ahead;
 
 /// Bytes of a row that are read together.
 pub(crate) const SQUARE_BYTES: usize = 16;
-
-/// Bytes of a cache line, for prefetching.
-const LINE_BYTES: usize = 64;
 
 /// How integers are stored.
 pub(crate) trait Stored: Copy + Send + Sync {
@@ -132,8 +130,8 @@ pub(crate) struct QuantStream<'a> {
     pub(crate) blocks: usize,
     /// Bytes of a block, a multiple of `SQUARE_BYTES`.
     pub(crate) block_bytes: usize,
-    /// Where as many bytes begin that are asked for meanwhile.
-    pub(crate) next: Option<*const u8>,
+    /// As many bytes that are asked for meanwhile.
+    pub(crate) next: Ahead,
 }
 
 /// Adds the blocks' products to the totals of `ROWS` left rows, for `VECTORS * LANES` rows of the
@@ -177,12 +175,7 @@ pub(crate) fn stream_quantised<
             for block in 0..count {
                 let mut sums = [[simd.zero(); ROWS]; VECTORS];
                 for _ in 0..squares {
-                    if let Some(next) = &mut next {
-                        for line in 0..VECTORS * S::LANES * SQUARE_BYTES / LINE_BYTES {
-                            simd.prefetch(next.wrapping_add(line * LINE_BYTES));
-                        }
-                        *next = next.wrapping_add(VECTORS * S::LANES * SQUARE_BYTES);
-                    }
+                    next.ask(simd, VECTORS * S::LANES * SQUARE_BYTES);
                     for (vector, sums) in sums.iter_mut().enumerate() {
                         let rows = right.add(vector * S::LANES * right_row_bytes);
                         let columns = simd.load_columns(rows, right_row_bytes);

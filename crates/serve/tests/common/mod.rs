@@ -143,8 +143,7 @@ pub const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %}\
 pub struct Faults {
     /// Launches until the device of this name fails; below zero: it does not.
     pub launches: std::sync::Mutex<Vec<(String, Arc<AtomicI64>, Failure)>>,
-    released: std::sync::Mutex<bool>,
-    released_changed: std::sync::Condvar,
+    released: std::sync::OnceLock<()>,
 }
 
 /// How a device fails.
@@ -180,13 +179,7 @@ impl Faults {
 
     /// Lets devices that are held go on.
     pub fn release(&self) {
-        *self.released.lock().unwrap() = true;
-        self.released_changed.notify_all();
-    }
-
-    fn wait_for_release(&self) {
-        let released = self.released.lock().unwrap();
-        drop(self.released_changed.wait_while(released, |released| !*released).unwrap());
+        self.released.set(()).unwrap();
     }
 
     fn hit(&self, device: &str) -> Option<Failure> {
@@ -269,7 +262,7 @@ impl Backend for Faulty {
             }
             Some(Failure::Lie) => self.lie(ops),
             Some(Failure::Hold) => {
-                self.faults.wait_for_release();
+                self.faults.released.wait();
                 self.inner.launch_all(ops)
             }
         }
