@@ -268,6 +268,8 @@ pub struct Supervisor {
     /// The replica that was awaited when it was last asked for.
     awaited: usize,
     losses: Vec<Loss>,
+    /// Why a worker was lost last.
+    lost_for: Option<String>,
     ledger: Ledger,
     /// Who copies its state for workers that join.
     join_donor: Option<usize>,
@@ -310,6 +312,7 @@ impl Supervisor {
             moving: None,
             awaited: 0,
             losses: Vec::new(),
+            lost_for: None,
             ledger: Ledger::default(),
             join_donor: None,
             saving: None,

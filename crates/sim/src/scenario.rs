@@ -197,7 +197,7 @@ impl Scenario {
         let mut at = speeds.start.mul_f64(1.5);
         for _ in 0..random.below(INCIDENTS) {
             at += step.mul_f64(random.between(0.0, 4.0));
-            let corrupts = self.workers >= 3 && random.happens(0.4);
+            let corrupts = !self.targets().is_empty() && random.happens(0.4);
             let quiet = (speeds.start + speeds.replace + speeds.copy + step * 4).mul_f64(1.5)
                 + Duration::from_secs(5);
             if corrupts {
@@ -232,10 +232,13 @@ impl Scenario {
 
     /// Where a flip is sure to be found with these settings.
     fn targets(&self) -> Vec<Target> {
-        let mut targets =
-            vec![Target::Weights, Target::State, Target::Published, Target::Sum, Target::Update];
-        targets.push(Target::Copy);
-        if self.audit == 1.0 || self.checksums {
+        let mut targets = Vec::new();
+        if self.workers >= 3 {
+            targets = vec![Target::Weights, Target::State, Target::Published, Target::Sum];
+            targets.extend([Target::Update, Target::Copy]);
+        }
+        // Who checks its own products needs nobody to tell.
+        if self.checksums || (self.workers >= 3 && self.audit == 1.0) {
             targets.extend([Target::Gradient; 3]);
         }
         targets

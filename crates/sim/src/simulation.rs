@@ -499,8 +499,12 @@ fn write(
     state: u64,
 ) -> Result<String, FleetError> {
     let bytes = state.to_le_bytes();
-    let model =
-        [TensorRef { name: "state", dtype: ElementType::F32, shape: &[2], bytes: &bytes[..] }];
+    let model = [TensorRef {
+        name: "state",
+        dtype: ElementType::F32,
+        shape: &[2],
+        bytes: bytes[..].into(),
+    }];
     let of = State {
         step,
         seed,

@@ -195,3 +195,18 @@ fn a_bit_that_flips_anywhere_in_a_replica_is_pinned_on_it() {
         assert!(has(&events, "corrupt worker 1"), "{target:?}: {events:#?}");
     }
 }
+
+#[test]
+fn a_wrong_product_of_a_lone_worker_costs_its_step_and_two_in_one_step_a_new_process() {
+    let mut scenario = scenario(1);
+    (scenario.checksums, scenario.leaves) = (true, 4);
+    scenario.faults.push(fault(13_000, SimFault::Flip(Target::Gradient), &[0]));
+    let (outcome, events) = run(&scenario);
+    assert!(has(&events, "computed again by the same worker"), "{events:#?}");
+    assert!(!has(&events, "rolled_back") && outcome.finished, "{events:#?}");
+    assert!(outcome.lost_s["corrupt"] < 0.7, "{:?}", outcome.lost_s);
+    scenario.faults.push(fault(13_010, SimFault::Flip(Target::Gradient), &[0]));
+    let (outcome, events) = run(&scenario);
+    assert!(has(&events, "a new process") && has(&events, "step 10 resumed"), "{events:#?}");
+    assert!(outcome.finished, "{events:#?}");
+}

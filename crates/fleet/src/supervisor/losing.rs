@@ -98,6 +98,7 @@ impl Supervisor {
             false => format!("a new process; {} micro-batches to others", lost.len()),
         });
         (loss.event, loss.since) = (Some(event), self.now);
+        self.lost_for = Some(format!("{}: {}", self.workers[worker].device, loss.cause));
         self.ledger.faults += 1;
         self.losses.push(loss);
         if stays_out {
@@ -207,7 +208,7 @@ impl Supervisor {
             }
         }
         if self.workers.iter().all(|of| of.standing == Standing::Retired) {
-            let text = "every worker is out for good; see events.jsonl".to_owned();
+            let text = format!("every worker is out for good: {}", self.last_cause());
             return self.end(Ending::Failed(text));
         }
         self.start_from_the_newest();
@@ -230,6 +231,7 @@ impl Supervisor {
             Trouble::MemoryFault => EventKind::MemoryFault,
             Trouble::OutOfMemory => EventKind::OutOfMemory,
             Trouble::LinkDown => EventKind::LinkDown,
+            Trouble::Corrupt if self.may_repeat(worker) => return self.repeat(worker, text),
             Trouble::Corrupt => {
                 return self.lose(worker, Loss::new(EventKind::Corrupt, text).discarding());
             }
@@ -237,6 +239,41 @@ impl Supervisor {
             Trouble::Run => return self.end(Ending::Failed(text)),
         };
         self.lose(worker, Loss::new(kind, text));
+    }
+
+    /// Whether a worker that found a wrong result computes the step once more: nobody else could,
+    /// and without it the run would go back to a snapshot. What was wrong may have been a moment's
+    /// error; the state it goes on from is compared with what was agreed on before it is applied.
+    fn may_repeat(&self, worker: usize) -> bool {
+        let others = self.replicas().into_iter().any(|of| of != worker && !self.workers[of].trial);
+        let is_member = self.workers[worker].standing == Standing::Member;
+        let computes = matches!(self.phase, Phase::Computing | Phase::Combining);
+        is_member && !others && computes && !self.round.repeated
+    }
+
+    fn repeat(&mut self, worker: usize, cause: String) {
+        let unanswered = self.round.pending.iter().filter(|(of, ..)| *of == worker).count();
+        let mut leaves = self.round.take_pending(worker);
+        leaves.extend(self.round.discard(|_| true));
+        leaves.sort_unstable();
+        self.round.combined.clear();
+        self.round.audits.clear();
+        self.round.spikes.clear();
+        self.round.repeated = true;
+        let mut event = self.event(worker, EventKind::Corrupt);
+        event.step = self.step + 1;
+        event.action = Some("computed again by the same worker, as there is no other".to_owned());
+        event.detected_ms = self.workers[worker].since_injection(self.now);
+        event.lost_micro_batches = Some(leaves.len() as u64);
+        event.cause = Some(cause.clone());
+        let loss = Loss::new(EventKind::Corrupt, cause);
+        self.losses.push(Loss { event: Some(event), since: self.now, ..loss });
+        self.ledger.faults += 1;
+        let of = &mut self.workers[worker];
+        of.open = of.open.saturating_sub(unanswered.max(1) as u32);
+        (of.injected, of.clean_steps, of.progressed) = (None, 0, self.now);
+        self.phase = Phase::Computing;
+        self.hand_out(&leaves, 0);
     }
 
     /// Finds those that do not answer, and those for which all others wait.
@@ -306,6 +343,11 @@ impl Supervisor {
             }
             _ => false,
         }
+    }
+
+    /// Why a worker was lost last.
+    pub(super) fn last_cause(&self) -> &str {
+        self.lost_for.as_deref().unwrap_or("see events.jsonl")
     }
 
     /// Writes down the losses that the run has got over; returns what disturbed it, if anything.

@@ -119,6 +119,8 @@ pub(super) struct Round {
     pub took: BTreeSet<usize>,
     /// Those whose losses were not finite the first time.
     pub suspects: Option<Vec<usize>>,
+    /// Whether the only worker has found a wrong result of its own in it.
+    pub repeated: bool,
     pub valid_loss: Option<f64>,
     /// The furthest that gradients of two classes were apart.
     pub apart: Option<f64>,
@@ -152,6 +154,7 @@ impl Round {
             handed: false,
             took: BTreeSet::new(),
             suspects: None,
+            repeated: false,
             valid_loss: None,
             apart: None,
             moving: false,

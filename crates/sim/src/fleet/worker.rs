@@ -226,7 +226,7 @@ impl Fleet {
                 Report::Imported { step, digest: self.workers[worker].digest() }
             }
             Command::Replay { step, leaf, .. } => {
-                let value = self.gradient(worker, step, leaf);
+                let value = self.gradient(worker, step, leaf)?;
                 let loss = TinyModel::loss(value).into();
                 Report::Replayed { step, leaf, digest: digest(value), loss, apart: None }
             }
@@ -293,9 +293,23 @@ impl Fleet {
         Report::Ready { step, digest, device }
     }
 
-    fn gradient(&mut self, worker: usize, step: u64, leaf: u32) -> u64 {
+    /// `None` if the device has found it wrong itself, and said so.
+    fn gradient(&mut self, worker: usize, step: u64, leaf: u32) -> Option<u64> {
         let value = self.model.gradient(step, leaf, self.workers[worker].weights);
-        if self.flips(worker, Target::Gradient) { value ^ 1 << 30 } else { value }
+        if !self.flips(worker, Target::Gradient) {
+            return Some(value);
+        }
+        if !self.checksums {
+            return Some(value ^ 1 << 30);
+        }
+        let text = "injected: a product's checksum does not hold".to_owned();
+        let of = &mut self.workers[worker];
+        of.say(worker, Report::Failed { trouble: Trouble::Corrupt, text });
+        // The rest of the command goes with it; whether another comes is not for it to say.
+        while matches!(of.tasks.front(), Some(Task::Subtree { .. })) {
+            of.tasks.pop_front();
+        }
+        None
     }
 
     fn subtree(
@@ -310,10 +324,7 @@ impl Fleet {
         let mut losses = Vec::with_capacity(node.count as usize);
         let mut leaves = Vec::new();
         for leaf in node.first..node.first + node.count {
-            let value = self.gradient(worker, step, leaf);
-            if !self.workers[worker].alive {
-                return None;
-            }
+            let value = self.gradient(worker, step, leaf)?;
             sum = sum.wrapping_add(value);
             losses.push(TinyModel::loss(value).into());
             if digests.contains(&leaf) {
@@ -372,16 +383,16 @@ impl Fleet {
         let waiting = self.workers[worker].flips.iter().position(|flip| flip.target == target);
         let Some(place) = waiting else { return false };
         let flip = self.workers[worker].flips.swap_remove(place);
-        if self.sound() < ENOUGH_TO_TELL {
+        if self.needs_others(target) && self.sound() < ENOUGH_TO_TELL {
             self.struck[flip.struck].excused = Some("too few replicas to tell");
             return false;
         }
-        if target == Target::Gradient && self.checksums {
-            let text = "injected: a product's checksum does not hold".to_owned();
-            self.fail(worker, Trouble::Corrupt, text);
-            return false;
-        }
         true
+    }
+
+    /// Whether a flip is found by comparison with others only.
+    fn needs_others(&self, target: Target) -> bool {
+        target != Target::Gradient || !self.checksums
     }
 
     fn sound(&self) -> usize {
@@ -423,7 +434,11 @@ impl Fleet {
             _ if !of.alive => Some("no process"),
             _ if of.hung => Some("it stood still already"),
             SimFault::Flip(_) if of.state.is_none() => Some("no state yet"),
-            SimFault::Flip(_) if self.sound() < ENOUGH_TO_TELL => Some("too few replicas to tell"),
+            SimFault::Flip(target)
+                if self.needs_others(target) && self.sound() < ENOUGH_TO_TELL =>
+            {
+                Some("too few replicas to tell")
+            }
             _ => None,
         };
         let place = self.note(fault, Some(worker), excused);
