@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::chaos::Plan;
 use crate::fault_plan::{
     PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_INTERRUPTIONS, PUBLISHED_MIX, Planned, Process,
     SimFault, Target,
@@ -46,6 +47,8 @@ pub struct Scenario {
     pub speeds: Speeds,
     /// What goes wrong.
     pub faults: Vec<Planned>,
+    /// What strikes the disk as in real runs, by steps.
+    pub storage: Option<Plan>,
     /// How often silence is looked for.
     pub ticks: Ticks,
     /// A run that has not ended by then never will.
@@ -125,6 +128,7 @@ impl Scenario {
                 slow_factor: 4.0,
             },
             faults: process.draw(&mut Random::new(of.seed, 11), wall),
+            storage: None,
             ticks: Ticks { calm: Duration::from_secs(600), troubled: Duration::from_secs(1) },
             limit: wall + Duration::from_secs(86_400),
         }
@@ -167,6 +171,7 @@ impl Scenario {
             checksums,
             speeds,
             faults: Vec::new(),
+            storage: None,
             ticks: Ticks { calm: Duration::from_millis(100), troubled: Duration::from_millis(100) },
             limit: Duration::MAX,
         };

@@ -17,14 +17,15 @@ use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::Source;
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
 use pontoon_fleet::snapshot::{
-    Contents, ElementType, Parts, SnapshotReader, SnapshotWriter, State, TensorRef, read_folder,
+    Contents, ElementType, Parts, SnapshotReader, SnapshotWriter, State, TensorRef, check_folder,
 };
 use pontoon_fleet::supervisor::{
     Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Tolerance, Validation,
 };
-use pontoon_fleet::world::{Launcher, Launching, Link};
+use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use serde_json::json;
 
+use crate::chaos::ChaosDisk;
 use crate::checkers::{Checkers, Violation};
 use crate::fault_plan::SimFault;
 use crate::fleet::worker::{SNAPSHOTS, state_in};
@@ -78,7 +79,10 @@ pub fn simulate(scenario: &Scenario) -> Result<Outcome, Violation> {
 /// The same, seen by someone: faults, events and steps.
 pub fn simulate_seen(scenario: &Scenario, watch: Watch<'_>) -> Result<Outcome, Violation> {
     let (clock, disk) = (SimClock::default(), SimDisk::default());
-    let mut simulation = Simulation::new(scenario, &clock, &disk, watch);
+    let struck = scenario.storage.as_ref().map(|plan| ChaosDisk::new(&disk, plan.of_disk()));
+    let storage = struck.as_ref().map_or(&disk as &dyn Disk, |struck| struck);
+    let places = Places { clock: &clock, disk: &disk, storage };
+    let mut simulation = Simulation::new(scenario, places, watch);
     let ended = simulation.go();
     let at = clock.elapsed();
     ended.map_err(|what| Violation { at, what })
@@ -99,10 +103,20 @@ struct Life<'w> {
     _folder: RunDir,
 }
 
+/// What a simulation takes place in.
+#[derive(Clone, Copy)]
+struct Places<'w> {
+    clock: &'w SimClock,
+    disk: &'w SimDisk,
+    /// The disk as snapshots are written to it.
+    storage: &'w dyn Disk,
+}
+
 struct Simulation<'w> {
     scenario: &'w Scenario,
     clock: &'w SimClock,
     disk: &'w SimDisk,
+    storage: &'w dyn Disk,
     fleet: Shared,
     checkers: Checkers,
     life: Option<Life<'w>>,
@@ -120,12 +134,8 @@ fn text(error: FleetError) -> String {
 }
 
 impl<'w> Simulation<'w> {
-    fn new(
-        scenario: &'w Scenario,
-        clock: &'w SimClock,
-        disk: &'w SimDisk,
-        watch: Watch<'w>,
-    ) -> Simulation<'w> {
+    fn new(scenario: &'w Scenario, places: Places<'w>, watch: Watch<'w>) -> Simulation<'w> {
+        let Places { clock, disk, storage } = places;
         let model = TinyModel { seed: scenario.seed, leaves: scenario.leaves };
         let random = Random::new(scenario.seed, 7);
         let speeds = scenario.speeds.clone();
@@ -134,6 +144,9 @@ impl<'w> Simulation<'w> {
         for (fault, planned) in scenario.faults.iter().enumerate() {
             fleet.at(planned.at, Happening::Strike { fault });
         }
+        if scenario.storage.is_some() {
+            fleet.note(SimFault::DiskFull, None, None);
+        }
         if let Some(at) = scenario.stop_at {
             fleet.at(at, Happening::Stop);
         }
@@ -141,6 +154,7 @@ impl<'w> Simulation<'w> {
             scenario,
             clock,
             disk,
+            storage,
             fleet: Shared(Rc::new(RefCell::new(fleet))),
             checkers: Checkers::new(Truth::new(model)),
             life: None,
@@ -191,7 +205,7 @@ impl<'w> Simulation<'w> {
             inputs,
             arrived,
             links: (0..self.scenario.workers).map(|_| None).collect(),
-            writer: SnapshotWriter::open(disk, Path::new(SNAPSHOTS)).map_err(text)?,
+            writer: SnapshotWriter::open(self.storage, Path::new(SNAPSHOTS)).map_err(text)?,
             events: EventLog::open(disk, self.clock, &folder.events()).map_err(text)?,
             metrics: JsonLines::open(disk, &folder.metrics()).map_err(text)?,
             saving: None,
@@ -416,7 +430,7 @@ impl<'w> Simulation<'w> {
             false => Err("the state changed on its way to the snapshot".to_owned()),
         };
         let checked = written.and_then(|folder| {
-            read_folder(self.disk, Path::new(&folder), Parts::All).map_err(text)?;
+            check_folder(self.storage, Path::new(&folder)).map_err(text)?;
             life.writer.retain(KEEP).map_err(text)?;
             Ok(folder)
         });

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pontoon_sim::chaos::{self, Plan};
 use pontoon_sim::fault_plan::{Planned, SimFault, Target};
 use pontoon_sim::{Outcome, Scenario, Speeds, simulate_seen};
 
@@ -165,6 +166,23 @@ fn a_full_disk_is_tried_again_in_growing_pauses_and_the_run_ends_once_it_is_free
     let (outcome, events) = run(&scenario);
     let failures = events.iter().filter(|event| event.contains("snapshot_failed")).count();
     assert!(outcome.finished && (3..=12).contains(&failures), "{events:#?}");
+}
+
+#[test]
+fn however_often_a_random_plan_strikes_the_disk_the_last_snapshot_is_written() {
+    let text = "rate = 1.0\nkinds = [\"disk_full\", \"damaged_snapshot\"]\n";
+    for seed in 0..100 {
+        for snapshot_every in [0, 3, 10, 40] {
+            let mut scenario = scenario(2);
+            scenario.snapshot_every = snapshot_every;
+            let of = chaos::Run { workers: 2, steps: scenario.steps, snapshot_every };
+            let text = format!("[random]\nseed = {seed}\n{text}");
+            scenario.storage = Some(Plan::parse(&text, "a random plan", of).unwrap());
+            let (outcome, events) = run(&scenario);
+            let seen = format!("seed {seed}, every {snapshot_every}: {events:#?}");
+            assert!(outcome.finished && has(&events, "snapshot_failed"), "{seen}");
+        }
+    }
 }
 
 #[test]

@@ -174,7 +174,8 @@ fn read_plan(path: &Path, config: &RunConfig, supervised: bool) -> Result<Plan> 
         .with_context(|| format!("cannot read the plan of faults `{origin}`"))?;
     // Without workers none has a number that is too high; that there is none is said below.
     let workers = if supervised { config.workers() } else { usize::MAX };
-    let plan = Plan::parse(&text, &origin, chaos::Run { workers, steps: config.train.steps })?;
+    let (steps, snapshot_every) = (config.train.steps, config.snapshot.every);
+    let plan = Plan::parse(&text, &origin, chaos::Run { workers, steps, snapshot_every })?;
     ensure!(
         supervised || plan.of_disk().count() == plan.faults().len(),
         "--chaos needs workers to strike; leave --in-process out"

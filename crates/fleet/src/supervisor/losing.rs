@@ -288,12 +288,14 @@ impl Supervisor {
                 Standing::Loading | Standing::Warming => load_deadline(self.longest_load),
                 _ => self.settings.hang_after.deadline(of.longest_pause),
             };
-            if silent > deadline {
-                let cause = format!(
-                    "no progress for {:.1} s, and {:.1} s is the most",
-                    silent.as_secs_f64(),
-                    deadline.as_secs_f64()
-                );
+            if silent > deadline || self.is_stuck(worker, silent) {
+                let (silent, most) = (silent.as_secs_f64(), deadline.as_secs_f64());
+                let cause = match silent > most {
+                    true => format!("no progress for {silent:.1} s, and {most:.1} s is the most"),
+                    false => {
+                        format!("all others wait; it beats, without progress for {silent:.1} s")
+                    }
+                };
                 self.lose(worker, Loss::new(EventKind::Hang, cause));
             } else if self.is_holding_up(worker) {
                 // Whoever still gets on is slow; whoever has stood still for most of it is not.
@@ -306,11 +308,25 @@ impl Supervisor {
         }
     }
 
+    /// Whether a worker stands still for which all others wait, though its process is alive and
+    /// gets its share of the machine: then a shorter silence is enough.
+    fn is_stuck(&self, worker: usize, silent: Duration) -> bool {
+        let of = &self.workers[worker];
+        let in_step = matches!(self.phase, Phase::Computing | Phase::Combining | Phase::Applying);
+        let steps = of.standing == Standing::Member && of.is_proven && in_step;
+        if !steps || !self.settings.hang_after.is_stuck(silent, of.longest_pause, of.beats) {
+            return false;
+        }
+        let members = self.those(Standing::Member);
+        let idle = |other: &usize| *other == worker || self.workers[*other].open == 0;
+        members.len() > 1 && members.iter().all(idle)
+    }
+
     /// The supervisor was away: silence counts from now on. Workers that were stopped with it have
     /// done nothing wrong, and the others are heard at once.
     pub(super) fn start_listening_anew(&mut self) {
         for of in &mut self.workers {
-            (of.progressed, of.answered) = (self.now, self.now);
+            (of.progressed, of.answered, of.beats) = (self.now, self.now, 0);
         }
         for (.., since) in &mut self.round.pending {
             *since = self.now;

@@ -33,6 +33,8 @@ enum Wrong {
     HandOn,
     /// Its sum changes before it is applied, which it finds itself.
     Spoilt,
+    /// It finds a product of its own wrong.
+    Product,
     /// It computes something else each time it is asked once more.
     Fickle,
     /// It takes ten times as long.
@@ -321,6 +323,11 @@ impl World {
         if self.is_wrong(worker, step, Wrong::Hang) {
             return self.hung.push(of);
         }
+        if self.is_wrong(worker, step, Wrong::Product) {
+            let report =
+                Report::Failed { trouble: Trouble::Corrupt, text: "a wrong product".to_owned() };
+            return self.outbox.push_back(Input::Report { worker, incarnation, report });
+        }
         if self.is_wrong(worker, step, Wrong::State) {
             self.changed.push(of);
         }
@@ -396,6 +403,47 @@ fn every_fault_is_named_and_the_run_ends_all_the_same() {
         assert_eq!(event.and_then(|event| event.worker), Some(1), "{:?}", world.events);
         assert!(world.kinds().contains(&"joined"), "{kind}: the replacement joins");
     }
+}
+
+#[test]
+fn one_that_hangs_while_all_others_wait_is_found_by_its_beats_before_silence_alone_would_tell() {
+    let mut world = World::on(&["chip"; 3], 0.0, &[(1, 3, Wrong::Hang)], NonFinite::Stop);
+    let mut stood_still = None;
+    while world.ending.is_none() {
+        world.turn();
+        // Once in 50 ms, as real ones do.
+        if world.now.as_millis().is_multiple_of(50) {
+            for (worker, incarnation) in world.hung.clone() {
+                let report = Report::Beat { operations: 7, longest_ms: 10 };
+                world.outbox.push_back(Input::Report { worker, incarnation, report });
+                stood_still.get_or_insert(world.now);
+            }
+        }
+        if let Some(hang) = world.events.iter().find(|event| event.kind == EventKind::Hang) {
+            assert!(hang.cause.as_deref().unwrap_or_default().contains("it beats"), "{hang:?}");
+            let took = world.now - stood_still.expect("it hung before it was found");
+            assert!(took < Duration::from_millis(800), "{took:?}");
+            world.hung.clear();
+        }
+    }
+    assert_eq!(world.ending, Some(Ending::Finished));
+    assert_eq!(world.losses, [8.0; STEPS as usize]);
+    assert_eq!(world.kinds().iter().filter(|kind| **kind == "hang").count(), 1);
+}
+
+#[test]
+fn a_lone_worker_repeats_a_step_that_it_found_wrong_once() {
+    let world = World::run(1, 0.0, &[(0, 3, Wrong::Product)]);
+    assert_eq!(world.ending, Some(Ending::Finished), "{:?}", world.events);
+    assert_eq!(world.losses, [8.0; STEPS as usize]);
+    let kinds = world.kinds();
+    assert!(kinds.contains(&"corrupt") && !kinds.contains(&"rolled_back"), "{kinds:?}");
+    let twice = World::run(1, 0.0, &[(0, 3, Wrong::Product), (0, 3, Wrong::Product)]);
+    assert!(twice.kinds().contains(&"rolled_back"), "{:?}", twice.events);
+    // Where there are others, they do it.
+    let with_others = World::run(2, 0.0, &[(0, 3, Wrong::Product)]);
+    assert_eq!(with_others.losses, [8.0; STEPS as usize]);
+    assert!(with_others.kinds().contains(&"joined"), "{:?}", with_others.events);
 }
 
 #[test]
