@@ -29,6 +29,8 @@ pub struct Scenario {
     pub seed: u64,
     /// Workers.
     pub workers: usize,
+    /// The numeric class of each worker's device; of those that are not named, the first.
+    pub classes: Vec<u8>,
     /// Micro-batches of a step.
     pub leaves: u32,
     /// Steps in all.
@@ -105,6 +107,7 @@ impl Scenario {
         Scenario {
             seed: of.seed,
             workers: of.workers,
+            classes: Vec::new(),
             leaves,
             steps: u64::MAX,
             stop_at: Some(wall),
@@ -159,9 +162,12 @@ impl Scenario {
         let valid_every = random.happens(0.5).then(|| 1 + random.below(9));
         let audit = if workers > 1 { *random.pick(&[0.0, 0.1, 1.0, 1.0]) } else { 0.0 };
         let checksums = random.happens(0.3);
+        let kinds = if random.happens(0.3) { 1 + random.below(3) } else { 1 };
+        let classes = (0..workers).map(|_| random.below(kinds) as u8).collect();
         let mut trial = Scenario {
             seed,
             workers,
+            classes,
             leaves,
             steps,
             stop_at: None,

@@ -30,7 +30,7 @@ use crate::checkers::{Checkers, Violation};
 use crate::fault_plan::SimFault;
 use crate::fleet::worker::{SNAPSHOTS, state_in};
 use crate::fleet::{Fleet, Happening, Shared, Struck};
-use crate::model::{TinyModel, Truth, digest};
+use crate::model::{Class, TinyModel, Truth, digest};
 use crate::random::Random;
 use crate::scenario::Scenario;
 use crate::world::{SimClock, SimDisk};
@@ -39,6 +39,8 @@ use crate::world::{SimClock, SimDisk};
 const RUN: &str = "run";
 /// Snapshots kept.
 const KEEP: NonZeroUsize = NonZeroUsize::new(3).expect("three is not zero");
+/// What two classes may be apart.
+const TOLERANCE: Tolerance = Tolerance { gradient: 0.01, loss: 0.01, drift: 0.01 };
 /// As in real runs by default.
 const SAVE_PATIENCE: Duration = Duration::from_secs(200);
 /// A killed supervisor that was writing a snapshot had this many changes to the disk before it at
@@ -141,6 +143,9 @@ impl<'w> Simulation<'w> {
         let speeds = scenario.speeds.clone();
         let mut fleet = Fleet::new(speeds, model, random, disk.clone(), scenario.workers);
         fleet.checksums = scenario.checksums;
+        for (of, class) in fleet.workers.iter_mut().zip(&scenario.classes) {
+            of.class = Class(*class);
+        }
         for (fault, planned) in scenario.faults.iter().enumerate() {
             fleet.at(planned.at, Happening::Strike { fault });
         }
@@ -228,7 +233,7 @@ impl<'w> Simulation<'w> {
             validation: of.valid_every.map_or(Validation::Never, Validation::Every),
             audit: of.audit,
             non_finite: NonFinite::Stop,
-            tolerance: Tolerance::default(),
+            tolerance: TOLERANCE,
             hang_after: HangAfter::Auto,
             source: if self.lives == 1 { Source::Fresh } else { Source::Snapshot },
         }

@@ -32,6 +32,7 @@ fn scenario(workers: usize) -> Scenario {
             resume: ms(1000),
             slow_factor: 4.0,
         },
+        classes: Vec::new(),
         faults: Vec::new(),
         snapshot_every: 10,
         ..Scenario::trial(5)
@@ -227,4 +228,28 @@ fn a_wrong_product_of_a_lone_worker_costs_its_step_and_two_in_one_step_a_new_pro
     let (outcome, events) = run(&scenario);
     assert!(has(&events, "a new process") && has(&events, "step 10 resumed"), "{events:#?}");
     assert!(outcome.finished, "{events:#?}");
+}
+
+#[test]
+fn workers_of_two_classes_hold_the_same_bits_audit_each_other_and_outlive_either_class() {
+    let mixed = |classes: &[u8]| {
+        let mut scenario = scenario(classes.len());
+        (scenario.classes, scenario.audit) = (classes.to_vec(), 0.5);
+        scenario
+    };
+    let (outcome, events) = run(&mixed(&[0, 1, 0, 1]));
+    assert!(outcome.finished && !has(&events, "corrupt"), "{events:#?}");
+    // The class that applies the steps goes for good; the other goes on from the state it was
+    // handed.
+    let mut scenario = mixed(&[1, 0, 0]);
+    scenario.faults.push(fault(8_000, SimFault::Crash, &[1, 2]));
+    let (outcome, events) = run(&scenario);
+    assert!(outcome.finished && !has(&events, "rolled_back"), "{events:#?}");
+    assert!(has(&events, "no worker of simulated-0 is left"), "{events:#?}");
+    // A gradient that is beyond what rounding explains is told by the other class.
+    let mut scenario = mixed(&[0, 1, 1]);
+    scenario.audit = 1.0;
+    scenario.faults.push(fault(8_000, SimFault::Flip(Target::Gradient), &[0]));
+    let (outcome, events) = run(&scenario);
+    assert!(outcome.finished && has(&events, "corrupt worker 0"), "{events:#?}");
 }
