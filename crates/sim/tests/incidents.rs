@@ -253,3 +253,16 @@ fn workers_of_two_classes_hold_the_same_bits_audit_each_other_and_outlive_either
     let (outcome, events) = run(&scenario);
     assert!(outcome.finished && has(&events, "corrupt worker 0"), "{events:#?}");
 }
+
+#[test]
+fn a_gradient_spoilt_on_its_way_to_another_class_is_no_fault_of_whoever_reads_it() {
+    for at in (8_000..8_600).step_by(50) {
+        for worker in 0..3 {
+            let mut scenario = scenario(3);
+            (scenario.classes, scenario.audit) = (vec![0, 0, 1], 1.0);
+            scenario.faults.push(fault(at, SimFault::Flip(Target::Published), &[worker]));
+            let (outcome, events) = run(&scenario);
+            assert!(outcome.finished && has(&events, "changed on its way"), "{events:#?}");
+        }
+    }
+}

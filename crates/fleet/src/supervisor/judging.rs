@@ -280,8 +280,14 @@ impl Supervisor {
             replicas.iter().all(|worker| reads(worker) != Some(digest))
         };
         let place = (0..published.len()).find(|&index| spoilt(index, published[index].2))?;
-        let (first, owner, _) = published[place];
+        self.compute_again(published[place].0, published[place].1);
+        Some(true)
+    }
+
+    /// A subtree is not what its worker published: it is computed and audited anew.
+    pub(super) fn compute_again(&mut self, first: u32, owner: usize) {
         let leaves = self.round.discard(|subtree| subtree.node.first == first);
+        self.round.audits.retain(|audit| !leaves.contains(&audit.leaf));
         let event = self.event(owner, EventKind::Corrupt);
         self.ledger.faults += 1;
         let cause = format!("the gradient from micro-batch {first} on changed on its way");
@@ -291,7 +297,6 @@ impl Supervisor {
         self.round.combined.clear();
         self.phase = Phase::Computing;
         self.hand_out(&leaves, 0);
-        Some(true)
     }
 }
 

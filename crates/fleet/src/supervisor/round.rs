@@ -102,6 +102,8 @@ pub(super) struct Round {
     pub plan: AuditPlan,
     /// Leaves that each worker computes only to check others.
     pub replays: BTreeMap<usize, u32>,
+    /// Leaves that did not lie in the exchange as they were published.
+    pub spoilt: BTreeSet<u32>,
     /// Leaves whose losses were checked for a spike.
     pub spikes: Vec<u32>,
     pub combined: BTreeMap<usize, Combined>,
@@ -144,6 +146,7 @@ impl Round {
             single: BTreeSet::new(),
             plan: AuditPlan::default(),
             replays: BTreeMap::new(),
+            spoilt: BTreeSet::new(),
             spikes: Vec::new(),
             combined: BTreeMap::new(),
             recombined: false,
