@@ -50,8 +50,9 @@ fn matrix<'a>(operands: &Operands<'a>, view: &View) -> Result<Matrix<'a>, Device
 
 pub(super) fn matmul(context: &mut Context<'_>, op: &ops::Matmul) -> Done {
     let ops::Extents { m, n, k } = op.extents();
+    let in_panels = op.layout == ops::Layout::Nt && context.operands.in_panels(&op.b);
     let args = GemmArgs {
-        layout: layout(op.layout),
+        layout: if in_panels { Layout::Panels } else { layout(op.layout) },
         m,
         n,
         k,
@@ -156,6 +157,7 @@ fn matmul_integers(context: &mut Context<'_>, op: &ops::MatmulQuant, integers: I
         weight: quant_bytes(&context.operands, &op.weight)?,
         scales: context.operands.read::<f32>(&op.scales)?,
         block: op.block_k,
+        panels: context.operands.in_panels(&op.weight),
         bias: op.bias.map(|bias| data(&context.operands, &bias)).transpose()?,
         c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: row_stride(&op.c) },
     };
