@@ -3,12 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 
-use std::time::Duration;
-
 use pontoon_cpu::{CpuBackend, CpuOptions};
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceInfo, Op, OpName, RopeStyle, Support, View,
-};
+use pontoon_ops::{Backend, DType, DeviceError, Op, OpName, RopeStyle, View};
 use pontoon_qualify::cases;
 use pontoon_qualify::conformance::check;
 

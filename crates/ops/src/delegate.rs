@@ -83,6 +83,11 @@ macro_rules! delegate {
             self.$field.sums(views)
         }
     };
+    (@prepack $field:ident) => {
+        fn prepack(&mut self, op: &$crate::Op) -> Result<(), $crate::DeviceError> {
+            self.$field.prepack(op)
+        }
+    };
     (@wait $field:ident) => {
         fn wait(&mut self, deadline: std::time::Duration) -> Result<(), $crate::DeviceError> {
             self.$field.wait(deadline)

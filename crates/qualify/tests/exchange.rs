@@ -1,12 +1,10 @@
 //! Exchanges of groups: a good group of any size passes, a member that sums otherwise is named, and
 //! one that fails ends the check with its own failure.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pontoon_cpu::{CpuBackend, CpuOptions};
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support,
-};
+use pontoon_ops::{Backend, BufferId, DType, DeviceError, DeviceErrorKind, Op, Support};
 use pontoon_qualify::exchange::{check, measure};
 
 /// Printed with every failure; the cases follow from it.

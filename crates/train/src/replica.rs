@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::protocol::{
@@ -17,7 +17,7 @@ use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 use pontoon_ops::sums::{Ask, Sums, of_row};
-use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View};
+use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, Op, View};
 use pontoon_program::{Class, TensorSlice};
 
 use crate::config::RunConfig;

@@ -7,14 +7,13 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use pontoon_cpu::gemm::Flip;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{Model, preset};
 use pontoon_ops::philox::Stream;
 use pontoon_ops::sums::{Ask, Sums};
-use pontoon_ops::{Backend, BufferId, DType, DeviceError, DeviceInfo, Op, Support, View};
+use pontoon_ops::{Backend, DType, DeviceError, Op, View};
 use pontoon_train::data::Batch;
 use pontoon_train::{RunConfig, TrainingState};
 

@@ -21,8 +21,8 @@ use super::{Phase, Supervisor};
 /// The norm of one sum, summed in another order: f32 and a billion elements stay below this.
 const NORM_APART: f64 = 1e-3;
 
-/// What a worker compared with may have been replaced meanwhile; what always reads as something else
-/// than was published is published once more.
+/// What a worker compared with may have been replaced meanwhile; what always reads as something
+/// else than was published is published once more.
 const REREADS: u32 = 3;
 
 /// How far results of two numeric classes may be apart.

@@ -9,9 +9,7 @@ use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{BatchShape, HostWeights, Model, compute_bytes, preset};
 use pontoon_ops::philox::Stream;
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceInfo, Op, OpName, RopeStyle, Support, View,
-};
+use pontoon_ops::{Backend, DType, DeviceError, Op, OpName, RopeStyle, View};
 use pontoon_program::{Class, Program, Recompute};
 use pontoon_qualify::step::Step;
 

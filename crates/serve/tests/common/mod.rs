@@ -18,9 +18,7 @@ use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{
     ChatTemplate, HostTensors, HostWeights, Model, SamplingSettings, Tokenizer, preset,
 };
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName, Support,
-};
+use pontoon_ops::{Backend, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName};
 use pontoon_serve::engine::device::DeviceOptions;
 use pontoon_serve::engine::draft::Speculation;
 use pontoon_serve::engine::request::{Event, Generate, Request, Scored, Task, Ticket};

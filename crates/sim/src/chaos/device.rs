@@ -11,9 +11,7 @@ use pontoon_fleet::protocol::Report;
 use pontoon_fleet::worker::Reports;
 use pontoon_fleet::world::Clock;
 use pontoon_ops::sums::{Ask, Sums};
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
-};
+use pontoon_ops::{Backend, DType, DeviceError, DeviceErrorKind, Op, View};
 
 use super::draw;
 use super::plan::{Fault, FaultKind, Numbered};
@@ -228,7 +226,8 @@ impl<'a> ChaosDevice<'a> {
 }
 
 impl Backend for ChaosDevice<'_> {
-    pontoon_ops::delegate!(inner: info alloc free upload download digest supports sums_in_place sums wait memory_used);
+    pontoon_ops::delegate!(inner: info alloc free upload download digest supports);
+    pontoon_ops::delegate!(inner: sums_in_place sums wait memory_used);
 
     fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
         self.launch_with(op, |inner| inner.launch_summed(op, ask))

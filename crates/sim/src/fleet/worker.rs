@@ -272,7 +272,7 @@ impl Fleet {
         })
     }
 
-    /// What flipped in a state that nobody has used since does no harm once another takes its place.
+    /// What flipped in a state that nobody has used since does no harm once another is there.
     fn forgive_overwritten(&mut self, worker: usize) {
         let of = &mut self.workers[worker];
         of.tainted = false;
