@@ -94,7 +94,7 @@ fn a_run_is_not_gone_on_with_by_settings_that_are_not_its_own_and_keeps_them() {
             assert_eq!(fs::read_to_string(folder.join("run/run.toml")).unwrap(), settings);
         };
         resume("train.seed=7", &["seed = 1", "say 7", "settings it began with"]);
-        resume("model.preset=\"llama-30m\"", &["is it of this model"]);
+        resume("model.preset=\"llama-30m\"", &["embed_tokens", "but the model wants"]);
         // One that is done says what it came to.
         let again = ["train", "run", "--resume", "--json"];
         let again = json(folder, &[&again[..], alone].concat());

@@ -140,7 +140,7 @@ impl Supervisor {
                 .filter(|subtree| subtree.losses.iter().any(|loss| !loss.is_finite()))
                 .map(|subtree| subtree.worker)
                 .collect();
-            return Some(self.once_more("the loss", bad, owners));
+            return Some(self.once_more("the loss", bad, Some(owners)));
         }
         if let Some(suspects) = self.round.suspects.take() {
             let members = self.those(Standing::Member);
@@ -181,8 +181,13 @@ impl Supervisor {
     }
 
     /// A value is no number: all is computed once more, elsewhere; the second time it is believed.
-    fn once_more(&mut self, what: &'static str, value: f64, suspects: Vec<usize>) -> bool {
-        if self.round.suspects.is_some() {
+    fn once_more(&mut self, what: &'static str, value: f64, suspects: Option<Vec<usize>>) -> bool {
+        // A norm has no owner; only a second one that is no number says more.
+        let was_doubted = match suspects {
+            None => std::mem::replace(&mut self.round.norm_doubted, true),
+            Some(_) => self.round.suspects.is_some(),
+        };
+        if was_doubted {
             if self.settings.non_finite == NonFinite::Skip && self.skips < SKIPS {
                 self.skip(format!("{what} is {value}, on two workers alike"));
                 return true;
@@ -191,7 +196,7 @@ impl Supervisor {
             self.finish();
             return true;
         }
-        self.round.suspects = Some(suspects);
+        self.round.suspects = suspects;
         let leaves = self.round.discard(|_| true);
         self.round.combined.clear();
         self.phase = Phase::Computing;
@@ -255,7 +260,13 @@ impl Supervisor {
         let writers = self.writers();
         let norm = self.round.combined[&writers[0]].norm;
         if !norm.is_finite() {
-            return self.once_more("the gradient's norm", norm, Vec::new());
+            return self.once_more("the gradient's norm", norm, None);
+        }
+        if std::mem::take(&mut self.round.norm_doubted) {
+            self.ledger.faults += 1;
+            let cause = Some("the gradient's norm was no number at first".to_owned());
+            let event = Event::new(self.step + 1, EventKind::Corrupt);
+            self.tell(Event { cause, action: Some("computed again".to_owned()), ..event });
         }
         self.phase = Phase::Applying;
         for worker in replicas {

@@ -121,6 +121,8 @@ pub(super) struct Round {
     pub took: BTreeSet<usize>,
     /// Those whose losses were not finite the first time.
     pub suspects: Option<Vec<usize>>,
+    /// Whether the gradient's norm was not finite the first time.
+    pub norm_doubted: bool,
     /// Whether the only worker has found a wrong result of its own in it.
     pub repeated: bool,
     pub valid_loss: Option<f64>,
@@ -157,6 +159,7 @@ impl Round {
             handed: false,
             took: BTreeSet::new(),
             suspects: None,
+            norm_doubted: false,
             repeated: false,
             valid_loss: None,
             apart: None,

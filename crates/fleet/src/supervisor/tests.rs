@@ -35,6 +35,8 @@ enum Wrong {
     Spoilt,
     /// It finds a product of its own wrong.
     Product,
+    /// Its norm is no number.
+    Norm,
     /// It computes something else each time it is asked once more.
     Fickle,
     /// It takes ten times as long.
@@ -285,7 +287,9 @@ impl World {
                 let [before, weights] = self.state(step - 1);
                 let flip = u64::from(self.is_wrong(worker, step, Wrong::Weights));
                 let gradient = step + u64::from(self.is_wrong(worker, step, Wrong::Sum));
-                let (before, norm) = ([before ^ flip, weights], 1.0.into());
+                let bad = self.is_wrong(worker, step, Wrong::Norm);
+                let norm = if bad { f64::NAN } else { 1.0 };
+                let (before, norm) = ([before ^ flip, weights], norm.into());
                 say(self, Report::Combined { step, before, nodes, gradient, norm });
             }
             Command::Apply { step } => {
@@ -510,6 +514,23 @@ fn two_that_stand_by_different_gradients_and_are_alone_stop_with_advice() {
     let world = World::run(2, 1.0, &[(0, 3, Wrong::Stubborn)]);
     let Some(Ending::Failed(text)) = &world.ending else { panic!("{:?}", world.ending) };
     assert!(text.contains("step 3") && text.contains("qualify the devices"), "{text}");
+}
+
+#[test]
+fn a_norm_that_is_no_number_twice_ends_the_run_or_is_passed_over_on_any_number_of_workers() {
+    for workers in 1..=3 {
+        let norm = |times: usize| -> Vec<(usize, u64, Wrong)> {
+            (0..workers * times).map(|of| (of % workers, 4, Wrong::Norm)).collect()
+        };
+        let once = World::run_with(workers, 0.0, &norm(1), NonFinite::Stop);
+        assert_eq!(once.ending, Some(Ending::Finished), "{workers}: {:?}", once.events);
+        assert!(once.kinds().contains(&"corrupt"), "{workers}: {:?}", once.events);
+        let stopped = World::run_with(workers, 0.0, &norm(2), NonFinite::Stop);
+        assert!(matches!(stopped.ending, Some(Ending::NonFinite { step: 4, .. })), "{workers}");
+        let skipped = World::run_with(workers, 0.0, &norm(2), NonFinite::Skip);
+        assert_eq!(skipped.ending, Some(Ending::Finished), "{workers}: {:?}", skipped.events);
+        assert!(skipped.kinds().contains(&"skipped"), "{workers}");
+    }
 }
 
 #[test]
