@@ -262,12 +262,7 @@ impl Supervisor {
         if !norm.is_finite() {
             return self.once_more("the gradient's norm", norm, None);
         }
-        if std::mem::take(&mut self.round.norm_doubted) {
-            self.ledger.faults += 1;
-            let cause = Some("the gradient's norm was no number at first".to_owned());
-            let event = Event::new(self.step + 1, EventKind::Corrupt);
-            self.tell(Event { cause, action: Some("computed again".to_owned()), ..event });
-        }
+        self.tell_of_norm();
         self.phase = Phase::Applying;
         for worker in replicas {
             if self.workers[worker].standing == Standing::Joining {
@@ -277,6 +272,17 @@ impl Supervisor {
         self.round.told.clear();
         self.let_apply(&writers);
         true
+    }
+
+    /// A norm was no number at first, and is one now.
+    fn tell_of_norm(&mut self) {
+        if !std::mem::take(&mut self.round.norm_doubted) {
+            return;
+        }
+        self.ledger.faults += 1;
+        let cause = Some("the gradient's norm was no number at first".to_owned());
+        let event = Event::new(self.step + 1, EventKind::Corrupt);
+        self.tell(Event { cause, action: Some("computed again".to_owned()), ..event });
     }
 
     /// A subtree that nobody reads as it was published is computed again.
