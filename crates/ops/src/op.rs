@@ -187,6 +187,7 @@ list!(
     Matmul,
     MatmulQuant,
     GroupedMatmul,
+    GroupedMatmulQuant,
     Rope,
     Attention,
     AttentionBwd,
