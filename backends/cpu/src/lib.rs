@@ -12,6 +12,7 @@ mod kernels;
 mod memory;
 pub mod peak;
 pub mod pool;
+mod prepack;
 pub mod scratch;
 pub mod simd;
 mod soon;
@@ -22,20 +23,23 @@ use std::time::Duration;
 
 use pontoon_ops::{
     Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Layout, Op, OpName,
-    Support, View, digest,
+    Operand, Support, View, digest,
 };
 
 use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums};
 
 use crate::gemm::Flip;
+use crate::gemm::panels::Shares;
 use crate::gemm::stretch::rows_of_task;
 use crate::group::Rendezvous;
 use crate::kernels::Context;
 use crate::kernels::watched::{Checks, fill};
 use crate::memory::{Buffers, Operands};
 use crate::pool::Pool;
+use crate::prepack::reads_panels;
 use crate::scratch::Scratch;
 use crate::simd::{ISA_VARIABLE, Isa};
+use crate::soon::Ranges;
 
 /// How to open the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -170,14 +174,47 @@ impl CpuBackend {
 
     /// Tells the pool which weights the next product of few rows will stream.
     fn foresee(&self, ops: &[Op]) {
-        let (mut bytes, mut range_bytes): (&[u8], _) = (&[], 0);
+        let (mut bytes, mut ranges): (&[u8], _) = (&[], Ranges::default());
         if let Some((weight, vectors)) = ops.iter().take(FORESEEN).find_map(streamed) {
             let span = weight.span_bytes();
             bytes = self.buffers.part(weight.buffer, weight.byte_offset, span).unwrap_or(&[]);
-            let rows = weight.dim(0);
-            range_bytes = span / rows.max(1) * rows_of_task(&self.pool, self.isa, rows, vectors);
+            let rows = weight.dim(0).max(1);
+            ranges = if self.buffers.in_panels(weight) {
+                let panel = self.isa.geometry().micro_columns;
+                Shares::new(&self.pool, rows / panel).ranges(span / rows * panel)
+            } else {
+                let each = rows_of_task(&self.pool, self.isa, rows, vectors);
+                let count = rows.div_ceil(each);
+                Ranges { pieces: count, piece_bytes: span / rows * each, count }
+            };
         }
-        self.pool.soon().set(bytes, range_bytes);
+        self.pool.soon().set(bytes, ranges);
+    }
+
+    /// Puts back the matrices that an operation reads otherwise than in panels.
+    fn put_back_for(&mut self, op: &Op, checked: bool) -> Result<(), DeviceError> {
+        if !self.buffers.any_in_panels() {
+            return Ok(());
+        }
+        let operands = op.operands();
+        // Words and scales are read in panels both, or neither.
+        let mut readable = operands.iter().filter(|one| reads_panels(op).contains(&one.name));
+        let all_kept = readable.all(|one| self.buffers.in_panels(&one.view));
+        let stays = |one: &Operand| !checked && all_kept && reads_panels(op).contains(&one.name);
+        for operand in operands.iter().filter(|one| !stays(one)) {
+            let start = operand.view.byte_offset;
+            self.reach(operand.view.buffer, start..start + operand.view.span_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Puts back the matrices of which a part lies in a range that is about to be used.
+    fn reach(
+        &mut self,
+        buffer: BufferId,
+        range: std::ops::Range<usize>,
+    ) -> Result<(), DeviceError> {
+        prepack::put_back((&self.pool, self.isa), &mut self.buffers, buffer, &range)
     }
 
     /// Flips a bit in the f32 sums of the next product that is launched with checks, before they
@@ -191,6 +228,7 @@ impl CpuBackend {
     }
 
     fn run_checked(&mut self, op: &Op, checks: Checks) -> Result<Checks, DeviceError> {
+        self.put_back_for(op, checks.on)?;
         let mut context = Context {
             pool: &self.pool,
             isa: self.isa,
@@ -228,6 +266,7 @@ impl Backend for CpuBackend {
         byte_offset: usize,
         bytes: &[u8],
     ) -> Result<(), DeviceError> {
+        self.reach(buffer, byte_offset..byte_offset.saturating_add(bytes.len()))?;
         self.buffers.write(buffer, byte_offset, bytes)
     }
 
@@ -237,6 +276,7 @@ impl Backend for CpuBackend {
         byte_offset: usize,
         bytes: &mut [u8],
     ) -> Result<(), DeviceError> {
+        self.reach(buffer, byte_offset..byte_offset.saturating_add(bytes.len()))?;
         self.buffers.read(buffer, byte_offset, bytes)
     }
 
@@ -246,6 +286,7 @@ impl Backend for CpuBackend {
         byte_offset: usize,
         bytes: usize,
     ) -> Result<u64, DeviceError> {
+        self.reach(buffer, byte_offset..byte_offset.saturating_add(bytes))?;
         let blocks: Vec<&[u8]> =
             self.buffers.part(buffer, byte_offset, bytes)?.chunks(digest::BLOCK).collect();
         let digests: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
@@ -287,10 +328,15 @@ impl Backend for CpuBackend {
     }
 
     fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
+        for view in views {
+            let start = view.byte_offset;
+            self.reach(view.buffer, start..start + view.span_bytes())?;
+        }
         self.pass(views)
     }
 
     fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
+        self.put_back_for(op, true)?;
         let apart = self.set_apart(op)?;
         // Operands that were moved aside are summed where they came from.
         let left = if apart.is_some() { ask } else { Checks::left(op, ask) };
@@ -304,6 +350,10 @@ impl Backend for CpuBackend {
             sums.read[operand] = read[operand];
         }
         Ok(sums)
+    }
+
+    fn prepack(&mut self, op: &Op) -> Result<(), DeviceError> {
+        prepack::prepack((&self.pool, self.isa), &mut self.buffers, op)
     }
 
     fn wait(&mut self, _deadline: Duration) -> Result<(), DeviceError> {

@@ -14,6 +14,42 @@ use crate::ffi::Allocation;
 #[derive(Default)]
 pub struct Buffers {
     slots: Vec<Option<Allocation>>,
+    /// By place; they do not overlap.
+    prepacked: Vec<Prepacked>,
+}
+
+/// A matrix that is kept in panels: see `prepack.rs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prepacked {
+    /// The buffer it lies in.
+    pub buffer: BufferId,
+    /// Its first byte.
+    pub start: usize,
+    /// Its rows.
+    pub rows: usize,
+    /// Bytes of a row.
+    pub row_bytes: usize,
+}
+
+impl Prepacked {
+    /// What a view would be, if it were kept so. None if its elements have gaps.
+    pub fn of(view: &View) -> Option<Prepacked> {
+        let rows = if view.shape.rank() == 2 { view.dim(0) } else { 0 };
+        if rows == 0 || view.dim(1) == 0 || !view.is_contiguous() {
+            return None;
+        }
+        let row_bytes = view.dtype.bytes(view.dim(1));
+        Some(Prepacked { buffer: view.buffer, start: view.byte_offset, rows, row_bytes })
+    }
+
+    fn place(&self) -> (u32, usize) {
+        (self.buffer.0, self.start)
+    }
+
+    /// Its bytes in the buffer.
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.start..self.start + self.rows * self.row_bytes
+    }
 }
 
 impl Buffers {
@@ -35,6 +71,7 @@ impl Buffers {
 
     /// Gives a buffer back to the system.
     pub fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
+        self.prepacked.retain(|one| one.buffer != buffer);
         match self.slots.get_mut(buffer.0 as usize).and_then(Option::take) {
             Some(_) => Ok(()),
             None => Err(unknown(buffer)),
@@ -80,6 +117,46 @@ impl Buffers {
     ) -> Result<&[u8], DeviceError> {
         let range = self.range(buffer, byte_offset, bytes)?;
         Ok(&self.get(buffer)?.bytes()[range])
+    }
+
+    /// Whether some matrix is kept in panels.
+    pub fn any_in_panels(&self) -> bool {
+        !self.prepacked.is_empty()
+    }
+
+    /// A matrix kept in panels of which the range holds a part.
+    pub fn prepacked_in(
+        &self,
+        buffer: BufferId,
+        range: &std::ops::Range<usize>,
+    ) -> Option<Prepacked> {
+        let after = self.prepacked.partition_point(|one| one.place() < (buffer.0, range.end));
+        let last = *self.prepacked[..after].last()?;
+        (last.buffer == buffer && range.start < last.range().end).then_some(last)
+    }
+
+    /// Whether a view's matrix is kept in panels.
+    pub fn in_panels(&self, view: &View) -> bool {
+        let wanted = Prepacked::of(view).filter(|_| self.any_in_panels());
+        wanted.is_some_and(|one| self.prepacked_in(one.buffer, &one.range()) == Some(one))
+    }
+
+    /// Rewrites a matrix's bytes and notes whether it is kept in panels from now on.
+    pub fn rewrite(
+        &mut self,
+        matrix: Prepacked,
+        in_panels: bool,
+        by: impl FnOnce(&mut [u8]),
+    ) -> Result<(), DeviceError> {
+        let range = self.range(matrix.buffer, matrix.start, matrix.rows * matrix.row_bytes)?;
+        let slot = self.slots[matrix.buffer.0 as usize].as_mut();
+        by(&mut slot.expect("range has checked the slot").bytes_mut()[range]);
+        let at = self.prepacked.partition_point(|one| one.place() < matrix.place());
+        match in_panels {
+            true => self.prepacked.insert(at, matrix),
+            false => self.prepacked.retain(|one| *one != matrix),
+        }
+        Ok(())
     }
 
     fn get(&self, buffer: BufferId) -> Result<&Allocation, DeviceError> {
@@ -143,6 +220,11 @@ impl<'a> Operands<'a> {
         let allocation = self.buffers.get(view.buffer)?;
         // SAFETY is argued in `Allocation::exclusive`: the claim above makes the range unique.
         Ok(allocation.exclusive(range.start, range.len() / size_of::<T>()))
+    }
+
+    /// Whether a view's matrix is kept in panels.
+    pub fn in_panels(&self, view: &View) -> bool {
+        self.buffers.in_panels(view)
     }
 
     fn claim<T: Pod>(

@@ -7,42 +7,62 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::simd::micro::{Ahead, LINE_BYTES};
+use crate::simd::micro::LINE_BYTES;
 use crate::simd::prefetch;
 
 /// Most bytes that one thread asks for before the product begins: a part of its own cache.
 const BYTES_MAX: usize = 256 << 10;
+
+/// How memory is cut into ranges: as evenly as its pieces allow, in order.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Ranges {
+    /// Pieces that are not cut.
+    pub pieces: usize,
+    /// Bytes of a piece; the last may have fewer.
+    pub piece_bytes: usize,
+    /// Ranges.
+    pub count: usize,
+}
 
 /// Memory that will be streamed in ranges, one after another.
 #[derive(Default)]
 pub(crate) struct Soon {
     start: AtomicUsize,
     bytes: AtomicUsize,
-    range_bytes: AtomicUsize,
+    pieces: AtomicUsize,
+    piece_bytes: AtomicUsize,
+    count: AtomicUsize,
 }
 
 impl Soon {
-    /// Says that `bytes` will be read in ranges of `range_bytes`; an empty slice takes it back.
-    pub fn set(&self, bytes: &[u8], range_bytes: usize) {
+    /// Says that `bytes` will be read in ranges; an empty slice takes it back.
+    pub fn set(&self, bytes: &[u8], ranges: Ranges) {
         self.start.store(bytes.as_ptr() as usize, Ordering::Relaxed);
-        self.range_bytes.store(range_bytes, Ordering::Relaxed);
+        self.pieces.store(ranges.pieces, Ordering::Relaxed);
+        self.piece_bytes.store(ranges.piece_bytes, Ordering::Relaxed);
+        self.count.store(ranges.count, Ordering::Relaxed);
         self.bytes.store(bytes.len(), Ordering::Relaxed);
     }
 
     /// The addresses of a range's beginning; empty where there is none.
     fn range(&self, index: usize) -> std::ops::Range<usize> {
         let bytes = self.bytes.load(Ordering::Relaxed);
-        let range_bytes = self.range_bytes.load(Ordering::Relaxed);
-        let from = (index * range_bytes).min(bytes);
-        let to = (from + range_bytes.min(BYTES_MAX)).min(bytes);
+        let count = self.count.load(Ordering::Relaxed);
+        if bytes == 0 || index >= count {
+            return 0..0;
+        }
+        let pieces = self.pieces.load(Ordering::Relaxed);
+        let piece_bytes = self.piece_bytes.load(Ordering::Relaxed);
+        let from = (index * pieces / count * piece_bytes).min(bytes);
+        let to = ((index + 1) * pieces / count * piece_bytes).min(from + BYTES_MAX).min(bytes);
         let start = self.start.load(Ordering::Relaxed);
         start + from..start + to
     }
 
-    /// The beginning of a range; nothing where there is none.
-    pub fn at(&self, index: usize) -> Ahead {
+    /// The beginning of a range; none where there is no such range.
+    pub fn at(&self, index: usize) -> Option<*const u8> {
         let range = self.range(index);
-        if range.is_empty() { Ahead::default() } else { Ahead::at(range.start as *const u8) }
+        (!range.is_empty()).then_some(range.start as *const u8)
     }
 }
 

@@ -29,6 +29,7 @@ impl Engine {
         let mut memory = Memory::new();
         weights.upload(backend.as_mut(), &mut memory, options.dtype)?;
         let generator = Generator::new(backend.as_mut(), &mut memory, model, options)?;
+        generator.prepack(backend.as_mut())?;
         Ok(Engine { backend, generator })
     }
 
@@ -43,6 +44,7 @@ impl Engine {
         let mut memory = Memory::new();
         model.upload(source, backend.as_mut(), &mut memory, options.dtype)?;
         let generator = Generator::new(backend.as_mut(), &mut memory, model, options)?;
+        generator.prepack(backend.as_mut())?;
         Ok(Engine { backend, generator })
     }
 }

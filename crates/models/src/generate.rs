@@ -210,6 +210,12 @@ impl Generator {
         Ok(Generator { loaded, tokens_max, sequences, vocabulary })
     }
 
+    /// Lets the device keep the weights in the order it likes best, for weights that stay as they
+    /// are. Results are the same; those who change weights may, at the cost of the old order.
+    pub fn prepack(&self, backend: &mut dyn Backend) -> Result<(), ModelError> {
+        Ok(self.loaded.prepack(backend)?)
+    }
+
     /// Completes every prompt, as many together as there is room for.
     ///
     /// `end_tokens` end a completion; `on_token` sees each token as it is drawn. Completions come

@@ -172,6 +172,19 @@ macro_rules! list {
     };
 }
 
+impl Op {
+    /// The matrix that a product or a head reads whole, row by row, and does not write: what
+    /// [`Backend::prepack`](crate::Backend::prepack) is about.
+    pub fn matrix(&self) -> Option<&View> {
+        match self {
+            Op::Matmul(op) if op.layout == Layout::Nt => Some(&op.b),
+            Op::MatmulQuant(op) => Some(&op.weight),
+            Op::TokenLogProb(op) => Some(&op.head),
+            _ => None,
+        }
+    }
+}
+
 list!(
     Copy,
     Cast,

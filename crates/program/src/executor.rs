@@ -4,7 +4,7 @@
 //! Persistent buffers live in [`Memory`] under their names and are shared by all programs of a
 //! model. It measures and retries nothing: failures go up to whoever supervises the run.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use pontoon_ops::sums::Sums;
@@ -262,6 +262,19 @@ impl Executor {
         Ok(backend.download(view.buffer, view.byte_offset, bytes)?)
     }
 
+    /// Lets the device keep the matrices of products in the order it likes best, where the program
+    /// does not write them. Call it once weights are in place and will stay as they are.
+    pub fn prepack(&self, backend: &mut dyn Backend) -> Result<(), ProgramError> {
+        let written: HashSet<BufferId> = self.ops.iter().flat_map(buffers_written).collect();
+        for op in &self.ops {
+            let stays = |view: &View| view.buffer != self.arena && !written.contains(&view.buffer);
+            if op.matrix().is_some_and(stays) {
+                backend.prepack(op)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The loaded operations, on physical buffers.
     pub fn ops(&self) -> &[Op] {
         &self.ops
@@ -290,6 +303,11 @@ impl Executor {
             ProgramError::UnknownPort { program, kind, name, known }
         })
     }
+}
+
+fn buffers_written(op: &Op) -> Vec<BufferId> {
+    let written = op.operands().into_iter().filter(|operand| operand.access.writes());
+    written.map(|operand| operand.view.buffer).collect()
 }
 
 impl Places {

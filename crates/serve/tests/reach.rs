@@ -138,7 +138,8 @@ fn essence(path: &str, answer: &str) -> Value {
         "/v1/embeddings" => value["data"].clone(),
         _ => value["choices"].clone(),
     };
-    let mut told = if answer.starts_with("data: ") {
+    // A stream that has to wait begins with a comment.
+    let mut told = if answer.starts_with("data: ") || answer.starts_with(": ") {
         let events = answer.lines().filter_map(|line| line.strip_prefix("data: "));
         let whole: Vec<Value> = events
             .map(|event| match serde_json::from_str(event) {

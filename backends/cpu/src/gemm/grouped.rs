@@ -63,7 +63,7 @@ fn each_group(mut args: GroupedGemmArgs<'_>, mut product: impl FnMut(GemmArgs<'_
         assert!(start <= end, "group {group} ends at {end}, before its start {start}");
         let matrix = group * args.group_stride;
         let (m, k) = match args.layout {
-            Layout::Nt | Layout::Nn => (end - start, args.k),
+            Layout::Nt | Layout::Panels | Layout::Nn => (end - start, args.k),
             Layout::Tn => (args.m, end - start),
         };
         if m == 0 || args.n == 0 {
@@ -71,8 +71,8 @@ fn each_group(mut args: GroupedGemmArgs<'_>, mut product: impl FnMut(GemmArgs<'_
         }
         let rows_of_a = skip(args.a.data, start, args.a.row_stride, end - start);
         let (b, c_start) = match args.layout {
-            Layout::Nt | Layout::Nn => (skip(args.b.data, matrix, 1, k), start * args.c.row_stride),
             Layout::Tn => (skip(args.b.data, start, args.b.row_stride, k), matrix),
+            _ => (skip(args.b.data, matrix, 1, k), start * args.c.row_stride),
         };
         let one = GemmArgs {
             layout: args.layout,

@@ -7,14 +7,17 @@
 //! else: not on m, n, the thread count, or whether the product ran as matrix times vector.
 //!
 //! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows and
-//! `quant.rs` for quantised weights (both streamed: `stretch.rs`), `grouped.rs` for experts,
-//! `verify.rs` for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the
+//! `quant.rs` for quantised weights (both streamed: `stretch.rs`), `panels.rs` and
+//! `quant_panels.rs` for both with matrices kept in panels, `grouped.rs` for experts, `verify.rs`
+//! for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the
 //! caller: a wrong one here is a bug and panics.
 
 mod gemv;
 mod grouped;
 pub(crate) mod pack;
+pub(crate) mod panels;
 mod quant;
+mod quant_panels;
 pub(crate) mod stretch;
 #[cfg(test)]
 mod tests;
@@ -39,6 +42,8 @@ use crate::simd::{Element, Isa, Simd};
 pub enum Layout {
     /// A is `[m, k]`, B is `[n, k]`: the forward pass with `[out, in]` weights.
     Nt,
+    /// The same with B kept in panels, as `prepack.rs` leaves it.
+    Panels,
     /// A is `[m, k]`, B is `[k, n]`: the gradient of the input.
     Nn,
     /// A is `[k, m]`, B is `[k, n]`: the gradient of the weight.
@@ -236,11 +241,11 @@ fn typed<T: Unit>(
         bias: args.bias,
         store: args.store,
     };
-    let few_rows = args.layout == Layout::Nt && args.m <= GEMV_ROWS_MAX && args.k > 0;
-    if few_rows && watch.is_none() {
-        gemv::run(pool, isa, scratch, &product, args.c);
-    } else {
-        tile::run(pool, isa, scratch, &product, args.c, watch);
+    let few_rows = args.m <= GEMV_ROWS_MAX && args.k > 0 && watch.is_none();
+    match args.layout {
+        Layout::Nt if few_rows => gemv::run(pool, isa, scratch, &product, args.c),
+        Layout::Panels if few_rows => panels::run(pool, isa, scratch, &product, args.c),
+        _ => tile::run(pool, isa, scratch, &product, args.c, watch),
     }
 }
 
@@ -301,7 +306,7 @@ struct Product<'a, T> {
 fn check(args: &GemmArgs<'_>) {
     let GemmArgs { m, n, k, .. } = *args;
     let (a, b) = match args.layout {
-        Layout::Nt => ((m, k), (n, k)),
+        Layout::Nt | Layout::Panels => ((m, k), (n, k)),
         Layout::Nn => ((m, k), (k, n)),
         Layout::Tn => ((k, m), (k, n)),
     };

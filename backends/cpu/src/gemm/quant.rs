@@ -8,7 +8,7 @@
 
 use super::pack::{PackRows, Source};
 use super::stretch::{Stretch, rows_of_task};
-use super::{Data, DataMut, Matrix, MatrixMut, Store, Unit, is_dot, units};
+use super::{Data, DataMut, Matrix, MatrixMut, Store, Unit, is_dot, quant_panels, units};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
@@ -21,7 +21,7 @@ use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 /// Rows of x that meet a vector of columns in registers.
 const ROWS_TOGETHER: usize = 16;
 /// Words of x that are kept near while a range of columns passes: a quarter of the second level.
-const LEFT_WORDS_NEAR: usize = 64 << 10;
+pub(super) const LEFT_WORDS_NEAR: usize = 64 << 10;
 /// Bytes of the largest block: what an edge is copied into.
 const BLOCK_BYTES_MAX: usize = 256;
 
@@ -68,6 +68,8 @@ pub struct QuantArgs<'a> {
     pub scales: &'a [f32],
     /// Integers of a row that share a scale; [`Integers::streams`] must hold.
     pub block: usize,
+    /// Matrix and scales are kept in panels, as `prepack.rs` leaves them.
+    pub panels: bool,
     /// Added to every row before rounding.
     pub bias: Option<Data<'a>>,
     /// The result.
@@ -109,6 +111,9 @@ fn typed<T: Unit, W: Stored>(
     x: &[T],
 ) {
     let (m, n, k) = (args.m, args.n, args.k);
+    if args.panels {
+        return quant_panels::run::<T, W>(pool, isa, scratch, args, x);
+    }
     let blocks = k.div_ceil(args.block);
     let row_words = units(T::KIND, isa, blocks * args.block);
     let rest = m % ROWS_TOGETHER;

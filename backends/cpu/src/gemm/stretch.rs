@@ -39,7 +39,7 @@ impl<'a> Stretch<'a> {
         let after = if later < count {
             Ahead::of(&matrix[later * each * row_bytes..])
         } else {
-            pool.soon().at(later - count)
+            pool.soon().at(later - count).map_or(Ahead::default(), Ahead::at)
         };
         let first = index * each;
         let cold = index < pool.threads();

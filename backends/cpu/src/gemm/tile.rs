@@ -95,8 +95,8 @@ impl Blocks {
         let in_place = T::KIND == UnitKind::F32 || (product.dot && product.k.is_multiple_of(2));
         let left = match product.layout {
             Layout::Tn => LeftForm::Packed,
-            Layout::Nt | Layout::Nn if in_place => LeftForm::InPlace,
-            Layout::Nt | Layout::Nn => LeftForm::Converted,
+            Layout::Nt | Layout::Panels | Layout::Nn if in_place => LeftForm::InPlace,
+            Layout::Nt | Layout::Panels | Layout::Nn => LeftForm::Converted,
         };
         let fitting = |words: usize, step: usize, most: usize, have: usize| {
             (words / units.max(1) / step * step).clamp(step, most).min(have.next_multiple_of(step))
@@ -123,7 +123,7 @@ impl Blocks {
             left,
             panel_words,
             left_words,
-            right_words: columns_packed * units,
+            right_words: if product.layout == Layout::Panels { 0 } else { columns_packed * units },
             chain_units: units.div_ceil(stretches),
             sums_words,
         }
@@ -165,7 +165,13 @@ pub(super) fn run<T: Unit>(
     let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
     for column in (0..n).step_by(blocks.columns) {
         let columns = blocks.columns.min(n - column);
-        pack_right(pool, isa, product, (column, columns), right);
+        let right = match product.layout {
+            Layout::Panels => &bytemuck::cast_slice(product.b)[column * product.units..],
+            _ => {
+                pack_right(pool, isa, product, (column, columns), right);
+                &*right
+            }
+        };
         for row in (0..product.m).step_by(blocks.rows) {
             let rows = blocks.rows.min(product.m - row);
             let left = pack_left(pool, isa, product, &blocks, (row, rows), left);
@@ -230,7 +236,7 @@ fn pack_right<T: Unit>(
             dot: product.dot,
         };
         match product.layout {
-            Layout::Nt => dispatch(isa, PackRowsAsColumns { from, to }),
+            Layout::Nt | Layout::Panels => dispatch(isa, PackRowsAsColumns { from, to }),
             Layout::Nn | Layout::Tn => dispatch(isa, PackColumns { from, width, panel_words, to }),
         }
     });

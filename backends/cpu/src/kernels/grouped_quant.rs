@@ -31,6 +31,7 @@ pub(super) fn grouped_matmul_quant(context: &mut Context<'_>, op: &GroupedMatmul
             weight: (dtype, &weights[group * weight_bytes..][..weight_bytes]),
             scales: &scales[group * scale_count..][..scale_count],
             block: [op.block_n, op.block_k],
+            panels: false,
             bias: None,
             c: MatrixMut { data: c.from(rows.start * c_stride), row_stride: c_stride },
         };

@@ -53,8 +53,9 @@ pub(super) fn matrix<'a>(operands: &Operands<'a>, view: &View) -> Result<Matrix<
 
 pub(super) fn matmul(context: &mut Context<'_>, op: &ops::Matmul) -> Done {
     let ops::Extents { m, n, k } = op.extents();
+    let in_panels = op.layout == ops::Layout::Nt && context.operands.in_panels(&op.b);
     let args = GemmArgs {
-        layout: layout(op.layout),
+        layout: if in_panels { Layout::Panels } else { layout(op.layout) },
         m,
         n,
         k,
@@ -152,6 +153,8 @@ pub(super) struct QuantProduct<'a> {
     pub scales: &'a [f32],
     /// Rows and columns of the weight that share a scale.
     pub block: [usize; 2],
+    /// Whether the weight lies in panels.
+    pub panels: bool,
     /// Added to every row.
     pub bias: Option<Data<'a>>,
     /// Result.
@@ -167,6 +170,7 @@ pub(super) fn matmul_quant(context: &mut Context<'_>, op: &ops::MatmulQuant) -> 
         weight: (op.weight.dtype, quant_bytes(&context.operands, &op.weight)?),
         scales: context.operands.read::<f32>(&op.scales)?,
         block: [op.block_n, op.block_k],
+        panels: context.operands.in_panels(&op.weight),
         bias: op.bias.map(|bias| data(&context.operands, &bias)).transpose()?,
         c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: row_stride(&op.c) },
     };
@@ -185,9 +189,9 @@ pub(super) fn quant_product(context: &mut Context<'_>, product: QuantProduct<'_>
     let Some(integers) = integers.filter(|stored| block_n == 1 && stored.streams(block)) else {
         return widened_product(context, product);
     };
-    let QuantProduct { m, n, k, x, scales, bias, c, .. } = product;
+    let QuantProduct { m, n, k, x, scales, panels, bias, c, .. } = product;
     let weight = product.weight.1;
-    let args = QuantArgs { m, n, k, x, integers, weight, scales, block, bias, c };
+    let args = QuantArgs { m, n, k, x, integers, weight, scales, block, panels, bias, c };
     quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
 }
 

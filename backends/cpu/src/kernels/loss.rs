@@ -165,15 +165,17 @@ fn logits_of(
     let x = Matrix { data: x.from(first * row_stride(head.x)), row_stride: row_stride(head.x) };
     let c = MatrixMut { data: DataMut::F32(logits), row_stride: padded_row(vocabulary) };
     let (m, n, k, bias) = (rows, vocabulary, width, None);
+    let panels = context.operands.in_panels(head.head);
     match weight {
         HeadData::Floats(data) => {
             let b = Matrix { data, row_stride: width };
-            let (layout, store) = (Layout::Nt, Store::Overwrite);
+            let layout = if panels { Layout::Panels } else { Layout::Nt };
+            let store = Store::Overwrite;
             let args = GemmArgs { layout, m, n, k, a: x, b, bias, c, store };
             Ok(context.product((head.op, "the logits"), args)?.stored)
         }
         HeadData::Integers { integers, bytes: weight, scales, block } => {
-            let args = QuantArgs { m, n, k, x, integers, weight, scales, block, bias, c };
+            let args = QuantArgs { m, n, k, x, integers, weight, scales, block, panels, bias, c };
             quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
             // Only gradients compare the sum, and quantised heads have none.
             Ok(0)

@@ -33,7 +33,7 @@
 //!
 //! The files here are the only ones besides `ffi.rs` that hold `unsafe`: an instruction set plays
 //! the part a vendor's library plays for other chips. No algorithm lives here except the inner
-//! loops in [`micro`], [`columns`] and [`quantised`]; matrix products are in `gemm/`.
+//! loops in [`micro`], [`columns`], [`panels`] and [`quantised`]; matrix products are in `gemm/`.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -46,6 +46,7 @@ mod math;
 pub(crate) mod micro;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod panels;
 mod portable;
 pub(crate) mod quantised;
 #[cfg(test)]

@@ -20,21 +20,35 @@ pub(crate) trait Stored: Copy + Send + Sync {
     /// Continues the chains by the integers of one 32-bit lane per row of the matrix.
     ///
     /// # Safety
-    /// `left` must be readable for as many 4-byte units as a lane makes, in each of `ROWS` rows
-    /// that are `stride` bytes apart.
+    /// `left` must be readable for as many 4-byte units as a lane makes, in each of `ROWS` rows.
     unsafe fn multiply<S: Simd, const DOT: bool, const ROWS: usize>(
         simd: S,
         raw: S::F32,
         left: Left,
         sums: &mut [S::F32; ROWS],
     );
+
+    /// Writes the units of one 32-bit lane per row of the matrix, `step` bytes apart.
+    ///
+    /// # Safety
+    /// `to` must be writable for a vector at each of as many places as a lane makes units.
+    unsafe fn unpack<S: Simd, const DOT: bool>(simd: S, raw: S::F32, to: *mut u8, step: usize);
+
+    /// Units that a lane makes.
+    #[inline(always)]
+    fn lane_units(dot: bool) -> usize {
+        if dot { 2 * Self::PER_BYTE } else { 4 * Self::PER_BYTE }
+    }
 }
 
 /// Rows of units, as a place in memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Left {
-    from: *const u8,
-    stride: usize,
+    pub(super) from: *const u8,
+    /// Bytes from one row to the next.
+    pub(super) stride: usize,
+    /// Bytes from one unit to the next.
+    pub(super) unit: usize,
 }
 
 /// One signed byte each.
@@ -63,6 +77,17 @@ impl Stored for Bytes {
             }
         }
     }
+    #[inline(always)]
+    unsafe fn unpack<S: Simd, const DOT: bool>(simd: S, raw: S::F32, to: *mut u8, step: usize) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe {
+            if DOT {
+                store_each(simd, simd.pair_bytes(raw), to, step);
+            } else {
+                store_each(simd, simd.widen_bytes(raw), to, step);
+            }
+        }
+    }
 }
 
 impl Stored for HalfBytes {
@@ -83,6 +108,32 @@ impl Stored for HalfBytes {
             }
         }
     }
+    #[inline(always)]
+    unsafe fn unpack<S: Simd, const DOT: bool>(simd: S, raw: S::F32, to: *mut u8, step: usize) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe {
+            if DOT {
+                store_each(simd, simd.pair_half_bytes(raw), to, step);
+            } else {
+                store_each(simd, simd.widen_half_bytes(raw), to, step);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`Stored::unpack`] says, for `UNITS` units.
+#[inline(always)]
+unsafe fn store_each<S: Simd, const UNITS: usize>(
+    simd: S,
+    units: [S::F32; UNITS],
+    to: *mut u8,
+    step: usize,
+) {
+    for (unit, vector) in units.into_iter().enumerate() {
+        // SAFETY: the caller promises the places.
+        unsafe { simd.store_raw(vector, to.add(unit * step)) };
+    }
 }
 
 /// # Safety
@@ -97,7 +148,8 @@ unsafe fn chains<S: Simd, const DOT: bool, const ROWS: usize, const UNITS: usize
     for (unit, weights) in weights.into_iter().enumerate() {
         for (row, sum) in sums.iter_mut().enumerate() {
             // SAFETY: the caller promises the units.
-            let value = unsafe { simd.splat_raw(left.from.add(row * left.stride + 4 * unit)) };
+            let value =
+                unsafe { simd.splat_raw(left.from.add(row * left.stride + unit * left.unit)) };
             *sum = if DOT {
                 simd.dot_pairs(*sum, value, weights)
             } else {
@@ -153,7 +205,7 @@ pub(crate) fn stream_quantised<
         return;
     }
     assert!(block_bytes.is_multiple_of(SQUARE_BYTES));
-    let lane_units = if DOT { 2 * W::PER_BYTE } else { 4 * W::PER_BYTE };
+    let lane_units = W::lane_units(DOT);
     let units = blocks * block_bytes / 4 * lane_units;
     assert!((ROWS - 1) * stream.left_stride + units <= stream.left.len());
     let last = VECTORS * S::LANES - 1;
@@ -181,7 +233,7 @@ pub(crate) fn stream_quantised<
                         let columns = simd.load_columns(rows, right_row_bytes);
                         for (column, raw) in columns.into_iter().enumerate() {
                             let from = left.wrapping_add(column * lane_units * 4);
-                            let rows = Left { from, stride: stream.left_stride * 4 };
+                            let rows = Left { from, stride: stream.left_stride * 4, unit: 4 };
                             W::multiply::<S, DOT, ROWS>(simd, raw, rows, sums);
                         }
                     }

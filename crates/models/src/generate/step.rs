@@ -72,6 +72,12 @@ struct Host {
 }
 
 impl Loaded {
+    /// Lets the device order the weights as it likes: they stay as they are from now on.
+    pub(super) fn prepack(&self, backend: &mut dyn Backend) -> Result<(), ProgramError> {
+        self.draw.prepack(backend)?;
+        self.prefill.iter().try_for_each(|prefill| prefill.score.prepack(backend))
+    }
+
     pub(super) fn new(
         backend: &mut dyn Backend,
         memory: &mut Memory,

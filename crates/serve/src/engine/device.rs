@@ -164,6 +164,9 @@ impl Device {
         let (score_with_logits, plain, full) = (load(with_logits)?, load(plain)?, load(full)?);
         let guess = load(guess)?;
         model.upload_constants(backend.as_mut(), &mut memory, context, context)?;
+        for (_, program) in [&plain, &score, &guess].into_iter().flatten() {
+            program.prepack(backend.as_mut())?;
+        }
         let (padded_vocabulary, width) = (model.config.vocab_size, model.config.width);
         Ok(Device {
             backend,

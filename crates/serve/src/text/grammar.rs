@@ -66,7 +66,11 @@ impl Grammars {
             Ok(Guided { matcher, thinking, bytes: Arc::clone(&bytes) })
         };
         // A grammar that cannot be used is refused before anything runs.
-        make()?;
+        let mut first = make()?;
+        let begins = |matcher: &mut Matcher| matcher.compute_mask_or_eos().is_ok();
+        if first.matcher.as_mut().is_some_and(|matcher| !begins(matcher)) {
+            return Err("no text matches it: no token can come first".to_owned());
+        }
         let boxed = move || make().map(|made| Box::new(made) as Box<dyn Constraint>);
         Ok(Some(Arc::new(boxed)))
     }
