@@ -46,7 +46,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/openapi.json", get(openapi::openapi))
         .route("/health", get(health))
         .route("/ready", get(ready))
-        .route("/ping", get(health).post(health))
+        .route("/ping", get(health))
         .route("/version", get(version))
         .route("/metrics", get(metrics))
         .fallback(unknown)

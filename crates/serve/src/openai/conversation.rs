@@ -37,11 +37,11 @@ pub struct Conversation {
 pub enum PromptEnd {
     /// At the beginning of a message of its own.
     #[default]
-    NewMessage,
+    New,
     /// After the last message.
-    LastMessage,
+    After,
     /// Within the last message, which it goes on with.
-    InLastMessage,
+    Within,
 }
 
 impl Conversation {
@@ -83,7 +83,7 @@ impl Conversation {
         let request = ChatRequest {
             messages: self.messages.clone(),
             tools: (!self.tools.is_empty()).then(|| self.tools.clone()),
-            add_generation_prompt: self.end == PromptEnd::NewMessage,
+            add_generation_prompt: self.end == PromptEnd::New,
             variables: self.variables.clone(),
             now_unix_seconds: app.now(),
         };
@@ -91,7 +91,7 @@ impl Conversation {
             let message = format!("the model's chat template refuses the conversation: {error}");
             ApiError::field("messages", message)
         })?;
-        if self.end == PromptEnd::InLastMessage {
+        if self.end == PromptEnd::Within {
             let last = self.messages.last().and_then(|message| message["content"].as_str());
             let last = last.unwrap_or_default().trim();
             let Some(at) = text.rfind(last).filter(|_| !last.is_empty()) else {
@@ -117,9 +117,9 @@ fn end(fields: &Fields<'_>) -> Result<PromptEnd, ApiError> {
             let want = "false where `continue_final_message` is true";
             return Err(fields.wrong("add_generation_prompt", want));
         }
-        return Ok(PromptEnd::InLastMessage);
+        return Ok(PromptEnd::Within);
     }
-    Ok(if opens == Some(false) { PromptEnd::LastMessage } else { PromptEnd::NewMessage })
+    Ok(if opens == Some(false) { PromptEnd::After } else { PromptEnd::New })
 }
 
 fn message(value: &Value, path: &str, app: &App) -> Result<Value, ApiError> {
