@@ -7,7 +7,7 @@
 //! whole panels and words stays as it is, and whoever reads a matrix otherwise gets it put back
 //! first. Which operations read panels is said by [`reads_panels`].
 
-use pontoon_ops::{BufferId, DType, DeviceError, Layout, Op, View};
+use pontoon_ops::{BufferId, DType, DeviceError, Layout, Op};
 
 use crate::ffi::{PARTS_MAX, Parts};
 use crate::gemm::pack::{PackRowsAsColumns, Source};
@@ -45,8 +45,8 @@ pub(crate) fn prepack(
     let usable = match (scales, matrix.dtype) {
         (None, DType::F32) => true,
         (None, DType::Bf16) => is_dot(UnitKind::Bf16, isa),
-        (Some((_, block)), DType::I8) => whole_blocks(Integers::Bytes, matrix, block),
-        (Some((_, block)), DType::I4) => whole_blocks(Integers::HalfBytes, matrix, block),
+        (Some((_, block)), DType::I8) => Integers::Bytes.streams(block),
+        (Some((_, block)), DType::I4) => Integers::HalfBytes.streams(block),
         _ => false,
     };
     let width = isa.geometry().micro_columns;
@@ -79,10 +79,6 @@ pub(crate) fn prepack(
         })?;
     }
     Ok(())
-}
-
-fn whole_blocks(integers: Integers, matrix: &View, block: usize) -> bool {
-    integers.streams(block) && matrix.dim(1).is_multiple_of(block)
 }
 
 fn in_words(matrix: &Prepacked, width: usize) -> bool {

@@ -50,7 +50,7 @@ pub(super) fn run<T: Unit, W: Stored>(
         groups,
         near,
         words: bytemuck::cast_slice(&args.weight[..n * k / W::PER_BYTE]),
-        scales: &args.scales[..n * k / args.block],
+        scales: &args.scales[..n * k.div_ceil(args.block)],
         panels: n / width,
         units,
         block_words,
@@ -228,10 +228,11 @@ impl Work<'_> {
         totals.fill(0.0);
         for block in 0..panel.blocks::<S>() {
             unpack_block::<S, W, DOT>(simd, panel, block, widened);
-            let block_of = (&*widened, panel.scales_of(simd, block));
+            let count = panel.words_of::<S>(block) * W::lane_units(DOT);
+            let block_of = (&widened[..count * 2 * S::LANES], panel.scales_of(simd, block));
             for group in groups.between(self.first, self.rows) {
                 let (row, size) = groups.of(group);
-                let left = &left[row * units + block * block_units * size..][..block_units * size];
+                let left = &left[row * units + block * block_units * size..][..count * size];
                 let totals = &mut totals[(row - self.first) * 2 * S::LANES..];
                 match size {
                     1 => block_chains::<S, DOT, 1>(simd, left, block_of, totals),

@@ -12,7 +12,7 @@ use std::cell::RefCell;
 use half::bf16;
 use pontoon_ops::{self as ops, DeviceError, KEY_TILE, View};
 
-use super::attention_cache::{Cached, ROWS_APART};
+use super::attention_cache::{Cached, CachedHead, ROWS_APART};
 use super::product::{Product, all_finite, within};
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Scattered;
@@ -63,13 +63,13 @@ impl<'a, T: Unit> KeyValues<'a, T> {
                 let (keys, values) =
                     bytemuck::cast_slice_mut::<u32, T>(memory).split_at_mut(KEY_TILE * qk_width);
                 for index in 0..count {
-                    let slot = cached.slot(start + index);
+                    let slot = cached.head.slot(start + index);
                     let copy = |from: Rows<'_, T>, to: &mut [T], width: usize| {
                         let from = &from.data[slot * from.stride..][..width];
                         to[index * width..][..width].copy_from_slice(from);
                     };
-                    copy(cached.k, keys, qk_width);
-                    copy(cached.v, values, v_width);
+                    copy(cached.head.k, keys, qk_width);
+                    copy(cached.head.v, values, v_width);
                 }
                 [Rows { data: keys, stride: qk_width }, Rows { data: values, stride: v_width }]
             }
@@ -637,15 +637,26 @@ fn paged_attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::PagedAttenti
     let (q_row, out_row) = (row_stride(&op.q), row_stride(&op.out));
     let outs = Scattered::new(out);
     let isa = context.isa;
-    context.pool.run(ranges.len() * heads, |task| {
-        let (range, head) = (ranges[task / heads], task % heads);
-        let keys = KeyValues::InBlocks(Cached {
-            k: Rows { data: &k[head / group * qk_width..], stride: kv_heads * qk_width },
-            v: Rows { data: &v[head / group * v_width..], stride: kv_heads * v_width },
+    let (threads, count) = (context.pool.threads(), ranges.len() * heads);
+    let head_of = |task: usize| {
+        let (range, head) = (ranges[task / heads], task % heads / group);
+        CachedHead {
+            k: Rows { data: &k[head * qk_width..], stride: kv_heads * qk_width },
+            v: Rows { data: &v[head * v_width..], stride: kv_heads * v_width },
             blocks: &blocks[range.sequence * blocks_max..][..blocks_max],
             block,
-            v_width,
+        }
+    };
+    context.pool.run(count, |task| {
+        let (range, head) = (ranges[task / heads], task % heads);
+        // As long as threads take turns.
+        let later = Some(task + threads).filter(|later| *later < count);
+        let after = later.map(|later| {
+            let range = ranges[later / heads];
+            (head_of(later), range.position + range.rows)
         });
+        let cold = task < threads;
+        let keys = KeyValues::InBlocks(Cached { head: head_of(task), after, cold, v_width });
         let work = Work {
             isa,
             q: Rows { data: &q[range.row * q_row + head * head_stride(&op.q)..], stride: q_row },

@@ -17,17 +17,27 @@ pub(super) const ROWS_APART: usize = 4;
 /// One head of one sequence in a cache, by position.
 #[derive(Clone, Copy)]
 pub(super) struct Cached<'a, T> {
+    pub head: CachedHead<'a, T>,
+    /// What this thread will read next, and how many positions it has.
+    pub after: Option<(CachedHead<'a, T>, usize)>,
+    /// Nobody has asked for its first rows.
+    pub cold: bool,
+    /// Values of a head.
+    pub v_width: usize,
+}
+
+/// Where a head's keys and values lie.
+#[derive(Clone, Copy)]
+pub(super) struct CachedHead<'a, T> {
     pub k: Rows<'a, T>,
     pub v: Rows<'a, T>,
     /// The blocks of the cache that hold the sequence, in order.
     pub blocks: &'a [i32],
     /// Positions in a block.
     pub block: usize,
-    /// Values of a head.
-    pub v_width: usize,
 }
 
-impl<'a, T: Unit> Cached<'a, T> {
+impl<T> CachedHead<'_, T> {
     /// Where in the cache a position lies, in rows.
     pub fn slot(&self, position: usize) -> usize {
         self.blocks[position / self.block] as usize * self.block + position % self.block
@@ -48,12 +58,20 @@ impl<'a, T: Unit> Cached<'a, T> {
         }
         slots
     }
+}
 
-    /// The tile that starts at a position, and what follows it, up to the sequence's end.
+impl<T: Unit> Cached<'_, T> {
+    /// The tile that starts at a position, of a sequence that ends at one, and what is read next.
     #[inline(always)]
     pub fn tile(&self, start: usize, end: usize) -> CachedTile<'_, T> {
-        let (here, next) = (self.slots(start, end), self.slots(start + KEY_TILE, end));
-        CachedTile { of: self, here, next, is_first: start == 0 }
+        let (next_of, next) = match self.after {
+            Some((after, positions)) if start + KEY_TILE >= end => {
+                (after, after.slots(0, positions))
+            }
+            _ => (self.head, self.head.slots(start + KEY_TILE, end)),
+        };
+        let (here, cold) = (self.head.slots(start, end), self.cold && start == 0);
+        CachedTile { of: self, here, next_of, next, cold }
     }
 
     /// Whether rows of these widths are whole vectors of units that need no conversion, and no
@@ -62,7 +80,7 @@ impl<'a, T: Unit> Cached<'a, T> {
         let (lanes, dot) = (isa.geometry().lanes, is_dot(T::KIND, isa));
         let whole = if dot { 2 * lanes } else { lanes };
         (dot || size_of::<T>() == 4)
-            && self.block.is_multiple_of(lanes)
+            && self.head.block.is_multiple_of(lanes)
             && qk_width.is_multiple_of(whole)
             && self.v_width.is_multiple_of(2 * lanes)
             && units(T::KIND, isa, qk_width) > 0
@@ -88,10 +106,11 @@ impl Slots {
 pub(super) struct CachedTile<'a, T> {
     of: &'a Cached<'a, T>,
     here: Slots,
-    /// Those of the tile that follows.
+    /// The tile that is read next.
+    next_of: CachedHead<'a, T>,
     next: Slots,
     /// Nobody has asked for its rows.
-    is_first: bool,
+    cold: bool,
 }
 
 impl<T: Unit> CachedTile<'_, T> {
@@ -105,13 +124,13 @@ impl<T: Unit> CachedTile<'_, T> {
     }
 
     /// The scores of `LANES` keys from place `at` on; those past the sequence's end are arbitrary.
-    /// Meanwhile the keys a tile later are asked for, and the first tile's values.
+    /// Meanwhile the keys of the next tile are asked for, and the first tile's values.
     #[inline(always)]
     pub fn scores<S: Simd, const DOT: bool>(&self, simd: S, q: &[u32], at: usize) -> S::F32 {
-        let Cached { k, v, v_width, .. } = *self.of;
+        let (CachedHead { k, v, .. }, v_width) = (self.of.head, self.of.v_width);
         let width = q.len() * 4 / size_of::<T>();
-        self.fetch(simd, k, self.next.some(at, S::LANES), width);
-        if self.is_first {
+        self.fetch(simd, self.next_of.k, self.next.some(at, S::LANES), width);
+        if self.cold {
             self.fetch(simd, v, self.here.some(at, S::LANES), v_width);
         }
         let row_bytes = k.stride * size_of::<T>();
@@ -132,12 +151,12 @@ impl<T: Unit> CachedTile<'_, T> {
     /// Some values of a row of the cache.
     #[inline(always)]
     fn values<S: Simd>(&self, simd: S, slot: u32, column: usize) -> S::F32 {
-        let Rows { data, stride } = self.of.v;
+        let Rows { data, stride } = self.of.head.v;
         T::load(simd, &data[slot as usize * stride + column..][..S::LANES])
     }
 
     /// Adds the tile's values, times their probabilities `p` in units, to a row of sums that lie
-    /// panel after panel. Meanwhile the values a tile later are asked for.
+    /// panel after panel. Meanwhile the values of the next tile are asked for.
     #[inline(always)]
     pub fn mix<S: Simd, const DOT: bool>(&self, simd: S, p: &[u32], sums: &mut [f32]) {
         let per_unit = if DOT { 2 } else { 1 };
@@ -149,7 +168,8 @@ impl<T: Unit> CachedTile<'_, T> {
                 let p = simd.splat(f32::from_bits(p));
                 // A panel of halves is a cache line.
                 for slot in self.next.some(per_unit * unit, per_unit) {
-                    let row = &self.of.v.data[*slot as usize * self.of.v.stride + column..];
+                    let Rows { data, stride } = self.next_of.v;
+                    let row = &data[*slot as usize * stride + column..];
                     simd.prefetch(row.as_ptr().cast());
                 }
                 for (half, total) in totals.iter_mut().enumerate() {

@@ -6,7 +6,7 @@ use bytemuck::Pod;
 use pontoon_ops::sums::of_row;
 use pontoon_ops::{self as ops, DType, Op, View};
 
-use super::{Context, Done, TASK_ELEMENTS, row_stride, rows_per_task, unsupported, with_float};
+use super::{Context, Done, elements_per_task, row_stride, rows_per_task, unsupported, with_float};
 use crate::ffi::Parts;
 use crate::simd::{Element, Kernel, Simd, dispatch};
 
@@ -21,7 +21,7 @@ const SUMMED_TOGETHER: usize = 2048;
 
 /// Elements per task of contiguous work: whole parts, few enough to be handed out.
 fn part_len(elements: usize) -> usize {
-    TASK_ELEMENTS.max(elements.div_ceil(crate::ffi::PARTS_MAX)).next_multiple_of(64)
+    elements_per_task(elements).max(elements.div_ceil(crate::ffi::PARTS_MAX)).next_multiple_of(64)
 }
 
 pub(super) fn copy(context: &mut Context<'_>, op: &ops::Copy) -> Done {

@@ -79,12 +79,19 @@ pub(crate) fn unsupported(dtype: pontoon_ops::DType) -> DeviceError {
     DeviceError::new(DeviceErrorKind::Unsupported, text)
 }
 
-/// Elements one task should have at least: below that, waking a thread costs more than it brings.
+/// Elements one task has where there are many.
 pub(crate) const TASK_ELEMENTS: usize = 16 * 1024;
+/// Elements one task should have at least: below that, a second thread costs more than it brings.
+const TASK_ELEMENTS_MIN: usize = 4 * 1024;
+
+/// Elements per task, so that tasks are neither tiny nor so large that threads go without.
+pub(crate) fn elements_per_task(elements: usize) -> usize {
+    (elements / 8).clamp(TASK_ELEMENTS_MIN, TASK_ELEMENTS)
+}
 
 /// Rows per task for rows of `width` elements, so that tasks are neither tiny nor too many.
 pub(crate) fn rows_per_task(rows: usize, width: usize) -> usize {
-    let by_size = TASK_ELEMENTS.div_ceil(width.max(1)).max(1);
+    let by_size = elements_per_task(rows * width).div_ceil(width.max(1)).max(1);
     by_size.max(rows.div_ceil(crate::ffi::PARTS_MAX))
 }
 

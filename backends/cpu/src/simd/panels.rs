@@ -138,12 +138,20 @@ pub(crate) struct QuantPanel<'a> {
 }
 
 impl QuantPanel<'_> {
-    /// Blocks of a row, after a check that words and scales are there for all of them.
+    /// Blocks of a row, after a check that the words belong to as many.
     #[inline(always)]
     pub(crate) fn blocks<S: Simd>(&self) -> usize {
         let blocks = self.scales.len() / (2 * S::LANES);
-        assert!(self.words.len() >= blocks * self.block_words * 2 * S::LANES);
+        let words = self.words.len() / (2 * S::LANES);
+        assert!(words > (blocks.max(1) - 1) * self.block_words);
         blocks
+    }
+
+    /// Words of a row in a block: the last may have fewer.
+    #[inline(always)]
+    pub(crate) fn words_of<S: Simd>(&self, block: usize) -> usize {
+        let words = self.words.len() / (2 * S::LANES);
+        self.block_words.min(words - block * self.block_words)
     }
 
     /// A block's scales.
@@ -165,17 +173,17 @@ pub(crate) fn quant_chains<S: Simd, W: Stored, const DOT: bool, const ROWS: usiz
 ) {
     let (blocks, words_bytes) = (panel.blocks::<S>(), 8 * S::LANES);
     let lane_bytes = 4 * ROWS * W::lane_units(DOT);
-    assert!(size_of_val(left) >= blocks * panel.block_words * lane_bytes);
+    assert!(size_of_val(left) >= panel.words.len() / (2 * S::LANES) * lane_bytes);
     let mut left = left.as_ptr().cast::<u8>();
     let mut right = panel.words.as_ptr().cast::<u8>();
     for block in 0..blocks {
         let scales = panel.scales_of(simd, block);
         let mut sums = [[simd.zero(); ROWS]; 2];
-        for _ in 0..panel.block_words {
+        for _ in 0..panel.words_of::<S>(block) {
             panel.runways[0].ask(simd, right, words_bytes);
             let rows = Left { from: left, stride: 4, unit: 4 * ROWS };
             for (vector, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: both operands hold all blocks, as checked above.
+                // SAFETY: the blocks' words are all in the panel, and `left` has units for them.
                 unsafe {
                     let raw = simd.load_raw(right.add(vector * 4 * S::LANES));
                     W::multiply::<S, DOT, ROWS>(simd, raw, rows, sums);
@@ -202,10 +210,11 @@ pub(crate) fn unpack_block<S: Simd, W: Stored, const DOT: bool>(
 ) {
     let (words_bytes, lane_units) = (8 * S::LANES, W::lane_units(DOT));
     assert!(block < panel.blocks::<S>());
-    assert!(to.len() >= panel.block_words * lane_units * 2 * S::LANES);
+    let words = panel.words_of::<S>(block);
+    assert!(to.len() >= words * lane_units * 2 * S::LANES);
     let mut right = panel.words[block * panel.block_words * 2 * S::LANES..].as_ptr().cast::<u8>();
     let mut to = to.as_mut_ptr().cast::<u8>();
-    for _ in 0..panel.block_words {
+    for _ in 0..words {
         panel.runways[0].ask(simd, right, words_bytes);
         for vector in 0..2 {
             let at = vector * 4 * S::LANES;
