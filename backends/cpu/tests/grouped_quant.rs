@@ -1,5 +1,7 @@
 //! Experts with quantised weights have the bits that the product of each one alone has.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
+
 use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_ops::philox::Stream;
