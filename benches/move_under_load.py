@@ -2,9 +2,10 @@
 """Moves a live run to other devices and holds its losses against those of the same run left alone.
 
 Each case starts a run on two workers, asks `pontoon move` for other devices once it has done some
-steps, lets it go on for 200 more, and trains the same settings once more without a move. Printed
-and written: how long the move took, the largest difference of losses as a share of what the
-certificate allows by then, and whether the final weights have the same hash.
+steps, lets it go on for 200 more, and trains the same settings twice more: without a move, and
+stopped at that step and resumed on the other devices. Printed and written: how long the move took,
+the largest difference of losses as a share of what the certificate allows by then and where it
+was, and whether the final weights have the same hash as those of either run.
 
     cargo build --release
     python benches/move_under_load.py --out benches/results/DATE-move.json
@@ -34,6 +35,7 @@ micro_batch = 2
 micro_batches = 4
 dtype = "{dtype}"
 lr = {lr}
+seed = {seed}
 warmup = 10
 schedule = "constant"
 [snapshot]
@@ -100,6 +102,9 @@ def measure(program: str, settings: dict, before: list, after: list, steps: int)
         moved = summary(child)
         alone = start(folder, program, "alone", before, ["--steps", str(moved["steps"])])
         alone = summary(alone)
+        start(folder, program, "resumed", before, ["--steps", str(step)]).communicate()
+        more = ["--steps", str(moved["steps"]), "--resume"]
+        resumed = summary(start(folder, program, "resumed", after, more))
         losses = [[line["loss"] for line in metrics(folder / run)] for run in ("moved", "alone")]
         times = [line["step_ms"] for line in metrics(folder / "moved")]
     if len(losses[0]) != len(losses[1]) or len(losses[0]) != moved["steps"]:
@@ -118,9 +123,13 @@ def measure(program: str, settings: dict, before: list, after: list, steps: int)
         "apart_before_move": max(apart[:step]),
         "apart_worst": max(apart[step:]),
         "share_of_band_worst": max(shares),
+        "worst_at_step_after_move": shares.index(max(shares)) + 1,
+        "share_of_band_median": sorted(shares)[len(shares) // 2],
         "same_hash": moved["weights_blake3"] == alone["weights_blake3"],
+        "same_hash_as_resumed": moved["weights_blake3"] == resumed["weights_blake3"],
         "faults": moved["faults"],
         "usual_step_ms": sorted(times[10:step - 1])[(step - 11) // 2],
+        "usual_step_ms_after": sorted(times[step + 1:])[len(times[step + 1:]) // 2],
         "first_step_ms": times[step],
         "worst_step_ms_while_tried": max(times[max(step - 12, 10):step]),
         "pause_ms": certificate["pause_ms"],
@@ -140,6 +149,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--lr", type=float, default=1e-3, help="that of the certificate's band")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", action="append", help="FROM,FROM/TO,TO; several times")
     parser.add_argument("--note", help="kept with the result")
     parser.add_argument("--out", type=Path)
@@ -149,7 +159,7 @@ def main() -> None:
         "cpu,cpu/cpu,cpu",
         "emu-ascend:0,emu-ascend:0/cpu,cpu",
     ]
-    settings = {"preset": arguments.preset, "sequence": arguments.sequence, "dtype": arguments.dtype, "lr": arguments.lr}
+    settings = {"preset": arguments.preset, "sequence": arguments.sequence, "dtype": arguments.dtype, "lr": arguments.lr, "seed": arguments.seed}
     results = []
     for case in cases:
         before, after = (side.split(",") for side in case.split("/"))

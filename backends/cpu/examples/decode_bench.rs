@@ -1,9 +1,9 @@
-//! Prints the speed of a decode step of the 30M-parameter model as a list of operations, against
+//! Prints the speed of a decode step of a small model as a list of operations, against
 //! memory bandwidth, with weights in rows and in panels in turn, and the time of each kind of
 //! operation.
 //!
 //! Run with `cargo run --release -p pontoon-cpu --example decode_bench [-- FORMAT SEQUENCES
-//! CONTEXT]`, FORMAT one of bf16, f32, int8, int4. `pontoon bench decode` measures the whole
+//! CONTEXT SIZE]`, FORMAT one of bf16, f32, int8, int4, SIZE one of 30m, 0.5b. `pontoon bench decode` measures the whole
 //! engine; this builds in seconds. Results are not checked here.
 
 use std::collections::BTreeMap;
@@ -16,17 +16,31 @@ use pontoon_ops::{
     PagedAttention, SwiGlu, View,
 };
 
-const WIDTH: usize = 512;
-const HEADS: usize = 8;
-const INNER: usize = 1376;
-const LAYERS: usize = 8;
-const VOCABULARY: usize = 8192;
+/// Sizes of a model.
+#[derive(Clone, Copy)]
+struct Shape {
+    width: usize,
+    heads: usize,
+    kv_heads: usize,
+    inner: usize,
+    layers: usize,
+    vocabulary: usize,
+}
+
+/// Values of a head.
+const HEAD: usize = 64;
+/// The preset `llama-30m`.
+const SMALL: Shape =
+    Shape { width: 512, heads: 8, kv_heads: 8, inner: 1376, layers: 8, vocabulary: 8192 };
+/// Six layers as in models of half a billion parameters.
+const LARGE: Shape =
+    Shape { width: 896, heads: 14, kv_heads: 2, inner: 4864, layers: 6, vocabulary: 151_936 };
 /// Positions of a block of the cache.
 const BLOCK: usize = 16;
 /// Bytes for weights, cache and temporaries.
 const MEMORY: usize = 1 << 30;
 const ROUNDS: usize = 5;
-const STEPS: usize = 400;
+const STEPS: usize = 100;
 
 /// How weights are stored.
 #[derive(Clone, Copy)]
@@ -37,6 +51,7 @@ enum Format {
 }
 
 struct Step {
+    shape: Shape,
     backend: CpuBackend,
     format: Format,
     ops: Vec<Op>,
@@ -96,17 +111,15 @@ impl Step {
     }
 
     fn norm(&mut self, x: View, residual: View) -> [View; 2] {
-        let (weight, sum, y) = (
-            self.floats(&[WIDTH]),
-            self.floats(&[x.dim(0), WIDTH]),
-            self.floats(&[x.dim(0), WIDTH]),
-        );
+        let (weight, sum, y) =
+            (self.floats(&[x.dim(1)]), self.floats(x.dims()), self.floats(x.dims()));
         let rstd = self.tensor(DType::F32, &[x.dim(0)]);
         self.ops.push(AddRmsNorm { x, residual, weight, eps: 1e-5, sum, y, rstd }.into());
         [sum, y]
     }
 
     fn build(&mut self, sequences: usize, context: usize) {
+        let Shape { width, heads, kv_heads, inner, layers, vocabulary } = self.shape;
         let per_sequence = context.div_ceil(BLOCK);
         let count = sequences * per_sequence;
         let blocks: Vec<i32> = (0..count as i32).collect();
@@ -117,32 +130,31 @@ impl Step {
         let last = |sequence: usize| (sequence * per_sequence * BLOCK + context - 1) as i32;
         let slots: Vec<i32> = (0..sequences).map(last).collect();
         let slots = self.integers(&slots, &[sequences]);
-        let heads = [sequences, HEADS, WIDTH / HEADS];
-        let mut x = self.floats(&[sequences, WIDTH]);
-        let mut residual = self.floats(&[sequences, WIDTH]);
-        for _ in 0..LAYERS {
+        let mut x = self.floats(&[sequences, width]);
+        let mut residual = self.floats(&[sequences, width]);
+        for _ in 0..layers {
             let [sum, y] = self.norm(x, residual);
-            let [q, k, v] = [(); 3].map(|()| self.product(y, WIDTH));
-            let [q, k, v] = [q, k, v].map(|view| view.reshape(heads));
-            let cache = [count, BLOCK, HEADS, WIDTH / HEADS];
+            let [q, k, v] = [heads, kv_heads, kv_heads]
+                .map(|heads| self.product(y, heads * HEAD).reshape([sequences, heads, HEAD]));
+            let cache = [count, BLOCK, kv_heads, HEAD];
             let (k_cache, v_cache) = (self.floats(&cache), self.floats(&cache));
             self.ops.push(KvWrite { k, v, slots, k_cache, v_cache }.into());
-            let mixed = self.floats(&heads);
+            let mixed = self.floats(&[sequences, heads, HEAD]);
             let scale = 0.125;
             let attention =
                 PagedAttention { q, k_cache, v_cache, blocks, lengths, queries, scale, out: mixed };
             self.ops.push(attention.into());
-            let mixed = mixed.reshape([sequences, WIDTH]);
-            let out = self.product(mixed, WIDTH);
+            let mixed = mixed.reshape([sequences, heads * HEAD]);
+            let out = self.product(mixed, width);
             let [sum, y] = self.norm(out, sum);
-            let (gate, up) = (self.product(y, INNER), self.product(y, INNER));
-            let inner = self.floats(&[sequences, INNER]);
-            self.ops.push(SwiGlu { gate, up, y: inner }.into());
-            x = self.product(inner, WIDTH);
+            let (gate, up) = (self.product(y, inner), self.product(y, inner));
+            let mixed = self.floats(&[sequences, inner]);
+            self.ops.push(SwiGlu { gate, up, y: mixed }.into());
+            x = self.product(mixed, width);
             residual = sum;
         }
         let [_, y] = self.norm(x, residual);
-        self.product(y, VOCABULARY);
+        self.product(y, vocabulary);
     }
 }
 
@@ -161,7 +173,8 @@ fn main() {
     let mut backend = CpuBackend::new(CpuOptions::default()).expect("a known instruction set");
     let memory = backend.alloc(MEMORY).expect("there is memory");
     let (ops, weight_bytes, used) = (Vec::new(), 0, 0);
-    let mut step = Step { backend, format, ops, weight_bytes, memory, used };
+    let shape = if arguments.get(3).is_some_and(|name| name == "0.5b") { LARGE } else { SMALL };
+    let mut step = Step { shape, backend, format, ops, weight_bytes, memory, used };
     step.build(sequences, context);
     let Step { mut backend, ops, weight_bytes, .. } = step;
     for round in 0..2 * ROUNDS {

@@ -3,12 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 
-use std::time::Duration;
-
 use pontoon_cpu::{CpuBackend, CpuOptions};
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceInfo, Op, OpName, RopeStyle, Support, View,
-};
+use pontoon_ops::{Backend, DType, DeviceError, Op, OpName, RopeStyle, View};
 use pontoon_qualify::cases;
 use pontoon_qualify::conformance::check;
 
@@ -91,34 +87,7 @@ impl Liar {
 }
 
 impl Backend for Liar {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
-    }
-
-    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(bytes)
-    }
-
-    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
-        self.inner.free(buffer)
-    }
-
-    fn upload(&mut self, buffer: BufferId, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.inner.upload(buffer, at, bytes)
-    }
-
-    fn download(
-        &mut self,
-        buffer: BufferId,
-        at: usize,
-        bytes: &mut [u8],
-    ) -> Result<(), DeviceError> {
-        self.inner.download(buffer, at, bytes)
-    }
-
-    fn supports(&self, op: &Op) -> Support {
-        self.inner.supports(op)
-    }
+    pontoon_ops::delegate!(inner: info alloc free upload download supports wait memory_used);
 
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
         self.launches += 1;
@@ -156,14 +125,6 @@ impl Backend for Liar {
             _ => self.inner.launch(op),
         }?;
         self.lie(op)
-    }
-
-    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {
-        self.inner.wait(deadline)
-    }
-
-    fn memory_used(&self) -> usize {
-        self.inner.memory_used()
     }
 }
 

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use commands::show;
 use commands::{
     bench, bisect, compare, data, demo, eval, export, generate, moving, new, qualify, score, serve,
     simulate, status, stop, tokenizer, train,
@@ -111,7 +112,7 @@ fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", show::error(&error));
             ExitCode::FAILURE
         }
     }

@@ -82,6 +82,39 @@ fn runs_refuse_wrong_settings_and_data() {
 }
 
 #[test]
+fn a_run_is_not_gone_on_with_by_settings_that_are_not_its_own_and_keeps_them() {
+    let folder = prepared();
+    let folder = folder.path();
+    let done = json(folder, &["train", "run.toml", "--dir", "run", "--steps", "2", "--json"]);
+    let settings = fs::read_to_string(folder.join("run/run.toml")).unwrap();
+    for alone in [&[][..], &["--in-process"]] {
+        let resume = |change: &str, want: &[&str]| {
+            let more = ["train", "run", "--resume", "--steps", "4", "--set", change];
+            fails(folder, &[&more[..], alone].concat(), want);
+            assert_eq!(fs::read_to_string(folder.join("run/run.toml")).unwrap(), settings);
+        };
+        resume("train.seed=7", &["seed = 1", "say 7", "settings it began with"]);
+        resume("model.preset=\"llama-30m\"", &["embed_tokens", "but the model wants"]);
+        // One that is done says what it came to.
+        let again = ["train", "run", "--resume", "--json"];
+        let again = json(folder, &[&again[..], alone].concat());
+        assert_eq!(again["weights_blake3"], done["weights_blake3"]);
+        assert_eq!((&again["steps"], &again["finished"]), (&2.into(), &true.into()));
+    }
+    fails(
+        folder,
+        &["train", "run.toml", "--in-process", "--device", "cpu", "--device", "cpu"],
+        &["--in-process computes on one device", "2 workers"],
+    );
+    let usage = output(folder, &["train", "run.toml", "--in-process", "--workers", "2"]);
+    assert_eq!(usage.status.code(), Some(2));
+    let gone = output(folder, &["train", "nowhere", "--resume"]);
+    let text = String::from_utf8(gone.stderr).unwrap();
+    assert!(text.contains("`nowhere`") && text.lines().count() == 1, "{text}");
+    assert_eq!(text.matches("No such file or directory").count(), 1, "{text}");
+}
+
+#[test]
 fn broken_records_are_left_out_and_named_up_to_a_limit() {
     let folder = prepared();
     let folder = folder.path();

@@ -24,7 +24,7 @@ fn train<'a>(dir: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 fn every_kind_of_fault_is_found_and_the_weights_are_those_of_the_undisturbed_run() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = json(folder, &train("plain", &[]));
+    let plain = json(folder, &train("plain", &["--in-process"]));
     let faults = [
         (0, 2, "crash", "", "crash"),
         (1, 3, "memory_fault", "", "memory_fault"),
@@ -78,7 +78,7 @@ fn every_second_is_accounted_for(run: &Value, events: &[Value]) {
 fn flips_in_products_activations_and_their_gradients_are_found_without_audits() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = json(folder, &train("plain", &[]));
+    let plain = json(folder, &train("plain", &["--in-process"]));
     let tensors = ["Matmul", "SwiGlu", "Attention", "CrossEntropyBwd", "Rope", "AddRmsNormBwd"];
     let fault = |(place, tensor): (usize, &&str)| {
         let (worker, step, bit) = (place % 3, 3 + 2 * place, 31 - place % 3);
@@ -103,6 +103,27 @@ fn flips_in_products_activations_and_their_gradients_are_found_without_audits() 
 }
 
 #[test]
+fn a_lone_worker_computes_a_step_again_that_it_found_wrong_and_nothing_is_rolled_back() {
+    let folder = prepared();
+    let folder = folder.path();
+    let plain = json(folder, &train("plain", &["--in-process"]));
+    let flip = |step, tensor| {
+        format!("[[fault]]\nstep = {step}\nkind = \"bitflip\"\ntensor = \"{tensor}\"\nbit = 30\n")
+    };
+    let plan = [flip(5, "Matmul"), flip(8, "SwiGlu"), flip(11, "CrossEntropyBwd")].concat();
+    std::fs::write(folder.join("chaos.toml"), plan).unwrap();
+    let run = json(folder, &train("run", &["--chaos", "chaos.toml"]));
+    let events = events(&folder.join("run"));
+    assert_eq!(run["weights_blake3"], plain["weights_blake3"], "{events:#?}");
+    let found: Vec<&Value> = events.iter().filter(|event| event["kind"] == "corrupt").collect();
+    assert!(found.len() == 3 && !events.iter().any(|event| event["kind"] == "rolled_back"));
+    for event in found {
+        assert!(event["action"].as_str().unwrap().contains("by the same worker"), "{event}");
+        assert!(event["detected_ms"].is_u64() && event["recovery_ms"].is_u64(), "{event}");
+    }
+}
+
+#[test]
 fn a_plan_that_cannot_be_is_one_line_and_changes_nothing() {
     let folder = prepared();
     let folder = folder.path();
@@ -113,7 +134,7 @@ fn a_plan_that_cannot_be_is_one_line_and_changes_nothing() {
         (&["--workers", "2"][..], "absent.toml", "there is no worker 2; the run has 0 to 1"),
         (&["--workers", "3"], "typing.toml", "line 4: unknown variant `crush`"),
         (&["--workers", "2"], "nowhere.toml", "cannot read the plan of faults `nowhere.toml`"),
-        (&[], "absent.toml", "add --workers"),
+        (&["--in-process"], "absent.toml", "leave --in-process out"),
     ] {
         let output = output(folder, &train("never", &[workers, &["--chaos", plan]].concat()));
         let text = String::from_utf8_lossy(&output.stderr);

@@ -29,8 +29,9 @@ fn a_run_that_is_asked_to_stop_saves_its_state_first_and_goes_on_to_the_same_wei
     let folder = prepared();
     let folder = folder.path();
     let train = |dir| vec!["train", "run.toml", "--dir", dir, "--json", "--steps", "60"];
-    let plain = json(folder, &train("plain"));
-    for (dir, more) in [("alone", &[][..]), ("fleet", &["--workers", "2"])] {
+    let alone = &["--in-process"][..];
+    let plain = json(folder, &[&train("plain")[..], alone].concat());
+    for (dir, more) in [("alone", alone), ("fleet", &["--workers", "2"])] {
         let arguments = [&train(dir)[..], more].concat();
         let child = pontoon(folder, &arguments).stdout(Stdio::piped()).spawn().unwrap();
         let socket = folder.join(dir).join("control.sock");

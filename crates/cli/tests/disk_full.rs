@@ -27,11 +27,12 @@ fn snapshots(run: &Path) -> Vec<String> {
 fn a_run_on_a_full_disk_ends_with_one_line_and_goes_on_from_its_last_snapshot() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = json(folder, &train("plain", &[]));
+    let alone = ["--in-process"];
+    let plain = json(folder, &train("plain", &alone));
     // Snapshots are due every third step and at the end.
     for (name, workers, first, left, want) in [
-        ("early", &[][..], 1, &[][..], "disk full: the snapshot of step 3"),
-        ("late", &[], 6, &["step-00000003"], "disk full: the snapshot of step 6"),
+        ("early", &alone[..], 1, &[][..], "disk full: the snapshot of step 3"),
+        ("late", &alone, 6, &["step-00000003"], "disk full: the snapshot of step 6"),
         (
             "fleet",
             &["--workers", "2", "--set", "snapshot.patience=0.5"],

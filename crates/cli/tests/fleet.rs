@@ -29,9 +29,9 @@ fn workers_of(parent: u32) -> Vec<i32> {
 fn any_number_of_workers_gives_the_same_hash_and_so_does_one_that_is_killed() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = json(folder, &train("plain", &[]));
-    for workers in ["1", "3"] {
-        let run = json(folder, &train(workers, &["--workers", workers]));
+    let plain = json(folder, &train("plain", &["--in-process"]));
+    for (workers, more) in [("1", &[][..]), ("3", &["--workers", "3"])] {
+        let run = json(folder, &train(workers, more));
         assert_eq!(run["weights_blake3"], plain["weights_blake3"], "{workers} workers");
         assert_eq!(run["finished"], true);
         let events = lines(&folder.join(workers).join("events.jsonl"));
@@ -70,7 +70,7 @@ fn any_number_of_workers_gives_the_same_hash_and_so_does_one_that_is_killed() {
 fn a_killed_supervisor_leaves_no_workers_and_its_run_goes_on() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = json(folder, &train("plain", &[]));
+    let plain = json(folder, &train("plain", &["--in-process"]));
     let mut child = pontoon(folder, &train("run", &["--workers", "2"]))
         .stdout(std::process::Stdio::null())
         .spawn()
@@ -110,7 +110,7 @@ fn settings_that_no_fleet_can_have_are_one_line() {
 fn a_second_supervisor_on_the_same_run_is_refused_and_the_first_goes_on() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = json(folder, &train("plain", &[]));
+    let plain = json(folder, &train("plain", &["--in-process"]));
     let first = pontoon(folder, &train("run", &["--workers", "2"]))
         .stdout(std::process::Stdio::piped())
         .spawn()

@@ -27,10 +27,10 @@ fn kill_at(folder: &Path, arguments: &[&str], count: usize) {
 fn a_run_killed_three_times_on_other_threads_ends_with_the_same_hash() {
     let folder = prepared();
     let folder = folder.path();
-    let whole = json(folder, &["train", "run.toml", "--dir", "whole", "--json"]);
+    let whole = json(folder, &["train", "run.toml", "--dir", "whole", "--in-process", "--json"]);
     let train = ["train", "run.toml", "--dir", "killed", "--device"];
     kill_at(folder, &[&train[..], &["cpu:threads=1"]].concat(), 2);
-    kill_at(folder, &[&train[..], &["cpu:threads=2", "--resume"]].concat(), 8);
+    kill_at(folder, &[&train[..], &["cpu:threads=2", "--in-process", "--resume"]].concat(), 8);
     kill_at(folder, &[&train[..], &["cpu:threads=1", "--resume"]].concat(), 14);
     let resumed = json(folder, &[&train[..], &["cpu:threads=3", "--resume", "--json"]].concat());
     assert_eq!(resumed["weights_blake3"], whole["weights_blake3"]);

@@ -174,7 +174,7 @@ const CONSTANT: [&str; 2] = ["--set", "train.schedule=\"constant\""];
 fn a_run_keeps_its_snapshots_in_a_store_and_goes_on_from_there_past_a_damaged_one() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = ["train", "run.toml", "--dir", "plain", "--json"];
+    let plain = ["train", "run.toml", "--dir", "plain", "--in-process", "--json"];
     let plain = json(folder, &[&plain[..], &CONSTANT[..]].concat());
     let store = Store::start();
     let arguments = ["run.toml", "--dir", "run", "--steps", "10"];
@@ -229,7 +229,10 @@ fn models_are_read_from_the_store(store: &Store, folder: &Path) {
 fn a_store_that_goes_away_does_not_stop_the_run_and_is_tried_again() {
     let folder = prepared();
     let folder = folder.path();
-    let plain = json(folder, &["train", "run.toml", "--dir", "plain", "--json", "--steps", "120"]);
+    let plain = json(
+        folder,
+        &["train", "run.toml", "--dir", "plain", "--in-process", "--json", "--steps", "120"],
+    );
     let store = Store::start();
     store.objects.is_down.store(true, Ordering::Relaxed);
     let refused = store.run(folder, &[&["train", "run.toml", "--dir", "never"], &TO[..]].concat());

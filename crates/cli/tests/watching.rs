@@ -38,7 +38,7 @@ fn said(output: &std::process::Output) -> String {
 fn a_run_is_stopped_with_its_state_saved_alone_and_with_workers() {
     let folder = prepared();
     let folder = folder.path();
-    for (dir, more) in [("alone", &[][..]), ("fleet", &["--workers", "2"])] {
+    for (dir, more) in [("alone", &["--in-process"][..]), ("fleet", &["--workers", "2"])] {
         let child = started(folder, dir, more);
         let running = json(folder, &["status", dir, "--json"]);
         assert_eq!((&running["state"], &running["steps"]), (&"running".into(), &4000.into()));

@@ -68,6 +68,12 @@ pub enum FleetError {
         /// What is wrong.
         problem: String,
     },
+    /// The memory that workers share cannot be read.
+    #[error("cannot read the memory shared between workers: {source}; {}", self.remedy())]
+    Shared {
+        /// What the system said.
+        source: io::Error,
+    },
     /// A line could not be written as JSON.
     #[error("cannot write a line of `{path}` as JSON: {source}; {}", self.remedy())]
     Line {
@@ -96,6 +102,7 @@ impl FleetError {
             }
             FleetError::Contents { .. } => "correct the caller: nothing was written",
             FleetError::Locked { .. } => "stop that process first, or use another folder",
+            FleetError::Shared { .. } => "free some memory, then resume",
             FleetError::Line { .. } => "correct the caller: a line is one JSON object",
         }
     }

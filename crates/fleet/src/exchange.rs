@@ -12,6 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use crate::protocol::Area;
+use crate::snapshot::Stored;
 
 /// Where things lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +82,29 @@ impl Exchange {
     pub fn read(&self, position: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(bytes, position)
     }
+
+    /// Gives back the memory of bytes that nobody reads any more; where the system cannot, they
+    /// stay.
+    pub fn release(&self, position: u64, count: u64) {
+        give_back(&self.file, position, count);
+    }
 }
+
+impl Stored for Exchange {
+    fn read(&self, position: u64, bytes: &mut [u8]) -> io::Result<()> {
+        Exchange::read(self, position, bytes)
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn give_back(file: &File, position: u64, count: u64) {
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    // What is refused costs memory and nothing else.
+    let _ = rustix::fs::fallocate(file, flags, position, count);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn give_back(_file: &File, _position: u64, _count: u64) {}
 
 #[cfg(target_os = "linux")]
 fn nameless() -> io::Result<File> {
@@ -118,6 +141,13 @@ mod tests {
         for (index, (position, size)) in places.into_iter().enumerate() {
             let mut bytes = vec![0; size];
             there.read(position, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "place {index}");
+        }
+        // What is given back comes again as nothing, or as it was; its neighbours stay.
+        here.release(layout.area(Area::Join), layout.state);
+        for (index, place) in [(1, places[1]), (3, places[3])] {
+            let mut bytes = vec![0; place.1];
+            there.read(place.0, &mut bytes).unwrap();
             assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "place {index}");
         }
     }

@@ -13,6 +13,12 @@ use crate::protocol::Node;
 const HANG_FACTOR: u32 = 8;
 /// But never before this.
 const HANG_FLOOR: Duration = Duration::from_millis(1500);
+/// One for which all others wait may be silent for this long while its process is seen to run: to
+/// be wrong then costs a new process, which starts beside the run.
+const STUCK_FLOOR: Duration = Duration::from_millis(400);
+/// It is seen to run by so many beats since the last operation: they come every 50 ms, and later
+/// where the machine is too busy for them.
+const STUCK_BEATS: u32 = 6;
 /// A worker that loads its model may be silent for this long while nobody knows how long it takes,
 /// and never longer.
 const LOAD_CEILING: Duration = Duration::from_secs(300);
@@ -42,6 +48,12 @@ impl HangAfter {
             HangAfter::Auto => (longest_pause * HANG_FACTOR).max(HANG_FLOOR),
             HangAfter::Fixed(given) => given,
         }
+    }
+
+    /// Whether a worker for which all others wait stands still, though it beats.
+    pub fn is_stuck(self, silent: Duration, longest_pause: Duration, beats: u32) -> bool {
+        let most = (longest_pause * HANG_FACTOR).max(STUCK_FLOOR);
+        self == HangAfter::Auto && beats >= STUCK_BEATS && silent > most
     }
 }
 
@@ -262,6 +274,17 @@ mod tests {
         assert_eq!(load_deadline(Some(Duration::from_secs(1))), Duration::from_secs(30));
         assert_eq!(load_deadline(Some(Duration::from_secs(7))), Duration::from_secs(70));
         assert_eq!(load_deadline(Some(Duration::from_secs(90))), Duration::from_secs(300));
+    }
+
+    #[test]
+    fn one_that_holds_up_all_others_is_stuck_after_a_shorter_silence_if_it_beats() {
+        let ms = Duration::from_millis;
+        let is_stuck =
+            |silent, pause, beats| HangAfter::Auto.is_stuck(ms(silent), ms(pause), beats);
+        assert!(is_stuck(401, 10, 6) && is_stuck(801, 100, 20));
+        assert!(!is_stuck(400, 10, 8) && !is_stuck(800, 100, 16), "it may take that long");
+        assert!(!is_stuck(1400, 10, 5), "the machine is too busy for its beats");
+        assert!(!HangAfter::Fixed(ms(5000)).is_stuck(ms(4000), ms(1), 80));
     }
 
     #[test]

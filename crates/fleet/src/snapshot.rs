@@ -11,11 +11,16 @@ mod write;
 
 pub(crate) mod testing;
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-pub use read::{Newest, Parts, Rejected, Snapshot, SnapshotReader, read_folder};
+use crate::error::FleetError;
+
+pub use read::{
+    Newest, Outline, Parts, Rejected, Snapshot, SnapshotReader, check_folder, read_folder,
+};
 pub use write::{Contents, ExtraFile, SnapshotWriter, Written};
 
 /// The file of the model's weights, under their Hugging Face names.
@@ -79,7 +84,65 @@ impl ElementType {
     }
 }
 
-/// A tensor in the caller's memory.
+/// Memory that is read by position and not held: what other processes share.
+pub trait Stored: std::fmt::Debug + Sync {
+    /// Reads bytes from a position on.
+    fn read(&self, position: u64, bytes: &mut [u8]) -> io::Result<()>;
+}
+
+/// The bytes of a tensor, and where they are.
+#[derive(Clone, Copy, Debug)]
+pub enum Bytes<'a> {
+    /// In the caller's memory.
+    Held(&'a [u8]),
+    /// Where they are read from whenever they are needed.
+    Stored {
+        /// Where.
+        store: &'a dyn Stored,
+        /// From which position on.
+        position: u64,
+        /// How many.
+        count: usize,
+    },
+}
+
+impl<'a> From<&'a [u8]> for Bytes<'a> {
+    fn from(bytes: &'a [u8]) -> Bytes<'a> {
+        Bytes::Held(bytes)
+    }
+}
+
+impl Bytes<'_> {
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        match self {
+            Bytes::Held(bytes) => bytes.len(),
+            Bytes::Stored { count, .. } => *count,
+        }
+    }
+
+    /// Shows them in order, a piece at a time.
+    fn pieces(
+        &self,
+        mut show: impl FnMut(&[u8]) -> Result<(), FleetError>,
+    ) -> Result<(), FleetError> {
+        match *self {
+            Bytes::Held(bytes) => bytes.chunks(CHUNK_BYTES).try_for_each(show),
+            Bytes::Stored { store, position, count } => {
+                let mut piece = vec![0; CHUNK_BYTES.min(count)];
+                for at in (0..count).step_by(CHUNK_BYTES) {
+                    let piece = &mut piece[..CHUNK_BYTES.min(count - at)];
+                    let read = store.read(position + at as u64, piece);
+                    read.map_err(|source| FleetError::Shared { source })?;
+                    show(piece)?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A tensor that the caller has.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorRef<'a> {
     /// The name, as in `model.norm.weight`.
@@ -89,7 +152,7 @@ pub struct TensorRef<'a> {
     /// The extents, outermost first.
     pub shape: &'a [usize],
     /// The elements in row-major order, little-endian.
-    pub bytes: &'a [u8],
+    pub bytes: Bytes<'a>,
 }
 
 /// A tensor read from a snapshot.
@@ -109,7 +172,7 @@ impl Tensor {
     /// The tensor without its memory.
     pub fn as_ref(&self) -> TensorRef<'_> {
         let Tensor { name, dtype, shape, bytes } = self;
-        TensorRef { name, dtype: *dtype, shape, bytes }
+        TensorRef { name, dtype: *dtype, shape, bytes: Bytes::Held(bytes) }
     }
 }
 
@@ -133,19 +196,42 @@ pub struct State {
 /// The hash over all weights: blake3 over, for each tensor in the order of the names' bytes, the
 /// name's bytes, the element type's name (`F32`, `BF16`, `F16`), each extent as an unsigned 64-bit
 /// little-endian number, and the elements' bytes, with nothing in between. In hexadecimal.
-pub fn weights_blake3<'a>(tensors: impl IntoIterator<Item = TensorRef<'a>>) -> String {
+pub fn weights_blake3<'a>(
+    tensors: impl IntoIterator<Item = TensorRef<'a>>,
+) -> Result<String, FleetError> {
     let mut tensors: Vec<TensorRef<'a>> = tensors.into_iter().collect();
     tensors.sort_by_key(|tensor| tensor.name);
-    let mut hasher = blake3::Hasher::new();
+    let mut hasher = WeightsHasher::default();
     for tensor in tensors {
-        hasher.update(tensor.name.as_bytes());
-        hasher.update(tensor.dtype.name().as_bytes());
-        for extent in tensor.shape {
-            hasher.update(&(*extent as u64).to_le_bytes());
-        }
-        hasher.update(tensor.bytes);
+        hasher.begin(tensor.name, tensor.dtype, tensor.shape);
+        tensor.bytes.pieces(|piece| {
+            hasher.add(piece);
+            Ok(())
+        })?;
     }
-    hasher.finalize().to_hex().to_string()
+    Ok(hasher.finish())
+}
+
+/// The same hash over tensors that come one by one, in the order of their names.
+#[derive(Default)]
+struct WeightsHasher(blake3::Hasher);
+
+impl WeightsHasher {
+    fn begin(&mut self, name: &str, dtype: ElementType, shape: &[usize]) {
+        self.0.update(name.as_bytes());
+        self.0.update(dtype.name().as_bytes());
+        for extent in shape {
+            self.0.update(&(*extent as u64).to_le_bytes());
+        }
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    fn finish(&self) -> String {
+        self.0.finalize().to_hex().to_string()
+    }
 }
 
 /// Whether a place for snapshots is in a store rather than on a disk.
@@ -189,16 +275,17 @@ mod tests {
 
     #[test]
     fn the_weights_hash_is_over_name_type_shape_and_bytes_in_name_order() {
-        let second = TensorRef { name: "b", dtype: ElementType::Bf16, shape: &[], bytes: &[9, 8] };
-        let shape = [1, 2];
-        let first = TensorRef { name: "a", dtype: ElementType::F32, shape: &shape, bytes: &[1; 8] };
+        let (shape, bytes) = ([1, 2], Bytes::Held(&[9, 8]));
+        let second = TensorRef { name: "b", dtype: ElementType::Bf16, shape: &[], bytes };
+        let bytes = Bytes::Held(&[1; 8]);
+        let first = TensorRef { name: "a", dtype: ElementType::F32, shape: &shape, bytes };
         let mut written = b"aF32".to_vec();
         written.extend([1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
         written.extend([1; 8]);
         written.extend(b"bBF16\x09\x08");
         let want = blake3::hash(&written).to_hex().to_string();
-        assert_eq!(weights_blake3([second, first]), want);
-        assert_eq!(weights_blake3([first, second]), want);
+        assert_eq!(weights_blake3([second, first]).unwrap(), want);
+        assert_eq!(weights_blake3([first, second]).unwrap(), want);
     }
 
     #[test]

@@ -268,6 +268,8 @@ pub struct Supervisor {
     /// The replica that was awaited when it was last asked for.
     awaited: usize,
     losses: Vec<Loss>,
+    /// Why a worker was lost last.
+    lost_for: Option<String>,
     ledger: Ledger,
     /// Who copies its state for workers that join.
     join_donor: Option<usize>,
@@ -294,6 +296,8 @@ pub struct Supervisor {
     stop_asked: bool,
     now: Duration,
     outputs: Vec<Output>,
+    /// What takes time and need not be done before the next step is handed out.
+    later: Vec<Output>,
 }
 
 impl Supervisor {
@@ -310,6 +314,7 @@ impl Supervisor {
             moving: None,
             awaited: 0,
             losses: Vec::new(),
+            lost_for: None,
             ledger: Ledger::default(),
             join_donor: None,
             saving: None,
@@ -327,6 +332,7 @@ impl Supervisor {
             stop_asked: false,
             now: Duration::ZERO,
             outputs: Vec::new(),
+            later: Vec::new(),
         }
     }
 
@@ -356,6 +362,7 @@ impl Supervisor {
             Input::Move { devices } => self.ask_for_move(devices),
         }
         while self.phase != Phase::Over && self.advance() {}
+        self.outputs.append(&mut self.later);
         std::mem::take(&mut self.outputs)
     }
 
@@ -409,8 +416,9 @@ impl Supervisor {
         let of = &mut self.workers[worker];
         match report {
             Report::Beat { operations, longest_ms } => {
+                of.beats += 1;
                 if operations != of.operations {
-                    (of.operations, of.progressed) = (operations, now);
+                    (of.operations, of.progressed, of.beats) = (operations, now, 0);
                 }
                 of.longest_pause = Duration::from_millis(longest_ms);
                 return;
@@ -433,7 +441,7 @@ impl Supervisor {
             _ => {}
         }
         of.open = of.open.saturating_sub(1);
-        (of.progressed, of.answered) = (now, now);
+        (of.progressed, of.answered, of.beats) = (now, now, 0);
         self.answered(worker, report);
     }
 
@@ -520,7 +528,7 @@ impl Supervisor {
     fn send(&mut self, worker: usize, command: Command) {
         let of = &mut self.workers[worker];
         if of.open == 0 {
-            (of.progressed, of.answered) = (self.now, self.now);
+            (of.progressed, of.answered, of.beats) = (self.now, self.now, 0);
         }
         of.open += match &command {
             Command::Compute { nodes, .. } => nodes.len() as u32,
@@ -544,7 +552,7 @@ impl Supervisor {
         of.incarnation += 1;
         of.standing = Standing::Loading;
         (of.open, of.operations, of.injected, of.loaded) = (0, 0, None, None);
-        of.slowness = Slowness::default();
+        (of.slowness, of.is_proven) = (Slowness::default(), false);
         of.launched = self.now;
         let (incarnation, step, device) = (of.incarnation, self.step + 1, of.device.clone());
         self.outputs.push(Output::Launch { worker, incarnation, device, step });
@@ -611,6 +619,7 @@ impl Supervisor {
             }
         }
         self.phase = Phase::Over;
+        self.outputs.append(&mut self.later);
         self.outputs.push(Output::End(ending));
     }
 }

@@ -132,7 +132,9 @@ impl Progress {
     }
 }
 
-/// Does commands until `Stop`, the end of the pipe, or a failure, which is reported.
+/// Does commands until `Stop`, the end of the pipe, or a failure, which is reported. One that found
+/// a wrong result goes on if it is told to: what it holds may be sound, and who is alone computes
+/// it again.
 pub fn serve(
     replica: &mut dyn Replica,
     commands: impl Iterator<Item = io::Result<String>>,
@@ -146,7 +148,10 @@ pub fn serve(
             return Ok(());
         }
         if let Err(Fault { trouble, text }) = obey(replica, command, reports)? {
-            return reports.say(&Report::Failed { trouble, text });
+            reports.say(&Report::Failed { trouble, text })?;
+            if trouble != Trouble::Corrupt {
+                return Ok(());
+            }
         }
     }
     Ok(())

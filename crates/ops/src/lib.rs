@@ -10,6 +10,7 @@ pub mod backend;
 pub mod check;
 pub mod contract;
 pub mod cost;
+mod delegate;
 pub mod digest;
 pub mod dtype;
 pub mod error;

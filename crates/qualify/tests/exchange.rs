@@ -1,12 +1,10 @@
 //! Exchanges of groups: a good group of any size passes, a member that sums otherwise is named, and
 //! one that fails ends the check with its own failure.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pontoon_cpu::{CpuBackend, CpuOptions};
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support,
-};
+use pontoon_ops::{Backend, BufferId, DType, DeviceError, DeviceErrorKind, Op, Support};
 use pontoon_qualify::exchange::{check, measure};
 
 /// Printed with every failure; the cases follow from it.
@@ -30,22 +28,12 @@ struct Member {
 }
 
 impl Backend for Member {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
-    }
-
-    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(bytes)
-    }
+    pontoon_ops::delegate!(inner: info alloc upload wait memory_used);
 
     fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
         // The number may be given to another buffer.
         self.summed = self.summed.filter(|summed| *summed != buffer);
         self.inner.free(buffer)
-    }
-
-    fn upload(&mut self, buffer: BufferId, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.inner.upload(buffer, at, bytes)
     }
 
     fn download(
@@ -78,14 +66,6 @@ impl Backend for Member {
             return Err(DeviceError::new(DeviceErrorKind::LinkDown, "the cable is out"));
         }
         self.inner.launch(op)
-    }
-
-    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {
-        self.inner.wait(deadline)
-    }
-
-    fn memory_used(&self) -> usize {
-        self.inner.memory_used()
     }
 }
 

@@ -11,7 +11,7 @@ use pontoon_fleet::supervisor::StepDone;
 
 use crate::fault_plan::SimFault;
 use crate::fleet::{Fleet, Noticed, Struck};
-use crate::model::Truth;
+use crate::model::{Truth, exact};
 
 /// Seconds of a run that may stay without account, as a share: rounding only.
 const ACCOUNT: f64 = 1e-6;
@@ -68,11 +68,19 @@ impl Checkers {
         let truth = self.truth.state(done.step);
         let before = self.truth.state(done.step - 1);
         let (mut right, mut others) = (0, 0);
+        let mut held = None;
         for (worker, of) in fleet.workers.iter().enumerate() {
             match of.sound_state() {
-                Some(state) if state == truth => right += 1,
+                Some(state) if exact(state) == truth => {
+                    // Whatever was rounded on the way: to the last bit as all others hold it.
+                    if *held.get_or_insert(state) != state {
+                        let step = done.step;
+                        return Err(format!("worker {worker} holds other bits after {step}"));
+                    }
+                    right += 1;
+                }
                 // It has taken a state, but not this step yet; or it has none.
-                Some(state) if state == before => others += 1,
+                Some(state) if exact(state) == before => others += 1,
                 None => {}
                 Some(_) => {
                     return Err(format!("worker {worker} holds a wrong state after {}", done.step));
@@ -88,7 +96,7 @@ impl Checkers {
 
     /// A snapshot stands on disk and was read back.
     pub fn on_saved(&mut self, step: u64, state: u64) -> Result<(), String> {
-        match self.truth.state(step) == state {
+        match self.truth.state(step) == exact(state) {
             true => Ok(()),
             false => Err(format!("the snapshot of step {step} holds a wrong state")),
         }
@@ -142,7 +150,7 @@ impl Checkers {
             return Ok(());
         }
         let truth = self.truth.state(self.step());
-        let holder = fleet.workers.iter().position(|of| of.can_go_on() == Some(truth));
+        let holder = fleet.workers.iter().position(|of| of.can_go_on().map(exact) == Some(truth));
         fleet.excuse("all workers were started over");
         match holder {
             None => Ok(()),

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use crate::chaos::Plan;
 use crate::fault_plan::{
     PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_INTERRUPTIONS, PUBLISHED_MIX, Planned, Process,
     SimFault, Target,
@@ -28,6 +29,8 @@ pub struct Scenario {
     pub seed: u64,
     /// Workers.
     pub workers: usize,
+    /// The numeric class of each worker's device; of those that are not named, the first.
+    pub classes: Vec<u8>,
     /// Micro-batches of a step.
     pub leaves: u32,
     /// Steps in all.
@@ -46,6 +49,8 @@ pub struct Scenario {
     pub speeds: Speeds,
     /// What goes wrong.
     pub faults: Vec<Planned>,
+    /// What strikes the disk as in real runs, by steps.
+    pub storage: Option<Plan>,
     /// How often silence is looked for.
     pub ticks: Ticks,
     /// A run that has not ended by then never will.
@@ -102,6 +107,7 @@ impl Scenario {
         Scenario {
             seed: of.seed,
             workers: of.workers,
+            classes: Vec::new(),
             leaves,
             steps: u64::MAX,
             stop_at: Some(wall),
@@ -125,6 +131,7 @@ impl Scenario {
                 slow_factor: 4.0,
             },
             faults: process.draw(&mut Random::new(of.seed, 11), wall),
+            storage: None,
             ticks: Ticks { calm: Duration::from_secs(600), troubled: Duration::from_secs(1) },
             limit: wall + Duration::from_secs(86_400),
         }
@@ -155,9 +162,12 @@ impl Scenario {
         let valid_every = random.happens(0.5).then(|| 1 + random.below(9));
         let audit = if workers > 1 { *random.pick(&[0.0, 0.1, 1.0, 1.0]) } else { 0.0 };
         let checksums = random.happens(0.3);
+        let kinds = if random.happens(0.3) { 1 + random.below(3) } else { 1 };
+        let classes = (0..workers).map(|_| random.below(kinds) as u8).collect();
         let mut trial = Scenario {
             seed,
             workers,
+            classes,
             leaves,
             steps,
             stop_at: None,
@@ -167,6 +177,7 @@ impl Scenario {
             checksums,
             speeds,
             faults: Vec::new(),
+            storage: None,
             ticks: Ticks { calm: Duration::from_millis(100), troubled: Duration::from_millis(100) },
             limit: Duration::MAX,
         };
@@ -197,7 +208,7 @@ impl Scenario {
         let mut at = speeds.start.mul_f64(1.5);
         for _ in 0..random.below(INCIDENTS) {
             at += step.mul_f64(random.between(0.0, 4.0));
-            let corrupts = self.workers >= 3 && random.happens(0.4);
+            let corrupts = !self.targets().is_empty() && random.happens(0.4);
             let quiet = (speeds.start + speeds.replace + speeds.copy + step * 4).mul_f64(1.5)
                 + Duration::from_secs(5);
             if corrupts {
@@ -232,10 +243,13 @@ impl Scenario {
 
     /// Where a flip is sure to be found with these settings.
     fn targets(&self) -> Vec<Target> {
-        let mut targets =
-            vec![Target::Weights, Target::State, Target::Published, Target::Sum, Target::Update];
-        targets.push(Target::Copy);
-        if self.audit == 1.0 || self.checksums {
+        let mut targets = Vec::new();
+        if self.workers >= 3 {
+            targets = vec![Target::Weights, Target::State, Target::Published, Target::Sum];
+            targets.extend([Target::Update, Target::Copy]);
+        }
+        // Who checks its own products needs nobody to tell.
+        if self.checksums || (self.workers >= 3 && self.audit == 1.0) {
             targets.extend([Target::Gradient; 3]);
         }
         targets

@@ -17,19 +17,20 @@ use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::Source;
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
 use pontoon_fleet::snapshot::{
-    Contents, ElementType, Parts, SnapshotReader, SnapshotWriter, State, TensorRef, read_folder,
+    Contents, ElementType, Parts, SnapshotReader, SnapshotWriter, State, TensorRef, check_folder,
 };
 use pontoon_fleet::supervisor::{
     Ending, Input, NonFinite, Output, Settings, StepDone, Supervisor, Tolerance, Validation,
 };
-use pontoon_fleet::world::{Launcher, Launching, Link};
+use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use serde_json::json;
 
+use crate::chaos::ChaosDisk;
 use crate::checkers::{Checkers, Violation};
 use crate::fault_plan::SimFault;
 use crate::fleet::worker::{SNAPSHOTS, state_in};
 use crate::fleet::{Fleet, Happening, Shared, Struck};
-use crate::model::{TinyModel, Truth, digest};
+use crate::model::{Class, TinyModel, Truth, digest};
 use crate::random::Random;
 use crate::scenario::Scenario;
 use crate::world::{SimClock, SimDisk};
@@ -38,6 +39,8 @@ use crate::world::{SimClock, SimDisk};
 const RUN: &str = "run";
 /// Snapshots kept.
 const KEEP: NonZeroUsize = NonZeroUsize::new(3).expect("three is not zero");
+/// What two classes may be apart.
+const TOLERANCE: Tolerance = Tolerance { gradient: 0.01, loss: 0.01, drift: 0.01 };
 /// As in real runs by default.
 const SAVE_PATIENCE: Duration = Duration::from_secs(200);
 /// A killed supervisor that was writing a snapshot had this many changes to the disk before it at
@@ -78,7 +81,10 @@ pub fn simulate(scenario: &Scenario) -> Result<Outcome, Violation> {
 /// The same, seen by someone: faults, events and steps.
 pub fn simulate_seen(scenario: &Scenario, watch: Watch<'_>) -> Result<Outcome, Violation> {
     let (clock, disk) = (SimClock::default(), SimDisk::default());
-    let mut simulation = Simulation::new(scenario, &clock, &disk, watch);
+    let struck = scenario.storage.as_ref().map(|plan| ChaosDisk::new(&disk, plan.of_disk()));
+    let storage = struck.as_ref().map_or(&disk as &dyn Disk, |struck| struck);
+    let places = Places { clock: &clock, disk: &disk, storage };
+    let mut simulation = Simulation::new(scenario, places, watch);
     let ended = simulation.go();
     let at = clock.elapsed();
     ended.map_err(|what| Violation { at, what })
@@ -99,10 +105,20 @@ struct Life<'w> {
     _folder: RunDir,
 }
 
+/// What a simulation takes place in.
+#[derive(Clone, Copy)]
+struct Places<'w> {
+    clock: &'w SimClock,
+    disk: &'w SimDisk,
+    /// The disk as snapshots are written to it.
+    storage: &'w dyn Disk,
+}
+
 struct Simulation<'w> {
     scenario: &'w Scenario,
     clock: &'w SimClock,
     disk: &'w SimDisk,
+    storage: &'w dyn Disk,
     fleet: Shared,
     checkers: Checkers,
     life: Option<Life<'w>>,
@@ -120,19 +136,21 @@ fn text(error: FleetError) -> String {
 }
 
 impl<'w> Simulation<'w> {
-    fn new(
-        scenario: &'w Scenario,
-        clock: &'w SimClock,
-        disk: &'w SimDisk,
-        watch: Watch<'w>,
-    ) -> Simulation<'w> {
+    fn new(scenario: &'w Scenario, places: Places<'w>, watch: Watch<'w>) -> Simulation<'w> {
+        let Places { clock, disk, storage } = places;
         let model = TinyModel { seed: scenario.seed, leaves: scenario.leaves };
         let random = Random::new(scenario.seed, 7);
         let speeds = scenario.speeds.clone();
         let mut fleet = Fleet::new(speeds, model, random, disk.clone(), scenario.workers);
         fleet.checksums = scenario.checksums;
+        for (of, class) in fleet.workers.iter_mut().zip(&scenario.classes) {
+            of.class = Class(*class);
+        }
         for (fault, planned) in scenario.faults.iter().enumerate() {
             fleet.at(planned.at, Happening::Strike { fault });
+        }
+        if scenario.storage.is_some() {
+            fleet.note(SimFault::DiskFull, None, None);
         }
         if let Some(at) = scenario.stop_at {
             fleet.at(at, Happening::Stop);
@@ -141,6 +159,7 @@ impl<'w> Simulation<'w> {
             scenario,
             clock,
             disk,
+            storage,
             fleet: Shared(Rc::new(RefCell::new(fleet))),
             checkers: Checkers::new(Truth::new(model)),
             life: None,
@@ -191,7 +210,7 @@ impl<'w> Simulation<'w> {
             inputs,
             arrived,
             links: (0..self.scenario.workers).map(|_| None).collect(),
-            writer: SnapshotWriter::open(disk, Path::new(SNAPSHOTS)).map_err(text)?,
+            writer: SnapshotWriter::open(self.storage, Path::new(SNAPSHOTS)).map_err(text)?,
             events: EventLog::open(disk, self.clock, &folder.events()).map_err(text)?,
             metrics: JsonLines::open(disk, &folder.metrics()).map_err(text)?,
             saving: None,
@@ -214,7 +233,7 @@ impl<'w> Simulation<'w> {
             validation: of.valid_every.map_or(Validation::Never, Validation::Every),
             audit: of.audit,
             non_finite: NonFinite::Stop,
-            tolerance: Tolerance::default(),
+            tolerance: TOLERANCE,
             hang_after: HangAfter::Auto,
             source: if self.lives == 1 { Source::Fresh } else { Source::Snapshot },
         }
@@ -416,7 +435,7 @@ impl<'w> Simulation<'w> {
             false => Err("the state changed on its way to the snapshot".to_owned()),
         };
         let checked = written.and_then(|folder| {
-            read_folder(self.disk, Path::new(&folder), Parts::All).map_err(text)?;
+            check_folder(self.storage, Path::new(&folder)).map_err(text)?;
             life.writer.retain(KEEP).map_err(text)?;
             Ok(folder)
         });
@@ -499,8 +518,12 @@ fn write(
     state: u64,
 ) -> Result<String, FleetError> {
     let bytes = state.to_le_bytes();
-    let model =
-        [TensorRef { name: "state", dtype: ElementType::F32, shape: &[2], bytes: &bytes[..] }];
+    let model = [TensorRef {
+        name: "state",
+        dtype: ElementType::F32,
+        shape: &[2],
+        bytes: bytes[..].into(),
+    }];
     let of = State {
         step,
         seed,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pontoon_sim::chaos::{self, Plan};
 use pontoon_sim::fault_plan::{Planned, SimFault, Target};
 use pontoon_sim::{Outcome, Scenario, Speeds, simulate_seen};
 
@@ -31,6 +32,7 @@ fn scenario(workers: usize) -> Scenario {
             resume: ms(1000),
             slow_factor: 4.0,
         },
+        classes: Vec::new(),
         faults: Vec::new(),
         snapshot_every: 10,
         ..Scenario::trial(5)
@@ -168,6 +170,23 @@ fn a_full_disk_is_tried_again_in_growing_pauses_and_the_run_ends_once_it_is_free
 }
 
 #[test]
+fn however_often_a_random_plan_strikes_the_disk_the_last_snapshot_is_written() {
+    let text = "rate = 1.0\nkinds = [\"disk_full\", \"damaged_snapshot\"]\n";
+    for seed in 0..100 {
+        for snapshot_every in [0, 3, 10, 40] {
+            let mut scenario = scenario(2);
+            scenario.snapshot_every = snapshot_every;
+            let of = chaos::Run { workers: 2, steps: scenario.steps, snapshot_every };
+            let text = format!("[random]\nseed = {seed}\n{text}");
+            scenario.storage = Some(Plan::parse(&text, "a random plan", of).unwrap());
+            let (outcome, events) = run(&scenario);
+            let seen = format!("seed {seed}, every {snapshot_every}: {events:#?}");
+            assert!(outcome.finished && has(&events, "snapshot_failed"), "{seen}");
+        }
+    }
+}
+
+#[test]
 fn a_killed_supervisor_is_followed_by_another_and_every_step_is_there_once() {
     for at in (4_000..20_000).step_by(137) {
         let mut scenario = scenario(3);
@@ -193,5 +212,57 @@ fn a_bit_that_flips_anywhere_in_a_replica_is_pinned_on_it() {
         scenario.faults.push(fault(8_000, SimFault::Flip(target), &[1]));
         let (_, events) = run(&scenario);
         assert!(has(&events, "corrupt worker 1"), "{target:?}: {events:#?}");
+    }
+}
+
+#[test]
+fn a_wrong_product_of_a_lone_worker_costs_its_step_and_two_in_one_step_a_new_process() {
+    let mut scenario = scenario(1);
+    (scenario.checksums, scenario.leaves) = (true, 4);
+    scenario.faults.push(fault(13_000, SimFault::Flip(Target::Gradient), &[0]));
+    let (outcome, events) = run(&scenario);
+    assert!(has(&events, "computed again by the same worker"), "{events:#?}");
+    assert!(!has(&events, "rolled_back") && outcome.finished, "{events:#?}");
+    assert!(outcome.lost_s["corrupt"] < 0.7, "{:?}", outcome.lost_s);
+    scenario.faults.push(fault(13_010, SimFault::Flip(Target::Gradient), &[0]));
+    let (outcome, events) = run(&scenario);
+    assert!(has(&events, "a new process") && has(&events, "step 10 resumed"), "{events:#?}");
+    assert!(outcome.finished, "{events:#?}");
+}
+
+#[test]
+fn workers_of_two_classes_hold_the_same_bits_audit_each_other_and_outlive_either_class() {
+    let mixed = |classes: &[u8]| {
+        let mut scenario = scenario(classes.len());
+        (scenario.classes, scenario.audit) = (classes.to_vec(), 0.5);
+        scenario
+    };
+    let (outcome, events) = run(&mixed(&[0, 1, 0, 1]));
+    assert!(outcome.finished && !has(&events, "corrupt"), "{events:#?}");
+    // The class that applies the steps goes for good; the other goes on from the state it was
+    // handed.
+    let mut scenario = mixed(&[1, 0, 0]);
+    scenario.faults.push(fault(8_000, SimFault::Crash, &[1, 2]));
+    let (outcome, events) = run(&scenario);
+    assert!(outcome.finished && !has(&events, "rolled_back"), "{events:#?}");
+    assert!(has(&events, "no worker of simulated-0 is left"), "{events:#?}");
+    // A gradient that is beyond what rounding explains is told by the other class.
+    let mut scenario = mixed(&[0, 1, 1]);
+    scenario.audit = 1.0;
+    scenario.faults.push(fault(8_000, SimFault::Flip(Target::Gradient), &[0]));
+    let (outcome, events) = run(&scenario);
+    assert!(outcome.finished && has(&events, "corrupt worker 0"), "{events:#?}");
+}
+
+#[test]
+fn a_gradient_spoilt_on_its_way_to_another_class_is_no_fault_of_whoever_reads_it() {
+    for at in (8_000..8_600).step_by(50) {
+        for worker in 0..3 {
+            let mut scenario = scenario(3);
+            (scenario.classes, scenario.audit) = (vec![0, 0, 1], 1.0);
+            scenario.faults.push(fault(at, SimFault::Flip(Target::Published), &[worker]));
+            let (outcome, events) = run(&scenario);
+            assert!(outcome.finished && has(&events, "changed on its way"), "{events:#?}");
+        }
     }
 }

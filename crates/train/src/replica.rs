@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::protocol::{
@@ -17,7 +17,7 @@ use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 use pontoon_ops::sums::{Ask, Sums, of_row};
-use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View};
+use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, Op, View};
 use pontoon_program::{Class, TensorSlice};
 
 use crate::config::RunConfig;
@@ -487,17 +487,7 @@ impl Watched<'_> {
 }
 
 impl Backend for Watched<'_> {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
-    }
-
-    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(bytes)
-    }
-
-    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
-        self.inner.free(buffer)
-    }
+    pontoon_ops::delegate!(inner: info alloc free supports sums_in_place wait memory_used);
 
     fn upload(&mut self, buffer: BufferId, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
         self.begin();
@@ -522,18 +512,10 @@ impl Backend for Watched<'_> {
         self.tell(result)
     }
 
-    fn supports(&self, op: &Op) -> Support {
-        self.inner.supports(op)
-    }
-
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
         self.begin();
         let result = self.inner.launch(op);
         self.tell(result)
-    }
-
-    fn sums_in_place(&self) -> bool {
-        self.inner.sums_in_place()
     }
 
     fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
@@ -546,13 +528,5 @@ impl Backend for Watched<'_> {
         self.begin();
         let result = self.inner.launch_summed(op, ask);
         self.tell(result)
-    }
-
-    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {
-        self.inner.wait(deadline)
-    }
-
-    fn memory_used(&self) -> usize {
-        self.inner.memory_used()
     }
 }

@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
+use pontoon_fleet::exchange::Exchange;
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog};
 use pontoon_fleet::snapshot::{
-    Contents, ElementType, ExtraFile, Parts, Snapshot, SnapshotReader, SnapshotWriter, State,
-    Tensor, TensorRef, Written, read_folder,
+    Bytes, Contents, ElementType, ExtraFile, Parts, Snapshot, SnapshotReader, SnapshotWriter,
+    State, Tensor, TensorRef, Written, check_folder,
 };
 use pontoon_fleet::world::Disk;
 use pontoon_models::{HostWeights, Model, companions};
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::config::RunConfig;
 use crate::error::TrainError;
-use crate::step::{TrainingState, tensor_refs};
+use crate::step::TrainingState;
 
 /// The names of the optimiser's state in snapshots: those of PyTorch.
 const MOMENTS: [&str; 2] = ["exp_avg", "exp_avg_sq"];
@@ -58,15 +59,54 @@ impl SnapshotFrame {
     }
 }
 
+/// Where the values of a snapshot are.
+#[derive(Clone, Copy)]
+pub(crate) enum Values<'a> {
+    /// In memory: the weights, and the optimiser's first and second moments.
+    Held(&'a HostWeights, [&'a [f32]; 2]),
+    /// In the memory that workers share, from a position on: trained weights, first and second
+    /// moments, frozen weights.
+    Shared(&'a Exchange, u64),
+}
+
+impl<'a> Values<'a> {
+    fn weights(&self, model: &Model, slice: &TensorSlice) -> Bytes<'a> {
+        match *self {
+            Values::Held(weights, _) => Bytes::Held(bytemuck::cast_slice(weights.tensor(slice))),
+            Values::Shared(..) => {
+                let part = if slice.class == Class::Frozen { 3 } else { 0 };
+                self.shared(model, part, slice)
+            }
+        }
+    }
+
+    fn moment(&self, model: &Model, index: usize, slice: &TensorSlice) -> Bytes<'a> {
+        match *self {
+            Values::Held(_, moments) => {
+                let range = slice.element_offset..slice.element_offset + slice.elements();
+                Bytes::Held(bytemuck::cast_slice(&moments[index][range]))
+            }
+            Values::Shared(..) => self.shared(model, 1 + index, slice),
+        }
+    }
+
+    /// A tensor in one of the parts, of which all but the last are equally long.
+    fn shared(&self, model: &Model, part: usize, slice: &TensorSlice) -> Bytes<'a> {
+        let Values::Shared(store, from) = *self else {
+            unreachable!("asked of shared values only")
+        };
+        let elements = part * model.table.trainable_elements() + slice.element_offset;
+        Bytes::Stored { store, position: from + 4 * elements as u64, count: 4 * slice.elements() }
+    }
+}
+
 /// What is saved besides the frame.
 pub(crate) struct Saving<'a> {
     pub writer: &'a SnapshotWriter<'a>,
     pub frame: &'a SnapshotFrame,
     pub config: &'a RunConfig,
     pub model: &'a Model,
-    pub weights: &'a HostWeights,
-    /// First and second moments.
-    pub moments: [&'a [f32]; 2],
+    pub values: Values<'a>,
     /// Of the device the state comes from.
     pub numeric_class: &'a str,
     /// Of all devices that took part so far.
@@ -86,7 +126,7 @@ impl Saving<'_> {
     /// it is damaged.
     pub(crate) fn write_checked(&self, disk: &dyn Disk) -> Result<Written, TrainError> {
         let written = self.write_one()?;
-        if let Err(error) = read_folder(disk, &written.folder, Parts::All) {
+        if let Err(error) = check_folder(disk, &written.folder) {
             // What cannot be removed is passed over when it is read.
             let _ = disk.remove(&written.folder);
             return Err(error.into());
@@ -96,7 +136,6 @@ impl Saving<'_> {
     }
 
     fn write_one(&self) -> Result<Written, TrainError> {
-        let weights = self.weights;
         let frame = self.frame;
         let trained: Vec<&TensorSlice> =
             frame.slices.iter().filter(|slice| slice.class != Class::Frozen).collect();
@@ -106,10 +145,8 @@ impl Saving<'_> {
             .collect();
         let mut optimizer = Vec::new();
         for (slice, names) in trained.iter().zip(&names) {
-            for (moment, name) in self.moments.into_iter().zip(names) {
-                let bytes = bytemuck::cast_slice(
-                    &moment[slice.element_offset..slice.element_offset + slice.elements()],
-                );
+            for (index, name) in names.iter().enumerate() {
+                let bytes = self.values.moment(self.model, index, slice);
                 let shape = &slice.shape;
                 optimizer.push(TensorRef { name, dtype: ElementType::F32, shape, bytes });
             }
@@ -125,7 +162,12 @@ impl Saving<'_> {
         };
         let files: Vec<ExtraFile<'_>> =
             frame.files.iter().map(|(name, bytes)| ExtraFile { name, bytes }).collect();
-        let model = tensor_refs(self.model, &frame.slices, weights);
+        let mut model = Vec::with_capacity(frame.slices.len());
+        for slice in &frame.slices {
+            let (name, shape) = (&slice.name, &slice.shape);
+            let bytes = self.values.weights(self.model, slice);
+            model.push(TensorRef { name, dtype: ElementType::F32, shape, bytes });
+        }
         let contents =
             Contents { state: &state, model: &model, optimizer: &optimizer, files: &files };
         Ok(self.writer.write(&contents)?)
@@ -158,6 +200,50 @@ fn arithmetic(config: &RunConfig) -> Value {
     })
 }
 
+/// Refuses to go on from a snapshot with settings that would change a step's bits.
+fn expect_arithmetic(state: &State, folder: &Path, config: &RunConfig) -> Result<(), TrainError> {
+    let (had, want) = (&state.extra["arithmetic"], arithmetic(config));
+    for (key, value) in want.as_object().expect("made as an object") {
+        if had[key] != *value {
+            let what = format!(
+                "was written with {key} = {}, but the settings say {value}; resume with the \
+                 settings it began with",
+                had[key]
+            );
+            return Err(TrainError::Folder { dir: folder.to_owned(), what });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses settings with which the newest snapshot cannot be gone on from, before anything is
+/// changed or started: who loads it checks the rest.
+pub(crate) fn expect_own(
+    disk: &dyn Disk,
+    snapshots: &Path,
+    model: &Model,
+    config: &RunConfig,
+) -> Result<(), TrainError> {
+    let outline = SnapshotReader::new(disk, snapshots).newest_outline()?;
+    let Some(outline) = outline else { return Ok(()) };
+    expect_arithmetic(&outline.state, &outline.folder, config)?;
+    for slice in model.table.tensors() {
+        let what = match outline.model.iter().find(|(name, _)| *name == slice.name) {
+            None => missing(&slice.name),
+            Some((_, shape)) if *shape != slice.shape => {
+                format!("has `{}` as {shape:?}, but the model wants {:?}", slice.name, slice.shape)
+            }
+            Some(_) => continue,
+        };
+        return Err(TrainError::Folder { dir: outline.folder, what });
+    }
+    Ok(())
+}
+
+fn missing(tensor: &str) -> String {
+    format!("has no tensor `{tensor}`; is it of this model?")
+}
+
 /// Reads the newest good snapshot and reports the ones passed over as events.
 pub(crate) fn newest(
     disk: &dyn Disk,
@@ -180,17 +266,8 @@ pub(crate) fn restore_weights(
     model: &Model,
     config: &RunConfig,
 ) -> Result<HostWeights, TrainError> {
+    expect_arithmetic(&snapshot.state, &snapshot.folder, config)?;
     let wrong = |what: String| TrainError::Folder { dir: snapshot.folder.clone(), what };
-    let (had, want) = (&snapshot.state.extra["arithmetic"], arithmetic(config));
-    for (key, value) in want.as_object().expect("made as an object") {
-        if had[key] != *value {
-            return Err(wrong(format!(
-                "was written with {key} = {}, but the settings say {value}; resume with the \
-                 settings it began with",
-                had[key]
-            )));
-        }
-    }
     let mut weights = HostWeights::zeros(model);
     fill(&mut weights, &snapshot.model, &model.table.tensors(), "").map_err(wrong)?;
     Ok(weights)
@@ -226,7 +303,7 @@ fn fill(
     for slice in slices {
         let name = format!("{}{suffix}", slice.name);
         let found = tensors.iter().find(|tensor| tensor.name == name);
-        let found = found.ok_or_else(|| format!("has no tensor `{name}`; is it of this model?"))?;
+        let found = found.ok_or_else(|| missing(&name))?;
         if found.shape != slice.shape || found.dtype != ElementType::F32 {
             return Err(format!(
                 "has `{name}` as {:?} {}, but the model wants {:?} F32",

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use pontoon_fleet::protocol::Rates;
-use pontoon_fleet::snapshot::{ElementType, TensorRef};
+use pontoon_fleet::snapshot::{Bytes, ElementType, TensorRef};
 use pontoon_fleet::world::Clock;
 use pontoon_models::{BatchShape, HostWeights, Model};
 use pontoon_ops::cost::cost;
@@ -455,7 +455,7 @@ pub fn tensor_refs<'a>(
         name: &slice.name,
         dtype: ElementType::F32,
         shape: &slice.shape,
-        bytes: bytemuck::cast_slice(weights.tensor(slice)),
+        bytes: Bytes::Held(bytemuck::cast_slice(weights.tensor(slice))),
     };
     slices.iter().map(tensor).collect()
 }

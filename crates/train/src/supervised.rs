@@ -4,6 +4,7 @@
 //! Holds no device: those are in workers. Read next: `replica.rs`, the workers' side.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -16,13 +17,13 @@ use pontoon_fleet::inbox::Inbox;
 use pontoon_fleet::policy::HangAfter;
 use pontoon_fleet::protocol::{Area, Report, Source};
 use pontoon_fleet::run_dir::{Event, EventKind, EventLog, JsonLines, RunDir};
-use pontoon_fleet::snapshot::{SnapshotWriter, place};
+use pontoon_fleet::snapshot::{SnapshotReader, SnapshotWriter, place};
 use pontoon_fleet::supervisor::{
     Ending, Input, MoveOutcome, NonFinite, Output, Settings, StepDone, Supervisor, Tolerance,
     Validation,
 };
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
-use pontoon_models::{HostWeights, Model};
+use pontoon_models::Model;
 use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 use serde_json::{Value, json};
 
@@ -31,7 +32,7 @@ use crate::data::Batch;
 use crate::error::TrainError;
 use crate::replica::layout;
 use crate::requests::Requests;
-use crate::run_files::{Saving, SnapshotFrame, samples};
+use crate::run_files::{Saving, SnapshotFrame, Values, expect_own, samples};
 use crate::step::{fits, model_flops};
 use crate::tensorboard::TensorBoard;
 use crate::trainer::{
@@ -67,8 +68,9 @@ pub fn supervise(
     let folder = RunDir::open(run.disk, &run.dir, std::process::id())?;
     let snapshots = place(config.snapshot.to.as_deref(), &run.base, folder.path());
     let writer = SnapshotWriter::open(run.disk, &snapshots)?;
-    if run.start == Start::Fresh {
-        refuse_old_run(run, &snapshots)?;
+    match run.start {
+        Start::Fresh => drop(refuse_old_run(run, &snapshots)?),
+        Start::Resume => expect_own(run.disk, &snapshots, &model, &config)?,
     }
     write_settings(run, &config)?;
     let layout = layout(&model, &config);
@@ -80,6 +82,7 @@ pub fn supervise(
         layout,
         exchange: &exchange,
         writer: &writer,
+        snapshots: &snapshots,
         disk: run.disk,
         classes: Mutex::new(BTreeSet::new()),
         newest: Mutex::new(None),
@@ -188,6 +191,8 @@ struct Saver<'a> {
     layout: Layout,
     exchange: &'a Exchange,
     writer: &'a SnapshotWriter<'a>,
+    /// Where it writes.
+    snapshots: &'a Path,
     disk: &'a dyn Disk,
     /// The classes of devices that took part.
     classes: Mutex<BTreeSet<String>>,
@@ -197,7 +202,10 @@ struct Saver<'a> {
 
 impl Saver<'_> {
     fn save(&self, step: u64, digest: u64, numeric_class: &str, to: &Sender<Input>) {
-        let input = match self.write(step, digest, numeric_class) {
+        let written = self.write(step, digest, numeric_class);
+        // A failed one is copied again.
+        self.exchange.release(self.layout.area(Area::Snapshot), self.layout.state);
+        let input = match written {
             Ok(folder) => Input::Saved { step, folder },
             Err(error) => Input::SaveFailed { step, cause: error.to_string() },
         };
@@ -206,23 +214,8 @@ impl Saver<'_> {
     }
 
     fn write(&self, step: u64, digest: u64, numeric_class: &str) -> Result<String, TrainError> {
-        let mut weights = HostWeights::zeros(self.model);
-        let mut first = vec![0.0_f32; weights.trainable.len()];
-        let mut second = first.clone();
-        let mut position = self.layout.area(Area::Snapshot);
-        let mut digests = Vec::new();
-        let parts = [&mut weights.trainable, &mut first, &mut second, &mut weights.frozen];
-        for values in parts {
-            let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
-            self.exchange.read(position, bytes).map_err(TrainError::Exchange)?;
-            let mut check = Blocks::default();
-            bytes.chunks(BLOCK).for_each(|block| check.push(block));
-            // Frozen tensors that a model has not are no buffer either.
-            if !bytes.is_empty() {
-                digests.push(check.finish());
-            }
-            position += bytes.len() as u64;
-        }
+        let from = self.layout.area(Area::Snapshot);
+        let digests = self.digests(from).map_err(TrainError::Exchange)?;
         if of_digests(&digests) != digest {
             let text = "the state changed on its way to the snapshot; it was not written";
             return Err(TrainError::Supervised(text.to_owned()));
@@ -233,8 +226,7 @@ impl Saver<'_> {
             frame: &self.frame,
             config: self.config,
             model: self.model,
-            weights: &weights,
-            moments: [&first, &second],
+            values: Values::Shared(self.exchange, from),
             numeric_class,
             classes: &classes,
             step,
@@ -243,6 +235,33 @@ impl Saver<'_> {
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         *newest = Some((step, written.weights_blake3));
         Ok(written.folder.display().to_string())
+    }
+
+    /// The hash over the weights of the snapshot of a step.
+    fn stands(&self, step: u64) -> Result<String, TrainError> {
+        Ok(SnapshotReader::new(self.disk, self.snapshots).outline(step)?.weights_blake3)
+    }
+
+    /// The digests of the buffers of a state in the exchange.
+    fn digests(&self, mut position: u64) -> std::io::Result<Vec<u64>> {
+        let table = &self.model.table;
+        let trainable = 4 * table.trainable_elements();
+        let mut block = vec![0; BLOCK];
+        let mut digests = Vec::new();
+        for bytes in [trainable, trainable, trainable, 4 * table.frozen_elements()] {
+            let mut check = Blocks::default();
+            for at in (0..bytes).step_by(BLOCK) {
+                let block = &mut block[..BLOCK.min(bytes - at)];
+                self.exchange.read(position, block)?;
+                check.push(block);
+                position += block.len() as u64;
+            }
+            // Frozen tensors that a model has not are no buffer either.
+            if bytes > 0 {
+                digests.push(check.finish());
+            }
+        }
+        Ok(digests)
     }
 }
 
@@ -493,10 +512,8 @@ impl Driver<'_> {
         let newest = self.saver.newest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let hash = match newest {
             Some((_, hash)) => hash,
-            None => {
-                let text = "all steps were done before; `pontoon status` shows the run".to_owned();
-                return Err(TrainError::Supervised(text));
-            }
+            // Nothing was done that the snapshot it began from does not hold.
+            None => self.saver.stands(self.done.step)?,
         };
         let lost: BTreeMap<String, f64> =
             of.lost().into_iter().map(|(cause, seconds)| (cause.to_owned(), seconds)).collect();

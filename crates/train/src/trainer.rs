@@ -1,7 +1,8 @@
 //! The loop: steps, metrics, validation, snapshots, and going on from where a run stopped.
 //!
 //! Time and disk arrive as `fleet::world` traits, the device as a `Backend`, the display as an
-//! [`Observer`]. One device, one process; a fleet is in `supervised.rs`. Read next: `step.rs`,
+//! [`Observer`]. One device in one process, to measure and to debug; runs as people start them are
+//! in `supervised.rs`. Read next: `step.rs`,
 //! `run_files.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +24,7 @@ use crate::data::{Batch, Cut, Dataset, Order};
 use crate::error::TrainError;
 use crate::requests::Requests;
 use crate::run_files::{
-    Saving, SnapshotFrame, classes_of, newest, restore_moments, restore_weights, samples,
+    Saving, SnapshotFrame, Values, classes_of, newest, restore_moments, restore_weights, samples,
 };
 use crate::step::{StepResult, TrainingState, fits, tensor_refs};
 use crate::tensorboard::TensorBoard;
@@ -442,8 +443,8 @@ impl Session<'_> {
     fn answer(&self, asked: &Asked) -> Answer {
         match asked.request {
             Request::Move { .. } => Answer::refused(
-                "this run computes in its own process and cannot be moved while it lives: start \
-                 it with --workers, or stop it and go on with --resume --device DEV",
+                "it was started with --in-process and cannot be moved while it lives: stop it, and \
+                 go on with --resume --device DEV",
             ),
             Request::Stop | Request::Status => {
                 let (step, steps) = (self.step, self.config.train.steps);
@@ -570,8 +571,7 @@ impl Session<'_> {
             frame: &self.frame,
             config: self.config,
             model: self.model,
-            weights: &weights,
-            moments: [&moments[0].1, &moments[1].1],
+            values: Values::Held(&weights, [&moments[0].1, &moments[1].1]),
             numeric_class: &backend.info().numeric_class,
             classes: &self.classes,
             step: self.step,
@@ -585,7 +585,7 @@ impl Session<'_> {
 
     fn hash(&self, backend: &mut dyn Backend) -> Result<String, TrainError> {
         let weights = self.state.weights(backend, self.model)?;
-        Ok(weights_blake3(tensor_refs(self.model, &self.frame.slices, &weights)))
+        Ok(weights_blake3(tensor_refs(self.model, &self.frame.slices, &weights))?)
     }
 
     fn tell(&mut self, event: Event) -> Result<(), TrainError> {

@@ -7,14 +7,13 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use pontoon_cpu::gemm::Flip;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{Model, preset};
 use pontoon_ops::philox::Stream;
 use pontoon_ops::sums::{Ask, Sums};
-use pontoon_ops::{Backend, BufferId, DType, DeviceError, DeviceInfo, Op, Support, View};
+use pontoon_ops::{Backend, DType, DeviceError, Op, View};
 use pontoon_train::data::Batch;
 use pontoon_train::{RunConfig, TrainingState};
 
@@ -106,41 +105,16 @@ impl Flipper {
 }
 
 impl Backend for Flipper {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
-    }
-    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(bytes)
-    }
-    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
-        self.inner.free(buffer)
-    }
-    fn upload(&mut self, buffer: BufferId, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.inner.upload(buffer, at, bytes)
-    }
-    fn download(&mut self, buffer: BufferId, at: usize, to: &mut [u8]) -> Result<(), DeviceError> {
-        self.inner.download(buffer, at, to)
-    }
-    fn supports(&self, op: &Op) -> Support {
-        self.inner.supports(op)
-    }
+    pontoon_ops::delegate!(inner: info alloc free upload download supports sums wait memory_used);
+
     fn sums_in_place(&self) -> bool {
         true
-    }
-    fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
-        self.inner.sums(views)
     }
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
         self.launch_with(op, |inner| inner.launch(op))
     }
     fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
         self.launch_with(op, |inner| inner.launch_summed(op, ask))
-    }
-    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {
-        self.inner.wait(deadline)
-    }
-    fn memory_used(&self) -> usize {
-        self.inner.memory_used()
     }
 }
 

@@ -12,7 +12,7 @@ use pontoon_fleet::world::{RealDisk, SystemClock, Unattended};
 use pontoon_models::Model;
 use pontoon_ops::Backend;
 use pontoon_ops::philox::Stream;
-use pontoon_train::data::{Batch, ShardWriter};
+use pontoon_train::data::{Batch, ShardWriter, WholeDocuments};
 use pontoon_train::{
     Beginning, Metrics, Observer, Run, RunConfig, Start, Summary, TrainError, TrainingState,
 };
@@ -254,14 +254,8 @@ fn steps_after_the_first_take_no_more_memory_of_the_device() {
         let mut backend = CpuBackend::new(CpuOptions::default()).unwrap();
         let weights = model.initialise(1);
         let mut state = TrainingState::load(&mut backend, &model, &config, &weights).unwrap();
-        let rows = 64;
-        let batch = Batch {
-            ids: (0..rows).map(|row| row * 7 % 900).collect(),
-            targets: (0..rows).map(|row| (row + 1) * 7 % 900).collect(),
-            positions: (0..rows).map(|row| row % 32).collect(),
-            documents: (0..=rows).map(|at| at.min(2) * 32).collect(),
-            valid: rows as usize,
-        };
+        let documents = WholeDocuments { count: 2, tokens: 32 };
+        let batch = Batch::of(documents, |row| row as i32 * 7 % 900);
         let batches = [batch.clone(), batch];
         let mut used = Vec::new();
         for step in 1..=3 {

@@ -9,7 +9,7 @@ use super::{DataMut, MatrixMut, Product, Store, Unit};
 use crate::ffi::{Grid, PARTS_MAX, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::panels::{Runway, panel_chains};
+use crate::simd::panels::{Asks, Runway, panel_chains};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 use crate::soon::Ranges;
 
@@ -243,7 +243,7 @@ impl<C: Element> Task<'_, '_, C> {
                 let column = (panel - first) * 2 * S::LANES;
                 for group in 0..groups.count() {
                     let (row, size) = groups.of(group);
-                    let at = Place { panel, row, column };
+                    let at = Place { panel, group, row, column };
                     match size {
                         1 => self.group::<S, DOT, 1>(simd, at, &mut tile),
                         2 => self.group::<S, DOT, 2>(simd, at, &mut tile),
@@ -267,9 +267,9 @@ impl<C: Element> Task<'_, '_, C> {
         let panel_words = units * 2 * S::LANES;
         let right = &right[at.panel * panel_words..][..panel_words];
         let left = &left[at.row * units..][..ROWS * units];
-        let runway = if at.row == 0 { self.runway } else { Runway::default() };
+        let asks = Asks::of_group(self.runway, (at.group, groups.count()), right);
         let mut sums = [[simd.zero(); 2]; ROWS];
-        panel_chains::<S, DOT, ROWS>(simd, left, right, runway, &mut sums);
+        panel_chains::<S, DOT, ROWS>(simd, left, right, asks, &mut sums);
         for (row, sums) in sums.into_iter().enumerate().take(groups.rows - at.row) {
             for (vector, sums) in sums.into_iter().enumerate() {
                 let first = at.panel * 2 * S::LANES + vector * S::LANES;
@@ -285,6 +285,8 @@ impl<C: Element> Task<'_, '_, C> {
 #[derive(Clone, Copy)]
 struct Place {
     panel: usize,
+    group: usize,
+    /// The group's first row.
     row: usize,
     /// The panel's first column in its tile.
     column: usize,

@@ -5,7 +5,7 @@
 //! `gemm/panels.rs` and `gemm/quant_panels.rs`.
 
 use super::Simd;
-use super::micro::LINE_BYTES;
+use super::micro::{Ahead, LINE_BYTES};
 use super::quantised::{Left, Stored};
 
 /// How far ahead of its use memory is asked for: what arrives while one request is under way, and
@@ -14,17 +14,16 @@ const AHEAD_BYTES: usize = 8 << 10;
 
 /// What lies ahead of a task that reads memory from front to back: its own bytes up to `end`, then
 /// those of whatever this thread will read next.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub(crate) struct Runway {
     end: usize,
     after: Option<usize>,
-    known: bool,
 }
 
 impl Runway {
     /// Up to `end`, and `after` it.
     pub(crate) fn new(end: *const u8, after: Option<*const u8>) -> Runway {
-        Runway { end: end.addr(), after: after.map(|after| after.addr()), known: true }
+        Runway { end: end.addr(), after: after.map(|after| after.addr()) }
     }
 
     /// The same with nothing after it.
@@ -32,23 +31,19 @@ impl Runway {
         Runway { after: None, ..self }
     }
 
-    /// The address to ask for while `at` is read.
+    /// Where what would lie at an address is: behind the end it is elsewhere.
     #[inline(always)]
-    fn ahead(&self, at: *const u8) -> Option<*const u8> {
-        if !self.known {
-            return None;
-        }
-        let ahead = at.addr() + AHEAD_BYTES;
-        match ahead.checked_sub(self.end) {
-            None => Some(at.wrapping_add(AHEAD_BYTES)),
-            Some(beyond) => self.after.map(|after| at.with_addr(after + beyond)),
+    fn at(&self, address: *const u8) -> Option<*const u8> {
+        match address.addr().checked_sub(self.end) {
+            None => Some(address),
+            Some(beyond) => self.after.map(|after| address.with_addr(after + beyond)),
         }
     }
 
     /// Asks for as many bytes as are read at `at`.
     #[inline(always)]
     fn ask<S: Simd>(&self, simd: S, at: *const u8, bytes: usize) {
-        if let Some(ahead) = self.ahead(at) {
+        if let Some(ahead) = self.at(at.wrapping_add(AHEAD_BYTES)) {
             for line in 0..bytes / LINE_BYTES {
                 simd.prefetch(ahead.wrapping_add(line * LINE_BYTES));
             }
@@ -56,7 +51,46 @@ impl Runway {
     }
 }
 
-/// Units between two looks at the runway.
+/// What a group of rows asks for while it meets a panel.
+#[derive(Clone, Copy)]
+pub(crate) enum Asks {
+    /// A single group: what lies shortly ahead.
+    Near(Runway),
+    /// One of several: its share of the next panel, so that memory never rests.
+    Share(Ahead, usize),
+    /// Nothing.
+    Nothing,
+}
+
+impl Asks {
+    /// Those of group `index` of `groups` at a panel of `panel_bytes`.
+    #[inline(always)]
+    pub(crate) fn of_group(runway: Runway, (index, groups): (usize, usize), panel: &[u32]) -> Asks {
+        if groups == 1 {
+            return Asks::Near(runway);
+        }
+        let share = size_of_val(panel).div_ceil(groups).next_multiple_of(LINE_BYTES);
+        let next = runway.at(panel.as_ptr_range().end.cast());
+        match next {
+            Some(next) => Asks::Share(Ahead::at(next.wrapping_add(index * share)), groups),
+            None => Asks::Nothing,
+        }
+    }
+
+    /// Asks for what goes with `bytes` that are read at `at`.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, simd: S, at: *const u8, bytes: usize) {
+        match self {
+            Asks::Near(runway) => runway.ask(simd, at, bytes),
+            Asks::Share(next, groups) => {
+                next.ask(simd, bytes.div_ceil(*groups).next_multiple_of(LINE_BYTES));
+            }
+            Asks::Nothing => {}
+        }
+    }
+}
+
+/// Units between two looks at what lies ahead.
 const UNITS_TOGETHER: usize = 8;
 
 /// Continues the chains of `ROWS` rows with a panel.
@@ -65,7 +99,7 @@ pub(crate) fn panel_chains<S: Simd, const DOT: bool, const ROWS: usize>(
     simd: S,
     left: &[f32],
     panel: &[u32],
-    runway: Runway,
+    mut asks: Asks,
     sums: &mut [[S::F32; 2]; ROWS],
 ) {
     let unit_bytes = 8 * S::LANES;
@@ -79,7 +113,7 @@ pub(crate) fn panel_chains<S: Simd, const DOT: bool, const ROWS: usize>(
     // may go anywhere.
     unsafe {
         while unit + UNITS_TOGETHER <= units {
-            runway.ask(simd, right, UNITS_TOGETHER * unit_bytes);
+            asks.ask(simd, right, UNITS_TOGETHER * unit_bytes);
             for step in 0..UNITS_TOGETHER {
                 let (left, right) = (left.add(4 * ROWS * step), right.add(unit_bytes * step));
                 unit_of::<S, DOT, ROWS>(simd, left, right, &mut values);
@@ -237,7 +271,7 @@ pub(crate) fn block_chains<S: Simd, const DOT: bool, const ROWS: usize>(
     totals: &mut [f32],
 ) {
     let mut sums = [[simd.zero(); 2]; ROWS];
-    panel_chains::<S, DOT, ROWS>(simd, left, units, Runway::default(), &mut sums);
+    panel_chains::<S, DOT, ROWS>(simd, left, units, Asks::Nothing, &mut sums);
     for (sums, totals) in sums.into_iter().zip(totals.chunks_exact_mut(2 * S::LANES)) {
         for (vector, (sum, scale)) in sums.into_iter().zip(scales).enumerate() {
             let total = &mut totals[vector * S::LANES..][..S::LANES];

@@ -16,7 +16,7 @@ use pontoon_models::{
 };
 use pontoon_ops::philox::Stream;
 use pontoon_ops::{Backend, DType, OpName};
-use pontoon_train::data::Batch;
+use pontoon_train::data::{Batch, WholeDocuments};
 use pontoon_train::{Checking, RunConfig, TrainingState};
 use serde_json::json;
 
@@ -230,18 +230,9 @@ fn print_profile(times: &[(OpName, Duration)]) {
 
 /// One document a sequence, of random tokens.
 fn random_batch(arguments: &TrainArguments, vocabulary: usize) -> Batch {
-    let (count, sequence) = (arguments.batch, arguments.sequence);
-    let rows = count * sequence;
     let stream = Stream::new(1, 1);
-    let token = |row: usize| stream.below(row as u64, vocabulary as u64) as i32;
-    let start = |at: usize| (at.min(count) * sequence) as i32;
-    Batch {
-        ids: (0..rows).map(token).collect(),
-        targets: (0..rows).map(|row| token(row + 1)).collect(),
-        positions: (0..rows).map(|row| (row % sequence) as i32).collect(),
-        documents: (0..=rows).map(start).collect(),
-        valid: rows,
-    }
+    let documents = WholeDocuments { count: arguments.batch, tokens: arguments.sequence };
+    Batch::of(documents, |row| stream.below(row as u64, vocabulary as u64) as i32)
 }
 
 fn decode(arguments: &DecodeArguments) -> Result<()> {

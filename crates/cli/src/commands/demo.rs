@@ -186,9 +186,10 @@ fn in_peace(dir: &Path, config: &RunConfig, moved_at: u64) -> Result<Value> {
     ensure!((moved_at as f64) < decays_from, "this machine is too slow for the demo's settings");
     let (chip, steps) = (devices::emulated(), moved_at.to_string());
     // Up to there the learning rate does not fall, so it does not matter where the run would end.
-    let first = ["--device", chip, "--steps", &steps, "--set", "train.schedule=constant"];
+    let alone = "--in-process";
+    let first = [alone, "--device", chip, "--steps", &steps, "--set", "train.schedule=constant"];
     finish(start(dir, "peaceful", &first)?)?;
-    finish(start(dir, "peaceful", &["--resume", "--device", "cpu"])?)
+    finish(start(dir, "peaceful", &[alone, "--resume", "--device", "cpu"])?)
 }
 
 /// Puts fresh problems to the untrained and to the trained model; the share each answers rightly.

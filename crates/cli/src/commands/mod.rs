@@ -16,6 +16,7 @@ pub mod qualify;
 pub mod run_status;
 pub mod score;
 pub mod serve;
+pub mod show;
 pub mod simulate;
 pub mod status;
 pub mod stop;
@@ -23,5 +24,3 @@ pub mod tokenizer;
 pub mod train;
 pub mod watch;
 pub mod worker;
-
-mod show;

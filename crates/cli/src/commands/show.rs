@@ -11,6 +11,18 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// How often a bar looks at what was done.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// An error and its causes in one line. Many texts name their cause themselves: nothing is said
+/// twice.
+pub fn error(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |line, text| {
+        match (line.is_empty(), line.contains(&text)) {
+            (true, _) => text,
+            (_, true) => line,
+            (_, false) => format!("{line}: {text}"),
+        }
+    })
+}
+
 /// A bar on stderr over bytes that another thread counts, while `work` runs.
 pub fn with_bytes<T>(total: u64, done: &Arc<AtomicU64>, work: impl FnOnce() -> T) -> T {
     let bar = ProgressBar::new(total);

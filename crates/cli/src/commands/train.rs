@@ -1,4 +1,5 @@
-//! `pontoon train`: a run on one device, or on workers under a supervisor, with a progress line.
+//! `pontoon train`: a run on workers under a supervisor, one if nothing else is said, with a
+//! progress line; with `--in-process` the plain loop on one device.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -32,9 +33,14 @@ pub struct Arguments {
     /// The device, as in `pontoon devices`; more than one makes a fleet.
     #[arg(long = "device", value_name = "DEV")]
     devices: Vec<String>,
-    /// Worker processes under a supervisor; the devices are dealt out in turn.
+    /// Worker processes under the supervisor; the devices are dealt out in turn. By default one
+    /// for each device.
     #[arg(long)]
     workers: Option<usize>,
+    /// Compute in this process, without supervisor and workers, to measure or to debug: such a run
+    /// cannot be moved while it lives, and ends with its device.
+    #[arg(long, conflicts_with = "workers")]
+    in_process: bool,
     /// Steps in all, instead of train.steps.
     #[arg(long)]
     steps: Option<u64>,
@@ -83,9 +89,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let base =
         std::path::absolute(if base.as_os_str().is_empty() { Path::new(".") } else { &base })?;
     let to = place(config.snapshot.to.as_deref(), &base, &dir);
-    // An upload is done in the background, beside a worker.
-    let supervised =
-        config.fleet.workers.is_some() || config.fleet.devices.len() > 1 || is_url(&to);
+    if arguments.in_process {
+        expect_alone(&config, &to)?;
+    }
+    let supervised = !arguments.in_process;
     let real = snapshot_place::disk_of(&to, &dir.join("upload"))?;
     let plan = arguments.chaos.as_ref().map(|path| read_plan(path, &config, supervised));
     let plan = plan.transpose()?;
@@ -119,6 +126,23 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     report(arguments, &run, &summary, supervised)
 }
 
+/// Refuses what a run without workers cannot do.
+fn expect_alone(config: &RunConfig, snapshots: &Path) -> Result<()> {
+    let workers = config.workers();
+    ensure!(
+        workers == 1,
+        "--in-process computes on one device, but the settings name {workers} workers; leave it \
+         out, or add --set fleet.workers=1"
+    );
+    // An upload is done in the background, beside a worker.
+    ensure!(
+        !is_url(snapshots),
+        "--in-process keeps snapshots in a folder, not in `{}`; leave it out, or set snapshot.to",
+        snapshots.display()
+    );
+    Ok(())
+}
+
 /// Prints how a run ended: one JSON object, or lines for people.
 fn report(arguments: &Arguments, run: &Run<'_>, summary: &Summary, supervised: bool) -> Result<()> {
     if arguments.json {
@@ -150,10 +174,11 @@ fn read_plan(path: &Path, config: &RunConfig, supervised: bool) -> Result<Plan> 
         .with_context(|| format!("cannot read the plan of faults `{origin}`"))?;
     // Without workers none has a number that is too high; that there is none is said below.
     let workers = if supervised { config.workers() } else { usize::MAX };
-    let plan = Plan::parse(&text, &origin, chaos::Run { workers, steps: config.train.steps })?;
+    let (steps, snapshot_every) = (config.train.steps, config.snapshot.every);
+    let plan = Plan::parse(&text, &origin, chaos::Run { workers, steps, snapshot_every })?;
     ensure!(
         supervised || plan.of_disk().count() == plan.faults().len(),
-        "--chaos needs workers to strike; add --workers N"
+        "--chaos needs workers to strike; leave --in-process out"
     );
     Ok(plan)
 }
@@ -178,7 +203,7 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
     let start = worker::Command { dir: &dir, snapshots: &snapshots, chaos: plan };
     let mut processes = Processes { command: |what: &Launching| start.of(what) };
     let deal =
-        |names: &[String]| devices::dealt(names, names.len()).map_err(|error| format!("{error:#}"));
+        |names: &[String]| devices::dealt(names, names.len()).map_err(|error| show::error(&error));
     let devices = Devices { names: &names, tolerance: tolerance(run)?, deal: &deal };
     Ok(pontoon_train::supervise(run, &devices, &mut processes, display)?)
 }

@@ -15,6 +15,7 @@ use pontoon_fleet::world::{Launching, SystemClock};
 use pontoon_sim::chaos::{ChaosDevice, ChaosReplica, Injector, Numbered, Place, Plan};
 use pontoon_train::{RunConfig, TrainingReplica, WorkerRun};
 
+use super::show;
 use crate::{devices, snapshot_place};
 
 /// How often it says how far it has come.
@@ -89,7 +90,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Ok(serve(&mut replica, commands, &reports, process)?)
     };
     if let Err(error) = work() {
-        let text = format!("{error:#}");
+        let text = show::error(&error);
         reports.say(&Report::Failed { trouble: Trouble::Run, text })?;
     }
     Ok(())

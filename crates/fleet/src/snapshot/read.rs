@@ -12,8 +12,8 @@ use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::manifest::{Manifest, PlainFile, TensorFile};
 use super::{
-    CHUNK_BYTES, ElementType, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, State, Tensor, folder_name,
-    step_of, weights_blake3,
+    CHUNK_BYTES, ElementType, MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, State, Tensor, WeightsHasher,
+    folder_name, step_of, weights_blake3,
 };
 use crate::error::FleetError;
 use crate::world::{Disk, EntryKind};
@@ -60,6 +60,19 @@ pub struct Newest {
     pub snapshot: Option<Snapshot>,
     /// Newest first.
     pub rejected: Vec<Rejected>,
+}
+
+/// What a snapshot holds, without its tensors' values.
+#[derive(Clone, Debug)]
+pub struct Outline {
+    /// Where it lies.
+    pub folder: PathBuf,
+    /// Where the run stood.
+    pub state: State,
+    /// The hash over all weights, as written down.
+    pub weights_blake3: String,
+    /// The names and extents of the weights.
+    pub model: Vec<(String, Vec<usize>)>,
 }
 
 /// Reads the snapshots of one run.
@@ -110,6 +123,23 @@ impl<'d> SnapshotReader<'d> {
             }
         }
         Ok(Newest { snapshot: None, rejected })
+    }
+
+    /// What the newest snapshot holds that can be read that far; its values are not checked.
+    pub fn newest_outline(&self) -> Result<Option<Outline>, FleetError> {
+        for step in self.list()? {
+            match self.outline(step) {
+                Ok(outline) => return Ok(Some(outline)),
+                Err(unreachable @ FleetError::Io { .. }) => return Err(unreachable),
+                Err(_) => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// What the snapshot of one step holds; its values are not checked.
+    pub fn outline(&self, step: u64) -> Result<Outline, FleetError> {
+        Folder { disk: self.disk, path: &self.dir.join(folder_name(step)) }.outline()
     }
 }
 
@@ -180,7 +210,7 @@ pub fn read_folder(disk: &dyn Disk, folder: &Path, parts: Parts) -> Result<Snaps
         files.insert(name.clone(), folder.plain_file(name, plain)?);
     }
     let model = folder.tensors(&manifest, MODEL_FILE)?;
-    let weights_blake3 = weights_blake3(model.iter().map(Tensor::as_ref));
+    let weights_blake3 = weights_blake3(model.iter().map(Tensor::as_ref))?;
     if weights_blake3 != manifest.weights_blake3 {
         return Err(folder.damaged(MODEL_FILE, "does not match `weights_blake3`"));
     }
@@ -190,6 +220,33 @@ pub fn read_folder(disk: &dyn Disk, folder: &Path, parts: Parts) -> Result<Snaps
     };
     let path = folder.path.to_path_buf();
     Ok(Snapshot { folder: path, state: manifest.state(), weights_blake3, model, optimizer, files })
+}
+
+/// Checks all of a snapshot folder as reading it does, but holds no more of it than a tensor at a
+/// time.
+pub fn check_folder(disk: &dyn Disk, folder: &Path) -> Result<(), FleetError> {
+    let folder = Folder { disk, path: folder };
+    let manifest = folder.manifest()?;
+    for (name, plain) in &manifest.files {
+        folder.plain_file(name, plain)?;
+    }
+    // The hash is over tensors in the order of their names, which is not always that of the file.
+    let hashes = manifest.tensor_files.get(MODEL_FILE);
+    let mut names = hashes.map(|of| of.blake3.keys()).into_iter().flatten().peekable();
+    let mut early: BTreeMap<String, Tensor> = BTreeMap::new();
+    let mut hasher = WeightsHasher::default();
+    folder.each_tensor(&manifest, MODEL_FILE, |tensor| {
+        early.insert(tensor.name.clone(), tensor);
+        while let Some(next) = names.peek().and_then(|name| early.remove(*name)) {
+            hasher.begin(&next.name, next.dtype, &next.shape);
+            hasher.add(&next.bytes);
+            names.next();
+        }
+    })?;
+    if hasher.finish() != manifest.weights_blake3 {
+        return Err(folder.damaged(MODEL_FILE, "does not match `weights_blake3`"));
+    }
+    folder.each_tensor(&manifest, OPTIMIZER_FILE, drop)
 }
 
 /// A snapshot's folder being read.
@@ -207,6 +264,17 @@ impl Folder<'_> {
         Manifest::from_bytes(&bytes).map_err(|problem| self.damaged(STATE_FILE, &problem))
     }
 
+    fn outline(&self) -> Result<Outline, FleetError> {
+        let manifest = self.manifest()?;
+        let Some(hashes) = manifest.tensor_files.get(MODEL_FILE) else {
+            return Err(self.damaged(STATE_FILE, &format!("has no hashes of {MODEL_FILE}")));
+        };
+        let infos = self.header(&mut self.open(MODEL_FILE)?, MODEL_FILE, hashes)?;
+        let model = infos.into_iter().map(|(name, info)| (name, info.shape)).collect();
+        let (folder, state) = (self.path.to_path_buf(), manifest.state());
+        Ok(Outline { folder, state, weights_blake3: manifest.weights_blake3, model })
+    }
+
     fn plain_file(&self, name: &str, plain: &PlainFile) -> Result<Vec<u8>, FleetError> {
         let mut file = self.open(name)?;
         let (bytes, hash) = self.take(&mut file, plain.bytes, name)?;
@@ -216,12 +284,24 @@ impl Folder<'_> {
     }
 
     fn tensors(&self, manifest: &Manifest, name: &str) -> Result<Vec<Tensor>, FleetError> {
+        let mut tensors = Vec::new();
+        self.each_tensor(manifest, name, |tensor| tensors.push(tensor))?;
+        Ok(tensors)
+    }
+
+    /// Hands out the tensors of a file one by one, each after its check.
+    fn each_tensor(
+        &self,
+        manifest: &Manifest,
+        name: &str,
+        mut take: impl FnMut(Tensor),
+    ) -> Result<(), FleetError> {
         let Some(hashes) = manifest.tensor_files.get(name) else {
             return Err(self.damaged(STATE_FILE, &format!("has no hashes of {name}")));
         };
         let mut file = self.open(name)?;
         let infos = self.header(&mut file, name, hashes)?;
-        let mut tensors = Vec::with_capacity(infos.len());
+        let count = infos.len();
         for (tensor_name, info) in infos {
             let part = format!("{name}, tensor `{tensor_name}`,");
             let Some(want) = hashes.blake3.get(&tensor_name) else {
@@ -233,13 +313,12 @@ impl Folder<'_> {
             let (start, end) = info.data_offsets;
             let (bytes, hash) = self.take(&mut file, (end - start) as u64, &part)?;
             self.expect_hash(&part, &hash, want)?;
-            tensors.push(Tensor { name: tensor_name, dtype, shape: info.shape, bytes });
+            take(Tensor { name: tensor_name, dtype, shape: info.shape, bytes });
         }
-        if tensors.len() != hashes.blake3.len() {
+        if count != hashes.blake3.len() {
             return Err(self.damaged(name, "has fewer tensors than it should"));
         }
-        self.expect_end(&mut file, name)?;
-        Ok(tensors)
+        self.expect_end(&mut file, name)
     }
 
     /// The tensors of a safetensors file in the order of their bytes. The header is checked against

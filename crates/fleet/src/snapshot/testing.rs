@@ -348,14 +348,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for step in [200, 1000, 30] {
             let written = save(&RealDisk, dir.path(), &sample(step, step as u8)).unwrap();
-            let want = weights_blake3(sample(step, step as u8).model.iter().map(Tensor::as_ref));
+            let sample = sample(step, step as u8);
+            let want = weights_blake3(sample.model.iter().map(Tensor::as_ref)).unwrap();
             assert_eq!(written.weights_blake3, want);
         }
         assert_eq!(steps(dir.path()), [1000, 200, 30]);
         let newest = newest(dir.path());
         assert!(newest.rejected.is_empty());
-        assert_holds(&newest.snapshot.unwrap(), &sample(1000, 1000_u64 as u8));
+        let newest = newest.snapshot.unwrap();
+        assert_holds(&newest, &sample(1000, 1000_u64 as u8));
         let reader = SnapshotReader::new(&RealDisk, dir.path());
+        let outline = reader.newest_outline().unwrap().unwrap();
+        assert_eq!((&outline.folder, &outline.state), (&newest.folder, &newest.state));
+        assert_eq!(outline.weights_blake3, newest.weights_blake3);
+        assert!(outline.model.contains(&("model.norm.weight".to_owned(), vec![6])));
+        check_folder(&RealDisk, &newest.folder).unwrap();
         let model_only = reader.read(200, Parts::Model).unwrap();
         assert_eq!((model_only.model.len(), model_only.optimizer.len()), (3, 0));
     }
@@ -524,6 +531,8 @@ mod tests {
                 assert_eq!(newest.rejected[0].step, 200);
                 let reason = newest.rejected[0].reason.to_string();
                 assert!(reason.contains(&entry.name), "{what}: {reason}");
+                let checked = check_folder(&RealDisk, &folder).unwrap_err().to_string();
+                assert_eq!(checked, reason, "{what}");
             };
             for at in (0..good.len()).step_by(3) {
                 let mut damaged = good.clone();

@@ -12,7 +12,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 
 use super::manifest::{Hashes, Manifest, PlainFile, TensorFile};
 use super::{
-    CHUNK_BYTES, MODEL_FILE, OPTIMIZER_FILE, REPLACED_PREFIX, STATE_FILE, SnapshotReader, State,
+    Bytes, MODEL_FILE, OPTIMIZER_FILE, REPLACED_PREFIX, STATE_FILE, SnapshotReader, State,
     TEMPORARY_PREFIX, TensorRef, folder_name, step_of, weights_blake3,
 };
 use crate::error::FleetError;
@@ -120,7 +120,7 @@ impl<'d> SnapshotWriter<'d> {
     ) -> Result<String, FleetError> {
         self.disk.create_dir_all(folder).map_err(FleetError::io("create", folder))?;
         let mut hashes = Hashes {
-            weights_blake3: weights_blake3(contents.model.iter().copied()),
+            weights_blake3: weights_blake3(contents.model.iter().copied())?,
             tensor_files: BTreeMap::new(),
             files: BTreeMap::new(),
         };
@@ -141,7 +141,7 @@ impl<'d> SnapshotWriter<'d> {
 
     fn write_tensors(&self, folder: &Path, file: &FilePlan<'_>) -> Result<TensorFile, FleetError> {
         let mut stream = Stream::create(self.disk, &folder.join(file.name))?;
-        let header_blake3 = stream.write(&file.header)?;
+        let header_blake3 = stream.write(Bytes::Held(&file.header))?;
         let mut blake3 = BTreeMap::new();
         for tensor in &file.tensors {
             blake3.insert(tensor.name.to_owned(), stream.write(tensor.bytes)?);
@@ -152,7 +152,7 @@ impl<'d> SnapshotWriter<'d> {
 
     fn write_file(&self, folder: &Path, file: ExtraFile<'_>) -> Result<String, FleetError> {
         let mut stream = Stream::create(self.disk, &folder.join(file.name))?;
-        let hash = stream.write(file.bytes)?;
+        let hash = stream.write(Bytes::Held(file.bytes))?;
         stream.finish()?;
         Ok(hash)
     }
@@ -231,12 +231,12 @@ impl Stream {
     }
 
     /// Writes a piece and returns its hash.
-    fn write(&mut self, bytes: &[u8]) -> Result<String, FleetError> {
+    fn write(&mut self, bytes: Bytes<'_>) -> Result<String, FleetError> {
         let mut hasher = blake3::Hasher::new();
-        for chunk in bytes.chunks(CHUNK_BYTES) {
-            hasher.update(chunk);
-            self.file.write_all(chunk).map_err(FleetError::io("write", &self.path))?;
-        }
+        bytes.pieces(|piece| {
+            hasher.update(piece);
+            self.file.write_all(piece).map_err(FleetError::io("write", &self.path))
+        })?;
         Ok(hasher.finalize().to_hex().to_string())
     }
 
@@ -269,7 +269,7 @@ impl<'a> Plan<'a> {
         let tensor_count = contents.model.len() + contents.optimizer.len();
         let tensors = tensor_files.iter().flat_map(|file| {
             let header = std::iter::once(file.header.len());
-            header.chain(file.tensors.iter().map(|tensor| tensor.bytes.len()))
+            header.chain(file.tensors.iter().map(|tensor| tensor.bytes.count()))
         });
         let extras = contents.files.iter().map(|file| file.bytes.len());
         let data: u64 = tensors.chain(extras).map(|bytes| bytes as u64).sum();
@@ -299,11 +299,11 @@ impl<'a> FilePlan<'a> {
                 .iter()
                 .try_fold(1_usize, |product, extent| product.checked_mul(*extent));
             let want = elements.and_then(|count| count.checked_mul(tensor.dtype.bytes()));
-            if want != Some(tensor.bytes.len()) {
-                let (dtype, got) = (tensor.dtype.name(), tensor.bytes.len());
+            if want != Some(tensor.bytes.count()) {
+                let (dtype, got) = (tensor.dtype.name(), tensor.bytes.count());
                 return Err(bad(format!("is {dtype} {:?} but has {got} bytes", tensor.shape)));
             }
-            let end = offset + tensor.bytes.len();
+            let end = offset + tensor.bytes.count();
             let info = TensorInfo {
                 dtype: tensor.dtype.to_file(),
                 shape: tensor.shape.to_vec(),

@@ -118,8 +118,12 @@ impl World {
 fn write(writer: &SnapshotWriter<'_>, step: u64, size: usize) -> Result<(), FleetError> {
     let bytes = vec![step as u8; size];
     let shape = [size / 4];
-    let tensor =
-        TensorRef { name: "w", dtype: ElementType::F32, shape: &shape[..], bytes: &bytes[..] };
+    let tensor = TensorRef {
+        name: "w",
+        dtype: ElementType::F32,
+        shape: &shape[..],
+        bytes: bytes[..].into(),
+    };
     let state = State {
         step,
         seed: 1,

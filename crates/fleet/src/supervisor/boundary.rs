@@ -38,7 +38,7 @@ impl Supervisor {
         let ready = self.those(Standing::Ready);
         let loaded = |worker: &usize| self.workers[*worker].loaded;
         let Some(step) = ready.iter().filter_map(loaded).map(|(step, _)| step).max() else {
-            let text = "no worker could start; see the events above".to_owned();
+            let text = format!("no worker could start: {}", self.last_cause());
             self.end(Ending::Failed(text));
             return false;
         };
@@ -77,7 +77,11 @@ impl Supervisor {
         }
         self.ledger.lose(if first { "startup" } else { "restart" }, self.since_round());
         let kind = if step == 0 { EventKind::Started } else { EventKind::Resumed };
-        self.tell(Event::new(step, kind));
+        let mut event = Event::new(step, kind);
+        if let [worker] = self.workers.as_slice() {
+            event.device = Some(worker.device.clone());
+        }
+        self.tell(event);
         self.begin_with_class();
         self.round = Round::new(self.now);
         if step >= self.settings.steps || self.stop_asked {
@@ -378,7 +382,9 @@ impl Supervisor {
     }
 
     pub(super) fn try_end(&mut self) -> bool {
-        if self.saved == Some(self.step) || (self.step == 0 && self.ending.is_some()) {
+        if self.saved == Some(self.step)
+            || (self.step == 0 && matches!(self.ending, Some(Ending::Failed(_))))
+        {
             self.ledger.lose("last_snapshot", self.since_round());
             self.round.begun = self.now;
             let finished = self.step >= self.settings.steps;

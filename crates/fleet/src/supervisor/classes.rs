@@ -21,8 +21,8 @@ use super::{Phase, Supervisor};
 /// The norm of one sum, summed in another order: f32 and a billion elements stay below this.
 const NORM_APART: f64 = 1e-3;
 
-/// What a worker compared with may have been replaced meanwhile; one that always reads something
-/// else than was published is at fault itself.
+/// What a worker compared with may have been replaced meanwhile; what always reads as something
+/// else than was published is published once more.
 const REREADS: u32 = 3;
 
 /// How far results of two numeric classes may be apart.
@@ -98,6 +98,7 @@ impl Supervisor {
             let error = apart.error.value();
             self.round.apart = Some(self.round.apart.map_or(error, |worst| worst.max(error)));
         }
+        let is_first = !self.round.spoilt.contains(&of.leaf);
         let Some(audit) = self.round.awaiting(worker, of.leaf) else { return };
         let alike = alike(worker, audit.owner);
         let crosses = audit.evidence == Evidence::Gradient && !alike;
@@ -110,6 +111,13 @@ impl Supervisor {
                 {
                     audit.rereads += 1;
                     return self.replay(worker, of.leaf);
+                }
+                // What lies there may be spoilt; one that reads something else after it was
+                // published anew is at fault itself.
+                Some(apart) if is_first && audit.owned() != Some(apart.published) => {
+                    let owner = audit.owner;
+                    self.round.spoilt.insert(of.leaf);
+                    return self.compute_again(of.leaf, owner);
                 }
                 Some(_) => {}
             }

@@ -140,7 +140,7 @@ impl Supervisor {
                 .filter(|subtree| subtree.losses.iter().any(|loss| !loss.is_finite()))
                 .map(|subtree| subtree.worker)
                 .collect();
-            return Some(self.once_more("the loss", bad, owners));
+            return Some(self.once_more("the loss", bad, Some(owners)));
         }
         if let Some(suspects) = self.round.suspects.take() {
             let members = self.those(Standing::Member);
@@ -181,8 +181,13 @@ impl Supervisor {
     }
 
     /// A value is no number: all is computed once more, elsewhere; the second time it is believed.
-    fn once_more(&mut self, what: &'static str, value: f64, suspects: Vec<usize>) -> bool {
-        if self.round.suspects.is_some() {
+    fn once_more(&mut self, what: &'static str, value: f64, suspects: Option<Vec<usize>>) -> bool {
+        // A norm has no owner; only a second one that is no number says more.
+        let was_doubted = match suspects {
+            None => std::mem::replace(&mut self.round.norm_doubted, true),
+            Some(_) => self.round.suspects.is_some(),
+        };
+        if was_doubted {
             if self.settings.non_finite == NonFinite::Skip && self.skips < SKIPS {
                 self.skip(format!("{what} is {value}, on two workers alike"));
                 return true;
@@ -191,7 +196,7 @@ impl Supervisor {
             self.finish();
             return true;
         }
-        self.round.suspects = Some(suspects);
+        self.round.suspects = suspects;
         let leaves = self.round.discard(|_| true);
         self.round.combined.clear();
         self.phase = Phase::Computing;
@@ -255,8 +260,9 @@ impl Supervisor {
         let writers = self.writers();
         let norm = self.round.combined[&writers[0]].norm;
         if !norm.is_finite() {
-            return self.once_more("the gradient's norm", norm, Vec::new());
+            return self.once_more("the gradient's norm", norm, None);
         }
+        self.tell_of_norm();
         self.phase = Phase::Applying;
         for worker in replicas {
             if self.workers[worker].standing == Standing::Joining {
@@ -266,6 +272,17 @@ impl Supervisor {
         self.round.told.clear();
         self.let_apply(&writers);
         true
+    }
+
+    /// A norm was no number at first, and is one now.
+    fn tell_of_norm(&mut self) {
+        if !std::mem::take(&mut self.round.norm_doubted) {
+            return;
+        }
+        self.ledger.faults += 1;
+        let cause = Some("the gradient's norm was no number at first".to_owned());
+        let event = Event::new(self.step + 1, EventKind::Corrupt);
+        self.tell(Event { cause, action: Some("computed again".to_owned()), ..event });
     }
 
     /// A subtree that nobody reads as it was published is computed again.
@@ -280,8 +297,14 @@ impl Supervisor {
             replicas.iter().all(|worker| reads(worker) != Some(digest))
         };
         let place = (0..published.len()).find(|&index| spoilt(index, published[index].2))?;
-        let (first, owner, _) = published[place];
+        self.compute_again(published[place].0, published[place].1);
+        Some(true)
+    }
+
+    /// A subtree is not what its worker published: it is computed and audited anew.
+    pub(super) fn compute_again(&mut self, first: u32, owner: usize) {
         let leaves = self.round.discard(|subtree| subtree.node.first == first);
+        self.round.audits.retain(|audit| !leaves.contains(&audit.leaf));
         let event = self.event(owner, EventKind::Corrupt);
         self.ledger.faults += 1;
         let cause = format!("the gradient from micro-batch {first} on changed on its way");
@@ -291,7 +314,6 @@ impl Supervisor {
         self.round.combined.clear();
         self.phase = Phase::Computing;
         self.hand_out(&leaves, 0);
-        Some(true)
     }
 }
 

@@ -98,6 +98,7 @@ impl Supervisor {
             false => format!("a new process; {} micro-batches to others", lost.len()),
         });
         (loss.event, loss.since) = (Some(event), self.now);
+        self.lost_for = Some(format!("{}: {}", self.workers[worker].device, loss.cause));
         self.ledger.faults += 1;
         self.losses.push(loss);
         if stays_out {
@@ -207,7 +208,7 @@ impl Supervisor {
             }
         }
         if self.workers.iter().all(|of| of.standing == Standing::Retired) {
-            let text = "every worker is out for good; see events.jsonl".to_owned();
+            let text = format!("every worker is out for good: {}", self.last_cause());
             return self.end(Ending::Failed(text));
         }
         self.start_from_the_newest();
@@ -230,6 +231,7 @@ impl Supervisor {
             Trouble::MemoryFault => EventKind::MemoryFault,
             Trouble::OutOfMemory => EventKind::OutOfMemory,
             Trouble::LinkDown => EventKind::LinkDown,
+            Trouble::Corrupt if self.may_repeat(worker) => return self.repeat(worker, text),
             Trouble::Corrupt => {
                 return self.lose(worker, Loss::new(EventKind::Corrupt, text).discarding());
             }
@@ -237,6 +239,41 @@ impl Supervisor {
             Trouble::Run => return self.end(Ending::Failed(text)),
         };
         self.lose(worker, Loss::new(kind, text));
+    }
+
+    /// Whether a worker that found a wrong result computes the step once more: nobody else could,
+    /// and without it the run would go back to a snapshot. What was wrong may have been a moment's
+    /// error; the state it goes on from is compared with what was agreed on before it is applied.
+    fn may_repeat(&self, worker: usize) -> bool {
+        let others = self.replicas().into_iter().any(|of| of != worker && !self.workers[of].trial);
+        let is_member = self.workers[worker].standing == Standing::Member;
+        let computes = matches!(self.phase, Phase::Computing | Phase::Combining);
+        is_member && !others && computes && !self.round.repeated
+    }
+
+    fn repeat(&mut self, worker: usize, cause: String) {
+        let unanswered = self.round.pending.iter().filter(|(of, ..)| *of == worker).count();
+        let mut leaves = self.round.take_pending(worker);
+        leaves.extend(self.round.discard(|_| true));
+        leaves.sort_unstable();
+        self.round.combined.clear();
+        self.round.audits.clear();
+        self.round.spikes.clear();
+        self.round.repeated = true;
+        let mut event = self.event(worker, EventKind::Corrupt);
+        event.step = self.step + 1;
+        event.action = Some("computed again by the same worker, as there is no other".to_owned());
+        event.detected_ms = self.workers[worker].since_injection(self.now);
+        event.lost_micro_batches = Some(leaves.len() as u64);
+        event.cause = Some(cause.clone());
+        let loss = Loss::new(EventKind::Corrupt, cause);
+        self.losses.push(Loss { event: Some(event), since: self.now, ..loss });
+        self.ledger.faults += 1;
+        let of = &mut self.workers[worker];
+        of.open = of.open.saturating_sub(unanswered.max(1) as u32);
+        (of.injected, of.clean_steps, of.progressed) = (None, 0, self.now);
+        self.phase = Phase::Computing;
+        self.hand_out(&leaves, 0);
     }
 
     /// Finds those that do not answer, and those for which all others wait.
@@ -251,12 +288,14 @@ impl Supervisor {
                 Standing::Loading | Standing::Warming => load_deadline(self.longest_load),
                 _ => self.settings.hang_after.deadline(of.longest_pause),
             };
-            if silent > deadline {
-                let cause = format!(
-                    "no progress for {:.1} s, and {:.1} s is the most",
-                    silent.as_secs_f64(),
-                    deadline.as_secs_f64()
-                );
+            if silent > deadline || self.is_stuck(worker, silent) {
+                let (silent, most) = (silent.as_secs_f64(), deadline.as_secs_f64());
+                let cause = match silent > most {
+                    true => format!("no progress for {silent:.1} s, and {most:.1} s is the most"),
+                    false => {
+                        format!("all others wait; it beats, without progress for {silent:.1} s")
+                    }
+                };
                 self.lose(worker, Loss::new(EventKind::Hang, cause));
             } else if self.is_holding_up(worker) {
                 // Whoever still gets on is slow; whoever has stood still for most of it is not.
@@ -269,11 +308,25 @@ impl Supervisor {
         }
     }
 
+    /// Whether a worker stands still for which all others wait, though its process is alive and
+    /// gets its share of the machine: then a shorter silence is enough.
+    fn is_stuck(&self, worker: usize, silent: Duration) -> bool {
+        let of = &self.workers[worker];
+        let in_step = matches!(self.phase, Phase::Computing | Phase::Combining | Phase::Applying);
+        let steps = of.standing == Standing::Member && of.is_proven && in_step;
+        if !steps || !self.settings.hang_after.is_stuck(silent, of.longest_pause, of.beats) {
+            return false;
+        }
+        let members = self.those(Standing::Member);
+        let idle = |other: &usize| *other == worker || self.workers[*other].open == 0;
+        members.len() > 1 && members.iter().all(idle)
+    }
+
     /// The supervisor was away: silence counts from now on. Workers that were stopped with it have
     /// done nothing wrong, and the others are heard at once.
     pub(super) fn start_listening_anew(&mut self) {
         for of in &mut self.workers {
-            (of.progressed, of.answered) = (self.now, self.now);
+            (of.progressed, of.answered, of.beats) = (self.now, self.now, 0);
         }
         for (.., since) in &mut self.round.pending {
             *since = self.now;
@@ -306,6 +359,11 @@ impl Supervisor {
             }
             _ => false,
         }
+    }
+
+    /// Why a worker was lost last.
+    pub(super) fn last_cause(&self) -> &str {
+        self.lost_for.as_deref().unwrap_or("see events.jsonl")
     }
 
     /// Writes down the losses that the run has got over; returns what disturbed it, if anything.

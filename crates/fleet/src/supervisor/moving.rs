@@ -456,10 +456,13 @@ impl Supervisor {
     }
 
     fn leave(&mut self, worker: usize) {
-        if !matches!(self.workers[worker].standing, Standing::Out | Standing::Retired) {
-            self.outputs.push(Output::Kill { worker });
-        }
         let of = &mut self.workers[worker];
+        if !matches!(of.standing, Standing::Out | Standing::Retired) {
+            // The end of a process takes as long as giving its memory back. One that is at work
+            // must be gone before others write where it writes; the others can wait.
+            let outputs = if of.open > 0 { &mut self.outputs } else { &mut self.later };
+            outputs.push(Output::Kill { worker });
+        }
         (of.standing, of.left) = (Standing::Retired, true);
     }
 
@@ -522,6 +525,7 @@ impl Supervisor {
         });
         let (moved, certificate) = (true, Some(certificate));
         let outcome = MoveOutcome { devices, moved, text, certificate };
-        self.outputs.push(Output::Moved(Box::new(outcome)));
+        // Files are written for it.
+        self.later.push(Output::Moved(Box::new(outcome)));
     }
 }

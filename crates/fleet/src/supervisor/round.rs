@@ -102,6 +102,8 @@ pub(super) struct Round {
     pub plan: AuditPlan,
     /// Leaves that each worker computes only to check others.
     pub replays: BTreeMap<usize, u32>,
+    /// Leaves that did not lie in the exchange as they were published.
+    pub spoilt: BTreeSet<u32>,
     /// Leaves whose losses were checked for a spike.
     pub spikes: Vec<u32>,
     pub combined: BTreeMap<usize, Combined>,
@@ -119,6 +121,10 @@ pub(super) struct Round {
     pub took: BTreeSet<usize>,
     /// Those whose losses were not finite the first time.
     pub suspects: Option<Vec<usize>>,
+    /// Whether the gradient's norm was not finite the first time.
+    pub norm_doubted: bool,
+    /// Whether the only worker has found a wrong result of its own in it.
+    pub repeated: bool,
     pub valid_loss: Option<f64>,
     /// The furthest that gradients of two classes were apart.
     pub apart: Option<f64>,
@@ -142,6 +148,7 @@ impl Round {
             single: BTreeSet::new(),
             plan: AuditPlan::default(),
             replays: BTreeMap::new(),
+            spoilt: BTreeSet::new(),
             spikes: Vec::new(),
             combined: BTreeMap::new(),
             recombined: false,
@@ -152,6 +159,8 @@ impl Round {
             handed: false,
             took: BTreeSet::new(),
             suspects: None,
+            norm_doubted: false,
+            repeated: false,
             valid_loss: None,
             apart: None,
             moving: false,

@@ -33,6 +33,10 @@ enum Wrong {
     HandOn,
     /// Its sum changes before it is applied, which it finds itself.
     Spoilt,
+    /// It finds a product of its own wrong.
+    Product,
+    /// Its norm is no number.
+    Norm,
     /// It computes something else each time it is asked once more.
     Fickle,
     /// It takes ten times as long.
@@ -283,7 +287,9 @@ impl World {
                 let [before, weights] = self.state(step - 1);
                 let flip = u64::from(self.is_wrong(worker, step, Wrong::Weights));
                 let gradient = step + u64::from(self.is_wrong(worker, step, Wrong::Sum));
-                let (before, norm) = ([before ^ flip, weights], 1.0.into());
+                let bad = self.is_wrong(worker, step, Wrong::Norm);
+                let norm = if bad { f64::NAN } else { 1.0 };
+                let (before, norm) = ([before ^ flip, weights], norm.into());
                 say(self, Report::Combined { step, before, nodes, gradient, norm });
             }
             Command::Apply { step } => {
@@ -320,6 +326,11 @@ impl World {
         }
         if self.is_wrong(worker, step, Wrong::Hang) {
             return self.hung.push(of);
+        }
+        if self.is_wrong(worker, step, Wrong::Product) {
+            let report =
+                Report::Failed { trouble: Trouble::Corrupt, text: "a wrong product".to_owned() };
+            return self.outbox.push_back(Input::Report { worker, incarnation, report });
         }
         if self.is_wrong(worker, step, Wrong::State) {
             self.changed.push(of);
@@ -399,6 +410,47 @@ fn every_fault_is_named_and_the_run_ends_all_the_same() {
 }
 
 #[test]
+fn one_that_hangs_while_all_others_wait_is_found_by_its_beats_before_silence_alone_would_tell() {
+    let mut world = World::on(&["chip"; 3], 0.0, &[(1, 3, Wrong::Hang)], NonFinite::Stop);
+    let mut stood_still = None;
+    while world.ending.is_none() {
+        world.turn();
+        // Once in 50 ms, as real ones do.
+        if world.now.as_millis().is_multiple_of(50) {
+            for (worker, incarnation) in world.hung.clone() {
+                let report = Report::Beat { operations: 7, longest_ms: 10 };
+                world.outbox.push_back(Input::Report { worker, incarnation, report });
+                stood_still.get_or_insert(world.now);
+            }
+        }
+        if let Some(hang) = world.events.iter().find(|event| event.kind == EventKind::Hang) {
+            assert!(hang.cause.as_deref().unwrap_or_default().contains("it beats"), "{hang:?}");
+            let took = world.now - stood_still.expect("it hung before it was found");
+            assert!(took < Duration::from_millis(1_200), "{took:?}");
+            world.hung.clear();
+        }
+    }
+    assert_eq!(world.ending, Some(Ending::Finished));
+    assert_eq!(world.losses, [8.0; STEPS as usize]);
+    assert_eq!(world.kinds().iter().filter(|kind| **kind == "hang").count(), 1);
+}
+
+#[test]
+fn a_lone_worker_repeats_a_step_that_it_found_wrong_once() {
+    let world = World::run(1, 0.0, &[(0, 3, Wrong::Product)]);
+    assert_eq!(world.ending, Some(Ending::Finished), "{:?}", world.events);
+    assert_eq!(world.losses, [8.0; STEPS as usize]);
+    let kinds = world.kinds();
+    assert!(kinds.contains(&"corrupt") && !kinds.contains(&"rolled_back"), "{kinds:?}");
+    let twice = World::run(1, 0.0, &[(0, 3, Wrong::Product), (0, 3, Wrong::Product)]);
+    assert!(twice.kinds().contains(&"rolled_back"), "{:?}", twice.events);
+    // Where there are others, they do it.
+    let with_others = World::run(2, 0.0, &[(0, 3, Wrong::Product)]);
+    assert_eq!(with_others.losses, [8.0; STEPS as usize]);
+    assert!(with_others.kinds().contains(&"joined"), "{:?}", with_others.events);
+}
+
+#[test]
 fn a_worker_that_is_slow_for_a_moment_gets_less_and_is_not_accused() {
     let slow: Vec<(usize, u64, Wrong)> = (1..=4).map(|step| (1, step, Wrong::Slow)).collect();
     let world = World::run(2, 0.0, &slow);
@@ -462,6 +514,23 @@ fn two_that_stand_by_different_gradients_and_are_alone_stop_with_advice() {
     let world = World::run(2, 1.0, &[(0, 3, Wrong::Stubborn)]);
     let Some(Ending::Failed(text)) = &world.ending else { panic!("{:?}", world.ending) };
     assert!(text.contains("step 3") && text.contains("qualify the devices"), "{text}");
+}
+
+#[test]
+fn a_norm_that_is_no_number_twice_ends_the_run_or_is_passed_over_on_any_number_of_workers() {
+    for workers in 1..=3 {
+        let norm = |times: usize| -> Vec<(usize, u64, Wrong)> {
+            (0..workers * times).map(|of| (of % workers, 4, Wrong::Norm)).collect()
+        };
+        let once = World::run_with(workers, 0.0, &norm(1), NonFinite::Stop);
+        assert_eq!(once.ending, Some(Ending::Finished), "{workers}: {:?}", once.events);
+        assert!(once.kinds().contains(&"corrupt"), "{workers}: {:?}", once.events);
+        let stopped = World::run_with(workers, 0.0, &norm(2), NonFinite::Stop);
+        assert!(matches!(stopped.ending, Some(Ending::NonFinite { step: 4, .. })), "{workers}");
+        let skipped = World::run_with(workers, 0.0, &norm(2), NonFinite::Skip);
+        assert_eq!(skipped.ending, Some(Ending::Finished), "{workers}: {:?}", skipped.events);
+        assert!(skipped.kinds().contains(&"skipped"), "{workers}");
+    }
 }
 
 #[test]

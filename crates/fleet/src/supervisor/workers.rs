@@ -80,6 +80,10 @@ pub(super) struct Worker {
     /// When it last answered, or was given something to do after a rest.
     pub answered: Duration,
     pub operations: u64,
+    /// Beats since then: a process that beats is not kept from computing by the machine.
+    pub beats: u32,
+    /// Whether its present process has done a step.
+    pub is_proven: bool,
     pub longest_pause: Duration,
     /// Times it was taken out for what it did.
     pub strikes: u32,
@@ -117,6 +121,8 @@ impl Worker {
             launched: Duration::ZERO,
             answered: Duration::ZERO,
             operations: 0,
+            beats: 0,
+            is_proven: false,
             longest_pause: Duration::ZERO,
             strikes: 0,
             clean_steps: 0,
@@ -152,7 +158,7 @@ impl Worker {
 
     /// A step went well; so many of them make up for a strike.
     pub fn did_well(&mut self) {
-        (self.false_starts, self.on_probation) = (0, false);
+        (self.false_starts, self.on_probation, self.is_proven) = (0, false, true);
         self.clean_steps += 1;
         if self.clean_steps >= FORGIVEN_AFTER {
             self.clean_steps = 0;

@@ -67,21 +67,19 @@ impl Several {
                 "<table><tr><th>Operation</th><th>dtype</th><th>MiB</th><th>ms</th><th>GB/s on \
                  each link</th></tr>",
             );
-        }
-        for row in speed {
-            push(
-                page,
-                format_args!(
-                    "<tr><td>{}</td><td>{}</td><td>{:.2}</td><td>{:.3}</td><td>{:.2}</td></tr>",
-                    row.op,
-                    row.dtype,
-                    row.bytes as f64 / 2_f64.powi(20),
-                    row.ms,
-                    row.link_bytes_per_s / 1e9,
-                ),
-            );
-        }
-        if !speed.is_empty() {
+            for row in speed {
+                push(
+                    page,
+                    format_args!(
+                        "<tr><td>{}</td><td>{}</td><td>{:.2}</td><td>{:.3}</td><td>{:.2}</td></tr>",
+                        row.op,
+                        row.dtype,
+                        row.bytes as f64 / 2_f64.powi(20),
+                        row.ms,
+                        row.link_bytes_per_s / 1e9,
+                    ),
+                );
+            }
             page.push_str("</table>");
         }
         rows_table(page, rows, unsupported);

@@ -18,9 +18,7 @@ use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{
     ChatTemplate, HostTensors, HostWeights, Model, SamplingSettings, Tokenizer, preset,
 };
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName, Support,
-};
+use pontoon_ops::{Backend, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, OpName};
 use pontoon_serve::engine::device::DeviceOptions;
 use pontoon_serve::engine::draft::Speculation;
 use pontoon_serve::engine::request::{Event, Generate, Request, Scored, Task, Ticket};
@@ -217,37 +215,10 @@ impl Faulty {
 }
 
 impl Backend for Faulty {
+    pontoon_ops::delegate!(inner: alloc free upload download supports launch wait memory_used);
+
     fn info(&self) -> &DeviceInfo {
         &self.info
-    }
-
-    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(bytes)
-    }
-
-    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
-        self.inner.free(buffer)
-    }
-
-    fn upload(&mut self, buffer: BufferId, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.inner.upload(buffer, at, bytes)
-    }
-
-    fn download(
-        &mut self,
-        buffer: BufferId,
-        at: usize,
-        bytes: &mut [u8],
-    ) -> Result<(), DeviceError> {
-        self.inner.download(buffer, at, bytes)
-    }
-
-    fn supports(&self, op: &Op) -> Support {
-        self.inner.supports(op)
-    }
-
-    fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
-        self.inner.launch(op)
     }
 
     fn launch_all(&mut self, ops: &[Op]) -> Result<(), DeviceError> {
@@ -267,14 +238,6 @@ impl Backend for Faulty {
                 self.inner.launch_all(ops)
             }
         }
-    }
-
-    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {
-        self.inner.wait(deadline)
-    }
-
-    fn memory_used(&self) -> usize {
-        self.inner.memory_used()
     }
 }
 

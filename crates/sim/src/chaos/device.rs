@@ -11,9 +11,7 @@ use pontoon_fleet::protocol::Report;
 use pontoon_fleet::worker::Reports;
 use pontoon_fleet::world::Clock;
 use pontoon_ops::sums::{Ask, Sums};
-use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
-};
+use pontoon_ops::{Backend, DType, DeviceError, DeviceErrorKind, Op, View};
 
 use super::draw;
 use super::plan::{Fault, FaultKind, Numbered};
@@ -228,46 +226,8 @@ impl<'a> ChaosDevice<'a> {
 }
 
 impl Backend for ChaosDevice<'_> {
-    fn info(&self) -> &DeviceInfo {
-        self.inner.info()
-    }
-
-    fn alloc(&mut self, bytes: usize) -> Result<BufferId, DeviceError> {
-        self.inner.alloc(bytes)
-    }
-
-    fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
-        self.inner.free(buffer)
-    }
-
-    fn upload(&mut self, buffer: BufferId, at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.inner.upload(buffer, at, bytes)
-    }
-
-    fn download(
-        &mut self,
-        buffer: BufferId,
-        at: usize,
-        bytes: &mut [u8],
-    ) -> Result<(), DeviceError> {
-        self.inner.download(buffer, at, bytes)
-    }
-
-    fn digest(&mut self, buffer: BufferId, at: usize, bytes: usize) -> Result<u64, DeviceError> {
-        self.inner.digest(buffer, at, bytes)
-    }
-
-    fn supports(&self, op: &Op) -> Support {
-        self.inner.supports(op)
-    }
-
-    fn sums_in_place(&self) -> bool {
-        self.inner.sums_in_place()
-    }
-
-    fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
-        self.inner.sums(views)
-    }
+    pontoon_ops::delegate!(inner: info alloc free upload download digest supports);
+    pontoon_ops::delegate!(inner: sums_in_place sums wait memory_used);
 
     fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
         self.launch_with(op, |inner| inner.launch_summed(op, ask))
@@ -275,13 +235,5 @@ impl Backend for ChaosDevice<'_> {
 
     fn launch(&mut self, op: &Op) -> Result<(), DeviceError> {
         self.launch_with(op, |inner| inner.launch(op))
-    }
-
-    fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {
-        self.inner.wait(deadline)
-    }
-
-    fn memory_used(&self) -> usize {
-        self.inner.memory_used()
     }
 }

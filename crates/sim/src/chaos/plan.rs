@@ -117,6 +117,15 @@ pub struct Run {
     pub workers: usize,
     /// Its steps.
     pub steps: u64,
+    /// Steps between its snapshots; 0 for one at the end.
+    pub snapshot_every: u64,
+}
+
+impl Run {
+    /// The snapshot that the state after a step goes into, counted from 0.
+    fn snapshot_of(&self, step: u64) -> u64 {
+        (step - 1).checked_div(self.snapshot_every).unwrap_or(0)
+    }
 }
 
 /// Why a plan cannot be used.
@@ -216,17 +225,37 @@ fn check(fault: &Fault, run: Run) -> Result<(), String> {
 }
 
 impl Random {
+    /// A fault in every so many steps. The disk is struck once at most for each snapshot, and not
+    /// for two that follow each other: a failed snapshot is tried again in growing pauses, and
+    /// faults that wait for a try would pile up until the last one's patience is over. Another kind
+    /// strikes instead, if there is one.
     fn faults(&self, run: Run) -> impl Iterator<Item = Fault> {
         let kinds = if self.kinds.is_empty() { &FaultKind::ALL[..] } else { &self.kinds };
+        let mut of_workers = kinds.to_vec();
+        of_workers.retain(|kind| !kind.is_of_the_disk());
+        let mut struck = None;
         (1..=run.steps).filter_map(move |step| {
             let number = |of: u64| draw(self.seed, step * 8 + of);
             let strikes = (number(0) >> 11) as f64 / (1_u64 << 53) as f64;
+            if strikes >= self.rate {
+                return None;
+            }
             let tensor = ["Matmul", "weights", "gradients"][number(3) as usize % 3];
-            (strikes < self.rate).then(|| Fault {
+            let mut kind = kinds[number(2) as usize % kinds.len()];
+            if kind.is_of_the_disk() {
+                let snapshot = run.snapshot_of(step);
+                if struck.is_none_or(|last| snapshot > last + 1) {
+                    struck = Some(snapshot);
+                } else {
+                    kind = *of_workers.get(number(6) as usize % of_workers.len().max(1))?;
+                }
+            }
+            let for_steps = if kind.is_of_the_disk() { 1 } else { 1 + number(4) % 3 };
+            Some(Fault {
                 worker: number(1) as usize % run.workers,
                 step,
-                kind: kinds[number(2) as usize % kinds.len()],
-                for_steps: 1 + number(4) % 3,
+                kind,
+                for_steps,
                 factor: five(),
                 tensor: tensor.to_owned(),
                 // The sign and the exponent.
@@ -240,7 +269,7 @@ impl Random {
 mod tests {
     use super::*;
 
-    const RUN: Run = Run { workers: 3, steps: 1000 };
+    const RUN: Run = Run { workers: 3, steps: 1000, snapshot_every: 50 };
 
     fn wrong(text: &str) -> String {
         Plan::parse(text, "chaos.toml", RUN).unwrap_err().to_string()
@@ -282,6 +311,10 @@ mod tests {
         assert!((70..130).contains(&plan.faults().len()), "{}", plan.faults().len());
         assert!((0..3).all(|worker| plan.of_worker(worker).count() > 10));
         assert!(plan.faults().iter().all(|(_, fault)| check(fault, RUN).is_ok()));
+        let snapshots = plan.of_disk().map(|(_, fault)| RUN.snapshot_of(fault.step));
+        let snapshots: Vec<u64> = snapshots.collect();
+        assert!(snapshots.len() >= 5, "{snapshots:?}");
+        assert!(snapshots.windows(2).all(|pair| pair[0] + 1 < pair[1]), "{snapshots:?}");
         assert_eq!(plan, Plan::parse(text, "chaos.toml", RUN).unwrap());
     }
 }

@@ -7,20 +7,24 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use pontoon_fleet::protocol::{
-    Area, Command, DeviceFacts, Node, Publish, Rates, Report, Source, StateDigest, Trouble, VERSION,
+    Against, Apart, Area, Command, DeviceFacts, Node, Publish, Rates, Report, Source, StateDigest,
+    Trouble, VERSION,
 };
 use pontoon_fleet::snapshot::{Parts, SnapshotReader};
 use pontoon_fleet::supervisor::Input;
 
 use super::{Fleet, Happening, Noticed, Struck};
 use crate::fault_plan::{Planned, SimFault, Target};
-use crate::model::{TinyModel, applied, digest, weights_of};
+use crate::model::{Class, TinyModel, applied, digest, exact, plus, weights_of};
 
 /// Where snapshots lie in a simulated run.
 pub(crate) const SNAPSHOTS: &str = "run/snapshots";
 /// So many sound replicas tell a wrong one among them; a flip with fewer is not simulated, as
 /// nobody promises to find it.
 const ENOUGH_TO_TELL: usize = 3;
+
+/// What two classes are apart in a gradient.
+const ROUNDING_ERROR: f64 = 1e-3;
 
 /// A fault this shortly before the end may not have shown yet.
 const LATE: Duration = Duration::from_secs(120);
@@ -47,6 +51,8 @@ pub(crate) struct SimWorker {
     incarnation: u32,
     /// A number that no other process of the simulation ever had.
     serial: u64,
+    /// Of its device.
+    pub class: Class,
     alive: bool,
     hung: bool,
     busy: bool,
@@ -223,12 +229,14 @@ impl Fleet {
             Command::Import { step } => {
                 let state = self.memory.join;
                 self.workers[worker].take_state(state);
+                self.forgive_overwritten(worker);
                 Report::Imported { step, digest: self.workers[worker].digest() }
             }
-            Command::Replay { step, leaf, .. } => {
-                let value = self.gradient(worker, step, leaf);
+            Command::Replay { step, leaf, against } => {
+                let value = self.gradient(worker, step, leaf)?;
                 let loss = TinyModel::loss(value).into();
-                Report::Replayed { step, leaf, digest: digest(value), loss, apart: None }
+                let apart = (against == Against::Published).then(|| self.apart(value, leaf));
+                Report::Replayed { step, leaf, digest: digest(value), loss, apart }
             }
             Command::Check { step } => {
                 Report::Checked { step, digest: self.workers[worker].digest() }
@@ -236,7 +244,7 @@ impl Fleet {
             Command::Combine { step, nodes } => self.combine(worker, step, nodes),
             Command::Apply { step } => {
                 let of = &self.workers[worker];
-                let mut state = applied(of.state.unwrap_or(0), of.sum);
+                let mut state = applied(of.state.unwrap_or(0), of.sum, of.class);
                 if self.flips(worker, Target::Update) {
                     state ^= 1 << 30;
                     self.workers[worker].tainted = true;
@@ -264,9 +272,22 @@ impl Fleet {
         })
     }
 
+    /// What flipped in a state that nobody has used since does no harm once another is there.
+    fn forgive_overwritten(&mut self, worker: usize) {
+        let of = &mut self.workers[worker];
+        of.tainted = false;
+        let serial = of.serial;
+        for struck in &mut self.struck {
+            let flip = matches!(struck.fault, SimFault::Flip(Target::Weights | Target::State));
+            if flip && struck.serial == serial && struck.noticed.is_none() {
+                struck.excused.get_or_insert("another state took its place before it was used");
+            }
+        }
+    }
+
     fn load(&mut self, worker: usize, from: Source) -> Report {
-        let mut device =
-            DeviceFacts { numeric_class: "simulated".to_owned(), ..Default::default() };
+        let numeric_class = self.workers[worker].class.name();
+        let mut device = DeviceFacts { numeric_class, ..Default::default() };
         let (mut step, mut state) = (0, Some(self.model.first()));
         match from {
             Source::Fresh => {}
@@ -293,9 +314,24 @@ impl Fleet {
         Report::Ready { step, digest, device }
     }
 
-    fn gradient(&mut self, worker: usize, step: u64, leaf: u32) -> u64 {
-        let value = self.model.gradient(step, leaf, self.workers[worker].weights);
-        if self.flips(worker, Target::Gradient) { value ^ 1 << 30 } else { value }
+    /// `None` if the device has found it wrong itself, and said so.
+    fn gradient(&mut self, worker: usize, step: u64, leaf: u32) -> Option<u64> {
+        let of = &self.workers[worker];
+        let value = self.model.gradient(step, leaf, of.weights, of.class);
+        if !self.flips(worker, Target::Gradient) {
+            return Some(value);
+        }
+        if !self.checksums {
+            return Some(value ^ 1 << 30);
+        }
+        let text = "injected: a product's checksum does not hold".to_owned();
+        let of = &mut self.workers[worker];
+        of.say(worker, Report::Failed { trouble: Trouble::Corrupt, text });
+        // The rest of the command goes with it; whether another comes is not for it to say.
+        while matches!(of.tasks.front(), Some(Task::Subtree { .. })) {
+            of.tasks.pop_front();
+        }
+        None
     }
 
     fn subtree(
@@ -310,11 +346,8 @@ impl Fleet {
         let mut losses = Vec::with_capacity(node.count as usize);
         let mut leaves = Vec::new();
         for leaf in node.first..node.first + node.count {
-            let value = self.gradient(worker, step, leaf);
-            if !self.workers[worker].alive {
-                return None;
-            }
-            sum = sum.wrapping_add(value);
+            let value = self.gradient(worker, step, leaf)?;
+            sum = plus(sum, value);
             losses.push(TinyModel::loss(value).into());
             if digests.contains(&leaf) {
                 leaves.push((leaf, digest(value)));
@@ -332,6 +365,18 @@ impl Fleet {
         let seconds = speeds.leaf.as_secs_f64() * f64::from(node.count) * factor;
         self.workers[worker].sum = sum;
         Some(Report::Computed { step, node, digest: told, leaves, losses, seconds })
+    }
+
+    /// How far a worker's gradient is from the one in the leaf's place: a little where only the
+    /// rounding differs, and far where a bit is wrong.
+    fn apart(&self, mine: u64, leaf: u32) -> Apart {
+        let theirs = self.memory.slots[leaf as usize];
+        let error: f64 = match (mine == theirs, exact(mine) == exact(theirs)) {
+            (true, _) => 0.0,
+            (_, true) => ROUNDING_ERROR,
+            (_, false) => 0.5,
+        };
+        Apart { published: digest(theirs), error: error.into(), tensor: "state".to_owned() }
     }
 
     fn combine(&mut self, worker: usize, step: u64, nodes: Arc<[Node]>) -> Report {
@@ -358,7 +403,7 @@ impl Fleet {
             return (Arc::clone(read), *sum);
         }
         let values = nodes.iter().map(|node| memory.slots[node.first as usize]);
-        let sum = values.clone().fold(0, u64::wrapping_add);
+        let sum = values.clone().fold(0, plus);
         let read: Arc<[u64]> = values.map(digest).collect();
         memory.sum = Some((memory.version, Arc::clone(nodes), Arc::clone(&read), sum));
         (read, sum)
@@ -372,20 +417,32 @@ impl Fleet {
         let waiting = self.workers[worker].flips.iter().position(|flip| flip.target == target);
         let Some(place) = waiting else { return false };
         let flip = self.workers[worker].flips.swap_remove(place);
-        if self.sound() < ENOUGH_TO_TELL {
+        if self.too_few_to_tell(worker, target) {
             self.struck[flip.struck].excused = Some("too few replicas to tell");
-            return false;
-        }
-        if target == Target::Gradient && self.checksums {
-            let text = "injected: a product's checksum does not hold".to_owned();
-            self.fail(worker, Trouble::Corrupt, text);
             return false;
         }
         true
     }
 
-    fn sound(&self) -> usize {
-        self.workers.iter().filter(|of| of.sound_state().is_some() && !of.hung).count()
+    /// Whether there are not enough to find a flip by comparison with others, where nothing else
+    /// finds it.
+    fn too_few_to_tell(&self, worker: usize, target: Target) -> bool {
+        match target {
+            Target::Gradient if self.checksums => false,
+            // Equal bits are expected within a class only.
+            Target::Sum | Target::Update => {
+                self.sound_of(Some(self.workers[worker].class)) < ENOUGH_TO_TELL
+            }
+            _ => self.sound_of(None) < ENOUGH_TO_TELL,
+        }
+    }
+
+    /// Sound replicas, of a class or of all.
+    fn sound_of(&self, class: Option<Class>) -> usize {
+        let counts = |of: &&SimWorker| {
+            class.is_none_or(|class| class == of.class) && of.sound_state().is_some() && !of.hung
+        };
+        self.workers.iter().filter(counts).count()
     }
 
     /// A fault strikes.
@@ -423,7 +480,9 @@ impl Fleet {
             _ if !of.alive => Some("no process"),
             _ if of.hung => Some("it stood still already"),
             SimFault::Flip(_) if of.state.is_none() => Some("no state yet"),
-            SimFault::Flip(_) if self.sound() < ENOUGH_TO_TELL => Some("too few replicas to tell"),
+            SimFault::Flip(target) if self.too_few_to_tell(worker, target) => {
+                Some("too few replicas to tell")
+            }
             _ => None,
         };
         let place = self.note(fault, Some(worker), excused);

@@ -14,7 +14,7 @@ mod train_tokenizer;
 
 pub use error::DataError;
 pub use import::{Flow, Import, Imported};
-pub use pack::{Batch, Cut, Dataset, Order};
+pub use pack::{Batch, Cut, Dataset, Order, WholeDocuments};
 pub use prepare::{Prepare, Prepared};
 pub use shard::{Shard, ShardWriter};
 pub use train_tokenizer::{SPECIAL_TOKENS, TrainedTokenizer, VOCABULARY_MIN, train_tokenizer};

@@ -47,6 +47,30 @@ pub struct Batch {
     pub valid: usize,
 }
 
+/// Documents that fill a batch, all equally long.
+#[derive(Clone, Copy, Debug)]
+pub struct WholeDocuments {
+    /// How many.
+    pub count: usize,
+    /// Tokens of each.
+    pub tokens: usize,
+}
+
+impl Batch {
+    /// A batch of made-up documents, to measure with: in row `n` stands `token(n)`.
+    pub fn of(documents: WholeDocuments, token: impl Fn(usize) -> i32) -> Batch {
+        let WholeDocuments { count, tokens } = documents;
+        let rows = count * tokens;
+        Batch {
+            ids: (0..rows).map(&token).collect(),
+            targets: (1..=rows).map(&token).collect(),
+            positions: (0..rows).map(|row| (row % tokens) as i32).collect(),
+            documents: (0..=rows).map(|at| (at.min(count) * tokens) as i32).collect(),
+            valid: rows,
+        }
+    }
+}
+
 impl Dataset {
     /// Opens shards made with a tokenizer of `vocabulary` ids. Patterns may hold `*` and `?`;
     /// relative ones are looked up in `base`.

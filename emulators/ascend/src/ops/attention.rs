@@ -354,8 +354,7 @@ pub fn attention(
         format!("attentionOut should be contiguous [{rows}, {heads}, {v_width}]")
     })?;
     plan.workspace(rows.max(1) * 64);
-    let slots =
-        [plan.read("query", inputs.q), plan.read("key", inputs.k), plan.read("value", inputs.v)];
+    let slots = read_inputs(plan, inputs);
     let mask = plan.read_if("attenMask", inputs.mask);
     let (peak, sum) =
         (plan.write("softmaxMax", results.peak), plan.write("softmaxSum", results.sum));
@@ -364,6 +363,11 @@ pub fn attention(
         check_mask(run, mask)?;
         forward(run, slots, [peak, sum, out], &geometry)
     })
+}
+
+/// Reads what attention and its gradient read first.
+pub fn read_inputs(plan: &mut Plan, inputs: Inputs<'_>) -> [Slot; 3] {
+    [plan.read("query", inputs.q), plan.read("key", inputs.k), plan.read("value", inputs.v)]
 }
 
 /// The compressed mask must be the upper triangle: its corners are looked at.

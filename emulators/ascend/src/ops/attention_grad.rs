@@ -8,7 +8,7 @@ use pontoon_cpu::simd::{Isa, Kernel, Simd, dispatch};
 
 use super::attention::{
     Attributes, Geometry, Hands, Inputs, KEY_TILE, QUERY_ROWS, Rows, Small, check_mask, first_seen,
-    geometry, with_hands,
+    geometry, read_inputs, with_hands,
 };
 use super::product::Rounded;
 use super::strided::{load_floats, store_floats};
@@ -70,13 +70,8 @@ pub fn attention_grad(
         })?;
     }
     plan.workspace(rows.max(1) * 64);
-    let inputs_read = [
-        plan.read("query", inputs.q),
-        plan.read("key", inputs.k),
-        plan.read("value", inputs.v),
-        plan.read("dy", kept.dy),
-        plan.read("attentionIn", kept.out),
-    ];
+    let [q, k, v] = read_inputs(plan, inputs);
+    let inputs_read = [q, k, v, plan.read("dy", kept.dy), plan.read("attentionIn", kept.out)];
     // The order of the interface counts for addresses, not the order of reading.
     let mask = plan.read_if("attenMask", inputs.mask);
     let softmax = [plan.read("softmaxMax", kept.peak), plan.read("softmaxSum", kept.sum)];

@@ -5,6 +5,7 @@
 //! one of the inputs, because a chunk is read before it is written.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use half::{bf16, f16};
 use pontoon_cpu::simd::{Element, Isa, Kernel, Simd, dispatch};
@@ -336,6 +337,27 @@ impl<T: Element> Kernel for Narrow<'_, T> {
     }
 }
 
+/// Reads each element as its own type and converts it.
+macro_rules! load_as {
+    (($from:ident, $at:ident, $step:ident, $to:ident) $type:ty, $value:ident => $convert:expr) => {
+        for (index, to) in $to.iter_mut().enumerate() {
+            let mut raw = [<$type as bytemuck::Zeroable>::zeroed()];
+            $from.load($at + index * $step, &mut raw);
+            let [$value] = raw;
+            *to = $convert;
+        }
+    };
+}
+
+/// Converts each number to the elements' type and writes it.
+macro_rules! store_as {
+    (($from:ident, $at:ident, $step:ident, $to:ident) $value:ident => $convert:expr) => {
+        for (index, &$value) in $from.iter().enumerate() {
+            $to.store($at + index * $step, &[$convert]);
+        }
+    };
+}
+
 /// Narrow elements converted at a time; room for one head, so that clearing it costs little.
 const RAW: usize = 256;
 
@@ -373,29 +395,21 @@ pub fn load_floats(isa: Isa, from: &Bound, at: usize, step: usize, to: &mut [f32
 }
 
 fn load_each(from: &Bound, at: usize, step: usize, to: &mut [f32]) {
-    macro_rules! each {
-        ($type:ty, $value:ident => $convert:expr) => {
-            for (index, to) in to.iter_mut().enumerate() {
-                let mut raw = [<$type as bytemuck::Zeroable>::zeroed()];
-                from.load(at + index * step, &mut raw);
-                let [$value] = raw;
-                *to = $convert;
-            }
-        };
-    }
     match from.dtype() {
-        DataType::F32 => each!(f32, v => v),
-        DataType::Bf16 => each!(bf16, v => bf16::to_f32(v)),
-        DataType::F16 => each!(f16, v => f16::to_f32(v)),
-        DataType::F64 => each!(f64, v => v as f32),
-        DataType::I8 => each!(i8, v => f32::from(v)),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, v => f32::from(v)),
-        DataType::Bool => each!(u8, v => f32::from(u8::from(v != 0))),
-        DataType::I16 => each!(i16, v => f32::from(v)),
-        DataType::I32 => each!(i32, v => v as f32),
-        DataType::U32 => each!(u32, v => v as f32),
-        DataType::I64 => each!(i64, v => v as f32),
-        DataType::U64 => each!(u64, v => v as f32),
+        DataType::F32 => load_as!((from, at, step, to) f32, v => v),
+        DataType::Bf16 => load_as!((from, at, step, to) bf16, v => bf16::to_f32(v)),
+        DataType::F16 => load_as!((from, at, step, to) f16, v => f16::to_f32(v)),
+        DataType::F64 => load_as!((from, at, step, to) f64, v => v as f32),
+        DataType::I8 => load_as!((from, at, step, to) i8, v => f32::from(v)),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => {
+            load_as!((from, at, step, to) u8, v => f32::from(v))
+        }
+        DataType::Bool => load_as!((from, at, step, to) u8, v => f32::from(u8::from(v != 0))),
+        DataType::I16 => load_as!((from, at, step, to) i16, v => f32::from(v)),
+        DataType::I32 => load_as!((from, at, step, to) i32, v => v as f32),
+        DataType::U32 => load_as!((from, at, step, to) u32, v => v as f32),
+        DataType::I64 => load_as!((from, at, step, to) i64, v => v as f32),
+        DataType::U64 => load_as!((from, at, step, to) u64, v => v as f32),
     }
 }
 
@@ -418,120 +432,97 @@ pub fn store_floats(
 }
 
 fn store_each(to: &Bound, at: usize, step: usize, from: &[f32], cut: bool) {
-    macro_rules! each {
-        ($value:ident => $convert:expr) => {
-            for (index, &$value) in from.iter().enumerate() {
-                to.store(at + index * step, &[$convert]);
-            }
-        };
-    }
     match to.dtype() {
-        DataType::F32 => each!(v => v),
-        DataType::Bf16 if cut => each!(v => bf16::from_bits((v.to_bits() >> 16) as u16)),
-        DataType::Bf16 => each!(v => bf16::from_f32(v)),
-        DataType::F16 => each!(v => f16::from_f32(v)),
-        DataType::F64 => each!(v => f64::from(v)),
-        DataType::I8 => each!(v => v as i8),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(v => v as u8),
-        DataType::Bool => each!(v => u8::from(v != 0.0)),
-        DataType::I16 => each!(v => v as i16),
-        DataType::I32 => each!(v => v as i32),
-        DataType::U32 => each!(v => v as u32),
-        DataType::I64 => each!(v => v as i64),
-        DataType::U64 => each!(v => v as u64),
+        DataType::F32 => store_as!((from, at, step, to) v => v),
+        DataType::Bf16 if cut => {
+            store_as!((from, at, step, to) v => bf16::from_bits((v.to_bits() >> 16) as u16))
+        }
+        DataType::Bf16 => store_as!((from, at, step, to) v => bf16::from_f32(v)),
+        DataType::F16 => store_as!((from, at, step, to) v => f16::from_f32(v)),
+        DataType::F64 => store_as!((from, at, step, to) v => f64::from(v)),
+        DataType::I8 => store_as!((from, at, step, to) v => v as i8),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => {
+            store_as!((from, at, step, to) v => v as u8)
+        }
+        DataType::Bool => store_as!((from, at, step, to) v => u8::from(v != 0.0)),
+        DataType::I16 => store_as!((from, at, step, to) v => v as i16),
+        DataType::I32 => store_as!((from, at, step, to) v => v as i32),
+        DataType::U32 => store_as!((from, at, step, to) v => v as u32),
+        DataType::I64 => store_as!((from, at, step, to) v => v as i64),
+        DataType::U64 => store_as!((from, at, step, to) v => v as u64),
     }
 }
 
 /// Reads elements `at`, `at + step`, ... of an operand as integers.
 pub fn load_integers(from: &Bound, at: usize, step: usize, to: &mut [i64]) {
-    macro_rules! each {
-        ($type:ty, $value:ident => $convert:expr) => {
-            for (index, to) in to.iter_mut().enumerate() {
-                let mut raw = [<$type as bytemuck::Zeroable>::zeroed()];
-                from.load(at + index * step, &mut raw);
-                let [$value] = raw;
-                *to = $convert;
-            }
-        };
-    }
     match from.dtype() {
-        DataType::F32 => each!(f32, v => v as i64),
-        DataType::Bf16 => each!(bf16, v => v.to_f32() as i64),
-        DataType::F16 => each!(f16, v => v.to_f32() as i64),
-        DataType::F64 => each!(f64, v => v as i64),
-        DataType::I8 => each!(i8, v => i64::from(v)),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(u8, v => i64::from(v)),
-        DataType::Bool => each!(u8, v => i64::from(v != 0)),
-        DataType::I16 => each!(i16, v => i64::from(v)),
-        DataType::I32 => each!(i32, v => i64::from(v)),
-        DataType::U32 => each!(u32, v => i64::from(v)),
-        DataType::I64 => each!(i64, v => v),
-        DataType::U64 => each!(u64, v => v as i64),
+        DataType::F32 => load_as!((from, at, step, to) f32, v => v as i64),
+        DataType::Bf16 => load_as!((from, at, step, to) bf16, v => v.to_f32() as i64),
+        DataType::F16 => load_as!((from, at, step, to) f16, v => v.to_f32() as i64),
+        DataType::F64 => load_as!((from, at, step, to) f64, v => v as i64),
+        DataType::I8 => load_as!((from, at, step, to) i8, v => i64::from(v)),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => {
+            load_as!((from, at, step, to) u8, v => i64::from(v))
+        }
+        DataType::Bool => load_as!((from, at, step, to) u8, v => i64::from(v != 0)),
+        DataType::I16 => load_as!((from, at, step, to) i16, v => i64::from(v)),
+        DataType::I32 => load_as!((from, at, step, to) i32, v => i64::from(v)),
+        DataType::U32 => load_as!((from, at, step, to) u32, v => i64::from(v)),
+        DataType::I64 => load_as!((from, at, step, to) i64, v => v),
+        DataType::U64 => load_as!((from, at, step, to) u64, v => v as i64),
     }
 }
 
 /// Writes integers to elements `at`, `at + step`, ... of an operand.
 pub fn store_integers(to: &Bound, at: usize, step: usize, from: &[i64]) {
-    macro_rules! each {
-        ($value:ident => $convert:expr) => {
-            for (index, &$value) in from.iter().enumerate() {
-                to.store(at + index * step, &[$convert]);
-            }
-        };
-    }
     match to.dtype() {
-        DataType::F32 => each!(v => v as f32),
-        DataType::Bf16 => each!(v => bf16::from_f32(v as f32)),
-        DataType::F16 => each!(v => f16::from_f32(v as f32)),
-        DataType::F64 => each!(v => v as f64),
-        DataType::I8 => each!(v => v as i8),
-        DataType::U8 | DataType::F8e4m3 | DataType::I4 => each!(v => v as u8),
-        DataType::Bool => each!(v => u8::from(v != 0)),
-        DataType::I16 => each!(v => v as i16),
-        DataType::I32 => each!(v => v as i32),
-        DataType::U32 => each!(v => v as u32),
-        DataType::I64 => each!(v => v),
-        DataType::U64 => each!(v => v as u64),
+        DataType::F32 => store_as!((from, at, step, to) v => v as f32),
+        DataType::Bf16 => store_as!((from, at, step, to) v => bf16::from_f32(v as f32)),
+        DataType::F16 => store_as!((from, at, step, to) v => f16::from_f32(v as f32)),
+        DataType::F64 => store_as!((from, at, step, to) v => v as f64),
+        DataType::I8 => store_as!((from, at, step, to) v => v as i8),
+        DataType::U8 | DataType::F8e4m3 | DataType::I4 => {
+            store_as!((from, at, step, to) v => v as u8)
+        }
+        DataType::Bool => store_as!((from, at, step, to) v => u8::from(v != 0)),
+        DataType::I16 => store_as!((from, at, step, to) v => v as i16),
+        DataType::I32 => store_as!((from, at, step, to) v => v as i32),
+        DataType::U32 => store_as!((from, at, step, to) v => v as u32),
+        DataType::I64 => store_as!((from, at, step, to) v => v),
+        DataType::U64 => store_as!((from, at, step, to) v => v as u64),
     }
 }
 
-fn own_space(bound: &Bound) -> Space<1> {
+/// Walks over an operand in row-major order: where each row begins, its step, and which elements
+/// it holds.
+fn rows_of(bound: &Bound, elements: usize, mut row: impl FnMut(usize, usize, Range<usize>)) {
     let tensor = &bound.tensor;
-    Space::new(&tensor.shape, [(&tensor.shape, &tensor.strides)]).expect("a view fits itself")
+    let space = Space::new(&tensor.shape, [(&tensor.shape, &tensor.strides)]);
+    let space: Space<1> = space.expect("a view fits itself");
+    let ([step], inner) = (space.inner_steps(), space.inner());
+    for (index, from) in (0..elements).step_by(inner).enumerate() {
+        row(space.row(index)[0], step, from..elements.min(from + inner));
+    }
 }
 
 /// All elements in row-major order, as f32.
 pub fn gather_floats(isa: Isa, from: &Bound, to: &mut [f32]) {
-    let space = own_space(from);
-    let [step] = space.inner_steps();
-    for (row, to) in to.chunks_mut(space.inner()).enumerate() {
-        load_floats(isa, from, space.row(row)[0], step, to);
-    }
+    rows_of(from, to.len(), |at, step, part| load_floats(isa, from, at, step, &mut to[part]));
 }
 
 /// All elements in row-major order, as integers.
 pub fn gather_integers(from: &Bound, to: &mut [i64]) {
-    let space = own_space(from);
-    let [step] = space.inner_steps();
-    for (row, to) in to.chunks_mut(space.inner()).enumerate() {
-        load_integers(from, space.row(row)[0], step, to);
-    }
+    rows_of(from, to.len(), |at, step, part| load_integers(from, at, step, &mut to[part]));
 }
 
 /// Rounds numbers in row-major order into an operand.
 pub fn scatter_floats(isa: Isa, to: &Bound, from: &[f32], rounding: Rounding) {
-    let space = own_space(to);
-    let [step] = space.inner_steps();
-    for (row, from) in from.chunks(space.inner()).enumerate() {
-        store_floats(isa, to, space.row(row)[0], step, from, rounding);
-    }
+    rows_of(to, from.len(), |at, step, part| {
+        store_floats(isa, to, at, step, &from[part], rounding);
+    });
 }
 
 /// Puts integers in row-major order into an operand.
 pub fn scatter_integers(to: &Bound, from: &[i64]) {
-    let space = own_space(to);
-    let [step] = space.inner_steps();
-    for (row, from) in from.chunks(space.inner()).enumerate() {
-        store_integers(to, space.row(row)[0], step, from);
-    }
+    rows_of(to, from.len(), |at, step, part| store_integers(to, at, step, &from[part]));
 }

@@ -10,7 +10,7 @@ use pontoon_program::{Program, Recompute};
 use pontoon_qualify::forecast::{Forecast, Question, Soaked, forecast};
 use pontoon_qualify::speed::Speed;
 use pontoon_qualify::stress::Stability;
-use pontoon_train::data::Batch;
+use pontoon_train::data::{Batch, WholeDocuments};
 use pontoon_train::{RunConfig, TrainingState};
 
 use super::Arguments;
@@ -91,14 +91,7 @@ impl Asked {
         let mut state = TrainingState::load(backend, &self.model, &config, &weights)?;
         let rows = count * sequence;
         let token = |row: usize| (row * 31 % self.model.config.vocab_size) as i32;
-        let start = |at: usize| (at.min(count) * sequence) as i32;
-        let batch = Batch {
-            ids: (0..rows).map(token).collect(),
-            targets: (0..rows).map(|row| token(row + 1)).collect(),
-            positions: (0..rows).map(|row| (row % sequence) as i32).collect(),
-            documents: (0..=rows).map(start).collect(),
-            valid: rows,
-        };
+        let batch = Batch::of(WholeDocuments { count, tokens: sequence }, token);
         let mut best = f64::INFINITY;
         for step in 1..=3 {
             let started = Instant::now();
