@@ -75,6 +75,7 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
             Layout::Nt => ((m, k), (n, k)),
             Layout::Nn => ((m, k), (k, n)),
             Layout::Tn => ((k, m), (k, n)),
+            Layout::Panels => unreachable!("cases are in rows; `tests/prepack.rs` has panels"),
         };
         let (a_stride, b_stride) = (a.1 + random.below(4), b.1 + random.below(4));
         let c_stride = n + random.below(4);
@@ -129,12 +130,18 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
         }
     }
 
-    fn operands(&self, row: usize, column: usize, k: usize) -> (f32, f32) {
-        let (a, b) = match self.layout {
+    /// Where the factors of one addend stand in A and B.
+    fn places(&self, row: usize, column: usize, k: usize) -> (usize, usize) {
+        match self.layout {
             Layout::Nt => (row * self.a_stride + k, column * self.b_stride + k),
             Layout::Nn => (row * self.a_stride + k, k * self.b_stride + column),
             Layout::Tn => (k * self.a_stride + row, k * self.b_stride + column),
-        };
+            Layout::Panels => unreachable!("cases are in rows; `tests/prepack.rs` has panels"),
+        }
+    }
+
+    fn operands(&self, row: usize, column: usize, k: usize) -> (f32, f32) {
+        let (a, b) = self.places(row, column, k);
         (self.a[a].to_f32(), self.b[b].to_f32())
     }
 
@@ -334,11 +341,7 @@ fn nan_and_infinity_reach_exactly_their_row_and_column() {
         for (layout, m) in LAYOUTS.map(|layout| (layout, 20)).into_iter().chain([(Layout::Nt, 5)]) {
             let mut case = Case::<bf16, bf16>::random(&mut random, layout, (m, 40, 19));
             // Last unit of row 2 of A and of column 7 of B, so that padding would show.
-            let (a, b) = match layout {
-                Layout::Nt => (2 * case.a_stride + 18, 7 * case.b_stride + 18),
-                Layout::Nn => (2 * case.a_stride + 18, 18 * case.b_stride + 7),
-                Layout::Tn => (18 * case.a_stride + 2, 18 * case.b_stride + 7),
-            };
+            let (a, b) = case.places(2, 7, 18);
             case.a[a] = bf16::NAN;
             case.b[b] = bf16::INFINITY;
             let c = case.run(&pool, isa);
