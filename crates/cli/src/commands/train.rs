@@ -213,10 +213,10 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
 fn tolerance(run: &Run<'_>) -> Result<Tolerance> {
     let model = pontoon_train::model_of(&run.config, &run.base)?;
     let limits = Limits::of(&sizes(&model, run.config.train.dtype.dtype(), 1), 1.0);
-    let (gradient, drift) = (limits.gradient_error, limits.loss_drift);
+    let gradient = limits.gradient_error;
     // A loss is rounded on the way through the layers once, a gradient twice; but where nearly
     // all is learnt, a few rows decide both.
-    Ok(Tolerance { gradient, loss: gradient, drift })
+    Ok(Tolerance { gradient, loss: gradient })
 }
 
 /// The settings' file and the run folder.

@@ -32,9 +32,6 @@ pub struct Tolerance {
     pub gradient: f64,
     /// The relative difference of a micro-batch's loss.
     pub loss: f64,
-    /// What the relative difference of a run's loss may grow by in each step after it went to
-    /// another class.
-    pub drift: f64,
 }
 
 impl Supervisor {
