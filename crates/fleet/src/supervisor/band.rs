@@ -25,7 +25,7 @@ const DEVIATIONS: f64 = 4.0;
 /// one's.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Band {
-    /// What two classes may make of one micro-batch's loss: the gate's limit.
+    /// What rounding alone may do to a loss.
     pub rounding: f64,
     /// The standard deviation of a step's loss around the line through its neighbours, over the
     /// last steps before the move, as a share of their mean.

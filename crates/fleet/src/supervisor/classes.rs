@@ -32,6 +32,8 @@ pub struct Tolerance {
     pub gradient: f64,
     /// The relative difference of a micro-batch's loss.
     pub loss: f64,
+    /// What rounding alone may do to a mean of losses: as much as to one, without what evens out.
+    pub curve: f64,
 }
 
 impl Supervisor {

@@ -486,7 +486,7 @@ impl Supervisor {
         let moving = self.moving.take()?;
         let mut certificate = moving.certificate.clone()?;
         certificate.step = self.step;
-        certificate.band = self.ledger.band(certificate.limits.loss);
+        certificate.band = self.ledger.band(certificate.limits.curve);
         let pause = self.now.saturating_sub(self.round.begun);
         certificate.pause_ms = pause.as_millis() as u64;
         for worker in 0..self.workers.len() {
