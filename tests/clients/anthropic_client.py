@@ -43,6 +43,18 @@ calling = {"max_tokens": 400, "tools": [tool], "tool_choice": {"type": "any"}, *
 called = client.messages.create(**calling)
 block = [block for block in called.content if block.type == "tool_use"][0]
 assert called.stop_reason == "tool_use" and 0 <= block.input["answer"] <= 99, called
+# The grammar lets the model write two calls, which it would not do by itself.
+written = r'<tool_call>\{"name": "add", "arguments": \{"answer": [0-9]\}\}</tool_call>'
+single = client.messages.create(
+    model=model,
+    messages=messages,
+    max_tokens=400,
+    tools=[tool],
+    tool_choice={"type": "auto", "disable_parallel_tool_use": True},
+    extra_body={"guided_regex": f"({written}){{2}}"},
+)
+assert [part.type for part in single.content].count("tool_use") == 1, single
+assert single.stop_reason == "tool_use", single
 kinds, pieces = [], []
 with client.messages.stream(**calling) as stream:
     for event in stream:

@@ -114,6 +114,15 @@ def tools():
         {"role": "tool", "tool_call_id": call.id, "content": "2"},
     ]
     client.chat.completions.create(model=model, messages=history, tools=[tool], max_tokens=2)
+    # The grammar lets the model write two calls, which it would not do by itself.
+    written = r'<tool_call>\{"name": "add", "arguments": \{"answer": [0-9]\}\}</tool_call>'
+    free = {"tools": [tool], "max_tokens": 400, "seed": 3}
+    free["extra_body"] = {"guided_regex": f"({written}){{2}}"}
+    assert len(chat(**free).choices[0].message.tool_calls) == 2
+    single = chat(parallel_tool_calls=False, **free).choices[0]
+    assert len(single.message.tool_calls) == 1 and single.finish_reason == "tool_calls", single
+    _, _, calls, finish, _ = streamed(parallel_tool_calls=False, **free)
+    assert list(calls) == [0] and finish == "tool_calls", calls
 
 
 def completions():
@@ -123,6 +132,12 @@ def completions():
     logprobs = scored.choices[0].logprobs
     assert len(logprobs.token_logprobs) == 3 and logprobs.token_logprobs[0] is None
     assert len(logprobs.top_logprobs[1]) in (1, 2)
+    scores = client.completions.create(
+        model=model, prompt=[5, 6, 7], max_tokens=1, extra_body={"prompt_logprobs": 1}
+    )
+    first, second, third = scores.choices[0].prompt_logprobs
+    assert first is None and second["6"]["logprob"] == logprobs.token_logprobs[1]
+    assert third["7"]["rank"] >= 1 and third["7"]["decoded_token"]
     two = client.completions.create(model=model, prompt=["one", "two"], max_tokens=3, n=2, seed=1)
     assert len(two.choices) == 4 and two.usage.completion_tokens <= 12
     pieces = client.completions.create(

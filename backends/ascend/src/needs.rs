@@ -38,6 +38,7 @@ AddRmsNormBwd: RmsNormGrad Add Cast InplaceCopy
 Matmul: Matmul Add InplaceCopy InplaceZero
 MatmulQuant: Cast IndexSelect Mul Matmul Add InplaceCopy
 GroupedMatmul: GroupedMatmulV4 GroupedMatmulAdd Cast Add InplaceCopy InplaceZero
+GroupedMatmulQuant: Cast IndexSelect Mul GroupedMatmulV4 InplaceCopy
 Rope: IndexSelect Mul Sub Add LtScalar GeScalar LogicalOr SWhere InplaceMaskedFillScalar
 Attention: FlashAttentionVarLenScore Log Add InplaceCopy InplaceZero
 AttentionBwd: FlashAttentionUnpaddingScoreGrad InplaceFillScalar InplaceCopy InplaceZero
@@ -217,7 +218,8 @@ mod tests {
     fn a_newer_version_stands_for_the_listed_one() {
         assert!(waived(&|operator| operator != GroupedMatmulV4, 1).is_empty());
         let neither = waived(&|o| ![GroupedMatmulV4, GroupedMatmulV5].contains(&o), 1);
-        assert_eq!(neither.keys().collect::<Vec<_>>(), [&OpName::GroupedMatmul]);
+        let grouped = [&OpName::GroupedMatmul, &OpName::GroupedMatmulQuant];
+        assert_eq!(neither.keys().collect::<Vec<_>>(), grouped);
     }
 
     #[test]

@@ -41,6 +41,7 @@ pub fn run(core: &mut Core, op: &Op) -> Done {
         Op::Matmul(op) => linear::matmul(core, op),
         Op::MatmulQuant(op) => linear::matmul_quant(core, op),
         Op::GroupedMatmul(op) => linear::grouped_matmul(core, op),
+        Op::GroupedMatmulQuant(op) => linear::grouped_matmul_quant(core, op),
         Op::Rope(op) => attention::rope(core, op),
         Op::Attention(op) => attention::attention(core, op),
         Op::AttentionBwd(op) => attention::attention_bwd(core, op),

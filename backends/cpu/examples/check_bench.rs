@@ -33,7 +33,7 @@ fn main() {
         let mut c16 = vec![bf16::ZERO; m * n];
         let mut c32 = vec![0.0_f32; m * n];
         let (a_stride, b_stride) = match layout {
-            Layout::Nt => (k, k),
+            Layout::Nt | Layout::Panels => (k, k),
             Layout::Nn => (k, n),
             Layout::Tn => (m, n),
         };

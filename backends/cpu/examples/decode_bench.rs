@@ -1,10 +1,9 @@
-//! Prints the speed of a decode step of a small model as a list of operations, against
-//! memory bandwidth, with weights in rows and in panels in turn, and the time of each kind of
-//! operation.
+//! Prints the speed of a decode step of a small model as a list of operations, against memory
+//! bandwidth, with weights in rows and in panels in turn, and the time of each kind of operation.
 //!
-//! Run with `cargo run --release -p pontoon-cpu --example decode_bench [-- FORMAT SEQUENCES
-//! CONTEXT SIZE]`, FORMAT one of bf16, f32, int8, int4, SIZE one of 30m, 0.5b. `pontoon bench decode` measures the whole
-//! engine; this builds in seconds. Results are not checked here.
+//! Run with `cargo run --release -p pontoon-cpu --example decode_bench [-- FORMAT SEQUENCES CONTEXT
+//! SIZE]`, FORMAT one of bf16, f32, int8, int4, SIZE one of 30m, 0.5b. `pontoon bench decode`
+//! measures the whole engine; this builds in seconds. Results are not checked here.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -56,7 +56,7 @@ impl Bench {
 
     fn gemm(&mut self, kind: PeakType, layout: Layout, (m, n, k): Shape) -> f64 {
         let (a_stride, b_stride) = match layout {
-            Layout::Nt => (k, k),
+            Layout::Nt | Layout::Panels => (k, k),
             Layout::Nn => (k, n),
             Layout::Tn => (m, n),
         };
@@ -134,6 +134,7 @@ impl Bench {
                     weight: &here[..n * row_bytes],
                     scales: bytemuck::cast_slice(&here[n * row_bytes..][..scale_bytes]),
                     block,
+                    panels: false,
                     bias: None,
                     c: MatrixMut { data: DataMut::Bf16(&mut c), row_stride: n },
                 };

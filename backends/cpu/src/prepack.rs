@@ -30,7 +30,8 @@ pub(crate) fn reads_panels(op: &Op) -> &'static [&'static str] {
     }
 }
 
-/// Puts an operation's matrix into panels, with its scales if it is quantised, where that is of use.
+/// Puts an operation's matrix into panels, with its scales if it is quantised, where that is of
+/// use.
 pub(crate) fn prepack(
     (pool, isa): (&Pool, Isa),
     buffers: &mut Buffers,

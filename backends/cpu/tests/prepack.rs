@@ -1,6 +1,8 @@
 //! Matrices that are kept in panels give the bits they give in rows, to every operation, and read
 //! back as they were written.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
+
 use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_ops::{

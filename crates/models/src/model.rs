@@ -119,8 +119,8 @@ impl Model {
         Model::stored(config, WeightFormat::Float, ExtraLayer::Absent)
     }
 
-    /// The same with matrices stored in this format. What is not multiplied by a whole matrix
-    /// stays float: the embedding, norms, biases, routers and routed experts.
+    /// The same with matrices stored in this format, routed experts included. The embedding, norms,
+    /// biases and routers stay float.
     pub fn stored(
         config: ModelConfig,
         format: WeightFormat,

@@ -2,7 +2,7 @@
 //!
 //! Rounds each group by itself to the nearest integers; needs no sample of text. Where integers
 //! lie is decided in `pontoon_program`'s parameter table, how they are multiplied in the waist's
-//! `MatmulQuant`. Read next: `upload.rs`.
+//! `MatmulQuant` and `GroupedMatmulQuant`. Read next: `upload.rs`.
 
 use pontoon_ops::DType;
 use pontoon_program::{Class, ParameterSpec, Storage};
@@ -33,7 +33,9 @@ impl WeightFormat {
             Class::Embedding => !spec.name.ends_with("embed_tokens.weight"),
             Class::Vector | Class::Frozen => false,
         };
-        let &[_, width] = spec.shape.as_slice() else { return Storage::Float };
+        let (Some(&width), true) = (spec.shape.last(), spec.shape.len() > 1) else {
+            return Storage::Float;
+        };
         match self {
             // Half bytes fill whole bytes only in rows of even width.
             WeightFormat::Int4 if multiplied && width % 2 == 0 => {

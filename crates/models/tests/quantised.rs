@@ -3,15 +3,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers may fail loudly too")]
 
-use std::path::Path;
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_models::{
     Completion, ExtraLayer, Generator, GeneratorOptions, HostTensors, Model, ModelConfig,
-    PromptLogprobs, SamplingSettings, TensorSource, WeightFormat, Weights, preset,
+    ModelError, PromptLogprobs, SamplingSettings, TensorRows, TensorSource, WeightFormat, Weights,
+    preset,
 };
-use pontoon_ops::DType;
-use pontoon_program::Memory;
+use pontoon_ops::{Backend, DType};
+use pontoon_program::{INTEGERS, Memory, SCALES, Storage};
 
 /// Every kind of attention and feed-forward layer, with a tied and an own head and with biases;
 /// widths from 28 to 128, so with whole groups and cut off ones.
@@ -25,8 +28,7 @@ struct Device {
 
 impl Device {
     fn open(case: &str, format: WeightFormat, threads: usize, together: usize) -> Device {
-        let folder =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/data").join(case);
+        let folder = golden(case);
         let (config, source): (ModelConfig, Box<dyn TensorSource>) = if folder.is_dir() {
             let weights = Weights::open(&folder).unwrap();
             (ModelConfig::from_folder(&folder).unwrap(), Box::new(weights))
@@ -58,6 +60,60 @@ impl Device {
 
     fn score(&mut self, tokens: &[u32]) -> Vec<f32> {
         self.generator.score(&mut self.backend, tokens).unwrap()
+    }
+}
+
+fn golden(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/data").join(case)
+}
+
+/// A model's tensors as a device holds them: what is stored as integers, times its scales.
+struct Dequantised {
+    tensors: HashMap<String, Vec<f32>>,
+    rest: Weights,
+}
+
+impl Dequantised {
+    fn read(model: &Model, backend: &mut CpuBackend, memory: &Memory, rest: Weights) -> Self {
+        let mut bytes = |name: &str, at: usize, count: usize| {
+            let mut bytes = vec![0; count];
+            backend.download(memory.get(name).unwrap().0, at, &mut bytes).unwrap();
+            bytes
+        };
+        let mut tensors = HashMap::new();
+        for slice in model.table.tensors() {
+            let Storage::Integers { dtype, group } = slice.storage else { continue };
+            let width = slice.shape[1];
+            let packed = bytes(INTEGERS, slice.element_offset, dtype.bytes(slice.elements()));
+            let blocks = width.div_ceil(group);
+            let scales = bytes(SCALES, 4 * slice.scale_offset, 4 * slice.shape[0] * blocks);
+            let scales: Vec<f32> = scales
+                .chunks_exact(4)
+                .map(|four| f32::from_le_bytes(four.try_into().unwrap()))
+                .collect();
+            let value = |at: usize| {
+                let integer = match dtype {
+                    DType::I4 if at.is_multiple_of(2) => (packed[at / 2] << 4) as i8 >> 4,
+                    DType::I4 => packed[at / 2] as i8 >> 4,
+                    _ => packed[at] as i8,
+                };
+                f32::from(integer) * scales[at / width * blocks + at % width / group]
+            };
+            tensors.insert(slice.name.clone(), (0..slice.elements()).map(value).collect());
+        }
+        Dequantised { tensors, rest }
+    }
+}
+
+impl TensorSource for Dequantised {
+    fn rows(&self, rows: &TensorRows<'_>) -> Result<Cow<'_, [f32]>, ModelError> {
+        let Some(values) = self.tensors.get(rows.name) else { return self.rest.rows(rows) };
+        let width = rows.shape[1];
+        Ok(Cow::Borrowed(&values[rows.first * width..][..rows.count * width]))
+    }
+
+    fn bf16_bytes(&self, _name: &str, _shape: &[usize]) -> Result<Option<&[u8]>, ModelError> {
+        Ok(None)
     }
 }
 
@@ -95,6 +151,44 @@ fn quantised_models_score_nearly_as_the_model_they_stand_for() {
             let pairs = got.iter().zip(&want);
             let mean = pairs.map(|(a, b)| (a - b).abs()).sum::<f32>() / want.len() as f32;
             assert!(mean < limit, "{case} {format:?}: off by {mean} a token");
+        }
+    }
+}
+
+#[test]
+fn mixtures_compute_as_the_float_engine_does_with_the_dequantised_weights() {
+    for case in ["qwen3_moe", "deepseek_v3"] {
+        let config = ModelConfig::from_folder(&golden(case)).unwrap();
+        let float = Model::new(config.clone()).unwrap();
+        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+            let stored = Model::stored(config.clone(), format, ExtraLayer::Absent).unwrap();
+            let experts = |model: &Model, kind: fn(&Storage) -> bool| {
+                let all = model.table.parameters().iter();
+                let experts = all.filter(|one| one.spec.name.contains(".experts.{}."));
+                experts.filter(|one| kind(&one.spec.storage)).count()
+            };
+            assert_eq!(experts(&stored, |storage| *storage == Storage::Float), 0, "{case}");
+            assert!(experts(&float, |storage| *storage == Storage::Float) > 0, "{case}");
+            let floats_left = stored.table.trainable_elements() as f64;
+            assert!(floats_left < 0.5 * float.table.trainable_elements() as f64, "{case}");
+            let mut backend = CpuBackend::new(CpuOptions::default()).unwrap();
+            let options = GeneratorOptions::new(DType::F32, 48, 1);
+            let mut memory = Memory::new();
+            let weights = Weights::open(&golden(case)).unwrap();
+            stored.upload(&weights, &mut backend, &mut memory, DType::F32).unwrap();
+            let dequantised = Dequantised::read(&stored, &mut backend, &memory, weights);
+            let mut generator =
+                Generator::new(&mut backend, &mut memory, &stored, options).unwrap();
+            let text = prompts(config.vocab_size).remove(4);
+            let got = generator.score(&mut backend, &text).unwrap();
+            let (mut backend, mut memory) =
+                (CpuBackend::new(CpuOptions::default()).unwrap(), Memory::new());
+            float.upload(&dequantised, &mut backend, &mut memory, DType::F32).unwrap();
+            let mut generator = Generator::new(&mut backend, &mut memory, &float, options).unwrap();
+            let want = generator.score(&mut backend, &text).unwrap();
+            for (got, want) in got.iter().zip(&want) {
+                assert!((got - want).abs() < 2e-4, "{case} {format:?}: {got} for {want}");
+            }
         }
     }
 }

@@ -118,10 +118,9 @@ pub trait Backend: Send {
         sums::launch_in_passes(self, op, ask)
     }
 
-    /// Says that `op` will be launched many times while its matrix stays as it is: the right operand
-    /// of a product, or the matrix of a head. A device may then keep that matrix in the order that
-    /// its kernels like best. Nothing else changes: every operation, upload and download sees the
-    /// matrix as it was.
+    /// Says that `op` will be launched many times while its matrix ([`Op::matrix`]) stays as it is.
+    /// A device may then keep that matrix in the order that its kernels like best. Nothing else
+    /// changes: every operation, upload and download sees the matrix as it was.
     fn prepack(&mut self, _op: &Op) -> Result<(), DeviceError> {
         Ok(())
     }

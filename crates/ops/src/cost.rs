@@ -50,6 +50,7 @@ fn matrix_flops(op: &Op) -> f64 {
             product(m, n, k)
         }
         Op::MatmulQuant(op) => product(op.x.dim(0), op.weight.dim(0), op.x.dim(1)),
+        Op::GroupedMatmulQuant(op) => product(op.x.dim(0), op.weight.dim(1), op.x.dim(1)),
         Op::GroupedMatmul(op) => {
             let columns = op.c.dim(op.c.shape.rank() - 1);
             product(op.a.dim(0), columns, op.a.dim(1))

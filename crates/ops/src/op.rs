@@ -200,6 +200,7 @@ list!(
     Matmul,
     MatmulQuant,
     GroupedMatmul,
+    GroupedMatmulQuant,
     Rope,
     Attention,
     AttentionBwd,

@@ -54,7 +54,10 @@ pub const fn tolerance(op: OpName) -> Tolerance {
         OpName::AddRmsNorm => row(1.1, 0.0, 64.0),
         OpName::RmsNormBwd | OpName::AddRmsNormBwd => row(0.6, 0.0, 128.0),
         // A chain over k: the error grows at most linearly in k, in practice as its root.
-        OpName::Matmul | OpName::GroupedMatmul | OpName::MatmulQuant => row(0.51, 0.0, 64.0),
+        OpName::Matmul
+        | OpName::GroupedMatmul
+        | OpName::MatmulQuant
+        | OpName::GroupedMatmulQuant => row(0.51, 0.0, 64.0),
         OpName::Rope => row(0.51, 0.0, 4.0),
         // Probabilities (and ds) may be rounded to the dtype before they meet a product.
         OpName::Attention | OpName::PagedAttention => row(0.6, 0.6, 64.0),

@@ -243,6 +243,12 @@ impl<'a> Builder<'a> {
     /// One product per expert: x [rows, d], weight [experts, n, d] -> [rows, n].
     pub fn grouped_linear(&mut self, x: View, weight: View, offsets: View) -> Built<View> {
         let c = self.temporary(x.dtype, &[x.dim(0), weight.dim(1)]);
+        if let Some((scales, block_k)) = self.table.scales_of(&weight) {
+            let block_n = 1;
+            let op = ops::GroupedMatmulQuant { x, weight, scales, block_n, block_k, offsets, c };
+            self.push(op)?;
+            return Ok(c);
+        }
         let (layout, accumulate) = (ops::Layout::Nt, Accumulate::Overwrite);
         self.push(ops::GroupedMatmul { layout, a: x, b: weight, offsets, c, accumulate })?;
         Ok(c)

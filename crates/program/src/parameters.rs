@@ -92,7 +92,7 @@ impl Parameter {
         self.spec.shape.iter().product()
     }
 
-    /// Bytes of integers and their scales that a token reads of a quantised parameter.
+    /// Bytes of the integers and scales of a quantised parameter.
     pub fn quantised_bytes(&self) -> Option<usize> {
         let Storage::Integers { dtype, group } = self.spec.storage else { return None };
         Some(dtype.bytes(self.elements()) + 4 * scales(&self.spec.shape, group))
@@ -275,9 +275,11 @@ impl ParameterTable {
         }
         self.parameters.iter().find_map(|parameter| {
             let Storage::Integers { group, .. } = parameter.spec.storage else { return None };
-            let &[rows, width] = parameter.spec.shape.as_slice() else { return None };
+            let mut shape = parameter.spec.shape.clone();
+            let width = shape.last_mut()?;
+            *width = width.div_ceil(group);
             (parameter.element_offset == weight.byte_offset).then(|| {
-                let view = View::contiguous(SCALES_ID, DType::F32, [rows, width.div_ceil(group)]);
+                let view = View::contiguous(SCALES_ID, DType::F32, shape.as_slice());
                 (view.rebased(SCALES_ID, 4 * parameter.scale_offset), group)
             })
         })
@@ -311,13 +313,18 @@ fn tensor_slices(parameter: &Parameter) -> Vec<TensorSlice> {
     let stacked = spec.tensors.len() > 1 || spec.name.contains("{}");
     let shape = if stacked { &spec.shape[1..] } else { &spec.shape[..] };
     let elements: usize = shape.iter().product();
+    // Of integers, places are bytes; each tensor's own are whole, as its rows are.
+    let (step, scale_step) = match spec.storage {
+        Storage::Float => (elements, 0),
+        Storage::Integers { dtype, group } => (dtype.bytes(elements), scales(shape, group)),
+    };
     let slice = |(index, name): (usize, &String)| TensorSlice {
         name: name.clone(),
         shape: shape.to_vec(),
         class: spec.class,
         storage: spec.storage,
-        element_offset: parameter.element_offset + index * elements,
-        scale_offset: parameter.scale_offset,
+        element_offset: parameter.element_offset + index * step,
+        scale_offset: parameter.scale_offset + index * scale_step,
     };
     spec.tensors.iter().enumerate().map(slice).collect()
 }
@@ -371,6 +378,19 @@ mod tests {
         assert_eq!((scales.dims(), scales.byte_offset, group), (&[7, 2][..], 64, 32));
         assert_eq!(table.scales_of(&table.weight("norm", DType::Bf16).unwrap()), None);
         assert_eq!(table.get("b").unwrap().quantised_bytes(), Some(140 + 56));
+    }
+
+    #[test]
+    fn quantised_experts_have_integers_and_scales_of_their_own() {
+        let storage = Storage::Integers { dtype: DType::I4, group: 32 };
+        let experts = ParameterSpec::stacked("experts.{}.up", 3, &[5, 40], Class::Matrix);
+        let table = ParameterTable::new(vec![ParameterSpec { storage, ..experts }]);
+        let view = table.weight("experts.{}.up", DType::Bf16).unwrap();
+        let (scales, group) = table.scales_of(&view).unwrap();
+        assert_eq!((view.dims(), scales.dims(), group), (&[3, 5, 40][..], &[3, 5, 2][..], 32));
+        let places: Vec<_> =
+            table.tensors().iter().map(|t| (t.element_offset, t.scale_offset)).collect();
+        assert_eq!(places, [(0, 0), (100, 10), (200, 20)]);
     }
 
     #[test]

@@ -52,6 +52,7 @@ fn attributes(op: &Op) -> String {
         Op::AddRmsNormBwd(op) => format!("({:?})", op.accumulate),
         Op::Matmul(op) => format!("({:?} {:?})", op.layout, op.accumulate),
         Op::MatmulQuant(op) => format!("({}x{})", op.block_n, op.block_k),
+        Op::GroupedMatmulQuant(op) => format!("({}x{})", op.block_n, op.block_k),
         Op::GroupedMatmul(op) => format!("({:?} {:?})", op.layout, op.accumulate),
         Op::Rope(op) => format!("({:?} {:?})", op.style, op.direction),
         Op::Attention(op) => format!("(scale {})", op.scale),

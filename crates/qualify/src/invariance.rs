@@ -52,7 +52,10 @@ fn parts(case: &Case) -> Vec<Part> {
         Op::Attention(op) => documents(case, &op.documents),
         Op::AttentionBwd(op) => documents(case, &op.documents),
         Op::PagedAttention(op) => sequences(case, op),
-        Op::GroupedMatmul(op) if op.layout != Layout::Tn => groups(case, op),
+        Op::GroupedMatmul(op) if op.layout != Layout::Tn => {
+            groups(case, &op.offsets, &["a", "c"], &["b"])
+        }
+        Op::GroupedMatmulQuant(op) => groups(case, &op.offsets, &["x", "c"], &["weight", "scales"]),
         _ => slices(case),
     }
 }
@@ -191,20 +194,32 @@ fn sequences(case: &Case, op: &pontoon_ops::PagedAttention) -> Vec<Part> {
     parts
 }
 
-/// Each expert's rows alone, with its own weight only, and one of its rows.
-fn groups(case: &Case, op: &pontoon_ops::GroupedMatmul) -> Vec<Part> {
-    let bounds = case.memory.read_integers(&op.offsets);
+/// Each expert's rows alone, with its own weight only, and one of its rows. `by_row` names the
+/// operands that have a row for each, `by_group` those that have a matrix for each expert.
+fn groups(
+    case: &Case,
+    offsets: &View,
+    by_row: &[&'static str],
+    by_group: &[&'static str],
+) -> Vec<Part> {
+    let along_first = |names: &[&'static str]| -> Vec<(&'static str, usize)> {
+        names.iter().map(|&name| (name, 0)).collect()
+    };
+    let (by_row, by_group) = (along_first(by_row), along_first(by_group));
+    let bounds = case.memory.read_integers(offsets);
     let mut parts = Vec::new();
     for (group, pair) in bounds.windows(2).enumerate() {
         let all = pair[0] as usize..pair[1] as usize;
         let last = all.end.saturating_sub(1)..all.end;
         for rows in [all.clone(), last].into_iter().filter(|_| !all.is_empty()) {
             let mut case = case.clone();
-            let results = cut(&mut case.op, &[("a", 0), ("c", 0)], &rows);
-            cut(&mut case.op, &[("b", 0)], &(group..group + 1));
-            let offsets = integers(&mut case.memory, &[0, rows.len()]);
-            if let Op::GroupedMatmul(op) = &mut case.op {
-                op.offsets = offsets;
+            let results = cut(&mut case.op, &by_row, &rows);
+            cut(&mut case.op, &by_group, &(group..group + 1));
+            let alone = integers(&mut case.memory, &[0, rows.len()]);
+            match &mut case.op {
+                Op::GroupedMatmul(op) => op.offsets = alone,
+                Op::GroupedMatmulQuant(op) => op.offsets = alone,
+                _ => unreachable!("called for grouped products only"),
             }
             case.name = format!("expert {group}, rows {rows:?}");
             parts.push(Part { case, results });

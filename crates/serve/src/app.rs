@@ -91,7 +91,7 @@ pub struct App {
     pub(crate) created: u64,
     pub(crate) seats: Arc<Seats>,
     pub(crate) responses: Kept,
-    token_bytes: TokenBytes,
+    token_bytes: Arc<TokenBytes>,
     grammars: Grammars,
     random: RandomState,
     numbers: AtomicU64,
@@ -101,7 +101,7 @@ impl App {
     /// Puts the parts together.
     pub fn new(parts: AppParts) -> App {
         let AppParts { model_name, tokenizer, template, pool, api_keys, limits, .. } = parts;
-        let token_bytes = TokenBytes::new(&tokenizer);
+        let token_bytes = Arc::new(TokenBytes::new(&tokenizer));
         let end_tokens = match tokenizer.eos() {
             [] => tokenizer.end_tokens_by_name(),
             ids => ids.to_vec(),

@@ -72,6 +72,7 @@ pub struct Metrics {
     queued: Histogram,
     prefill: Histogram,
     decode: Histogram,
+    inference: Histogram,
     prompt_tokens: Histogram,
     generated_tokens: Histogram,
     stopped: AtomicU64,
@@ -90,6 +91,7 @@ impl Default for Metrics {
             queued: times(),
             prefill: times(),
             decode: times(),
+            inference: times(),
             prompt_tokens: Histogram::new(TOKENS),
             generated_tokens: Histogram::new(TOKENS),
             stopped: AtomicU64::new(0),
@@ -117,6 +119,7 @@ impl Metrics {
         self.queued.add(times.queued.as_secs_f64());
         self.prefill.add(times.prefill.as_secs_f64());
         self.decode.add(times.decode.as_secs_f64());
+        self.inference.add((times.prefill + times.decode).as_secs_f64());
         self.prompt_tokens.add(prompt_tokens as f64);
         self.generated_tokens.add(generated_tokens as f64);
     }
@@ -177,6 +180,7 @@ impl Metrics {
             (&self.queued, "request_queue_time_seconds", "Until a device took a request up."),
             (&self.prefill, "request_prefill_time_seconds", "From then to the first token."),
             (&self.decode, "request_decode_time_seconds", "From the first token to the last."),
+            (&self.inference, "request_inference_time_seconds", "Both together."),
             (&self.prompt_tokens, "request_prompt_tokens", "Tokens of a request's prompts."),
             (&self.generated_tokens, "request_generation_tokens", "Tokens drawn for a request."),
         ];

@@ -46,6 +46,8 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/openapi.json", get(openapi::openapi))
         .route("/health", get(health))
         .route("/ready", get(ready))
+        .route("/ping", get(health))
+        .route("/version", get(version))
         .route("/metrics", get(metrics))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
@@ -134,6 +136,11 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
     }
     let message = "not ready: no device serves, or the server is stopping";
     ApiError::status(StatusCode::SERVICE_UNAVAILABLE, message).into_response()
+}
+
+/// Which release this is.
+async fn version() -> Response {
+    reply(&json!({ "version": env!("CARGO_PKG_VERSION") }))
 }
 
 /// The chat page.

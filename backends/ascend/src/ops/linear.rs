@@ -64,14 +64,18 @@ fn e4m3(byte: u8) -> f32 {
     if byte & 0x80 == 0 { size } else { -size }
 }
 
-/// A weight stored in few bits, with what its values are read by.
+/// Weights stored in few bits, with what their values are read by: one, or one per group.
 pub(super) struct Quantised {
     /// Where its first byte lies.
     start: usize,
     row_bytes: usize,
+    groups: usize,
+    /// Rows of a group's weight.
+    group_rows: usize,
     columns: usize,
     /// What a byte stands for, `[256, numbers]`.
     table: Tensor,
+    /// `[groups * blocks of rows, blocks of columns]`.
     scales: Tensor,
     block_rows: usize,
     /// Each column's block.
@@ -79,43 +83,61 @@ pub(super) struct Quantised {
 }
 
 impl Quantised {
-    /// A weight and its scales, one for `block_rows` by `block_columns` of its numbers.
+    /// Weights `[rows, columns]` or `[groups, rows, columns]` and their scales, one for
+    /// `block_rows` by `block_columns` of their numbers.
     pub fn new(
         core: &mut Core,
         weight: &View,
         scales: &View,
         [block_rows, block_columns]: [usize; 2],
     ) -> Result<Quantised, DeviceError> {
-        let (rows, columns) = (weight.dim(0), weight.dim(1));
+        let (stacked, own) = weight.dims().split_at(weight.shape.rank() - 2);
+        let (groups, group_rows, columns) = (stacked.iter().product(), own[0], own[1]);
         let per_byte = if weight.dtype == DType::I4 { 2 } else { 1 };
         let row_bytes = columns / per_byte;
-        let start = core.buffers.range(weight.buffer, weight.byte_offset, rows * row_bytes)?;
+        let bytes = groups * group_rows * row_bytes;
+        let start = core.buffers.range(weight.buffer, weight.byte_offset, bytes)?;
         let table = core.floats(&[256, per_byte], &byte_table(weight.dtype))?;
         let blocks: Vec<i32> = (0..columns).map(|at| (at / block_columns) as i32).collect();
         let blocks = core.integers(&[columns], &blocks)?;
-        let scales = core.tensor(scales)?;
-        Ok(Quantised { start, row_bytes, columns, table, scales, block_rows, blocks })
+        let scale_rows = groups * group_rows.div_ceil(block_rows);
+        let scales = core.tensor(scales)?.reshape(&[scale_rows, columns.div_ceil(block_columns)]);
+        Ok(Quantised {
+            start,
+            row_bytes,
+            groups,
+            group_rows,
+            columns,
+            table,
+            scales,
+            block_rows,
+            blocks,
+        })
     }
 
-    /// Rows that are expanded at a time.
-    pub fn rows_at_once(&self, rows: usize) -> usize {
-        (EXPANDED_MAX / self.columns).clamp(1, rows)
+    /// Rows of each group that are expanded at a time.
+    pub fn rows_at_once(&self) -> usize {
+        (EXPANDED_MAX / (self.groups * self.columns)).clamp(1, self.group_rows)
     }
 
-    /// Some of its rows in f32.
+    /// Some rows of each group in f32, group after group.
     pub fn rows(&self, core: &mut Core, first: usize, count: usize) -> Result<Tensor, DeviceError> {
-        let address = self.start + first * self.row_bytes;
-        let bytes = Tensor::contiguous(address, Kind::U8, &[count * self.row_bytes]);
+        let dims = [self.groups, self.group_rows, self.row_bytes];
+        let bytes = Tensor::contiguous(self.start, Kind::U8, &dims).slice(1, first, count);
         let index = core.converted(bytes, Kind::I32)?;
-        let values = core.scratch(Kind::F32, &[count * self.row_bytes, self.table.dim(1)])?;
-        core.select(self.table, 0, index, values)?;
-        let values = values.reshape(&[count, self.columns]);
-        let own: Vec<i32> =
-            (first..first + count).map(|row| (row / self.block_rows) as i32).collect();
-        let own = core.integers(&[count], &own)?;
-        let by_row = core.scratch(Kind::F32, &[count, self.scales.dim(1)])?;
+        let rows = self.groups * count;
+        let values = core.scratch(Kind::F32, &[rows * self.row_bytes, self.table.dim(1)])?;
+        core.select(self.table, 0, index.reshape(&[rows * self.row_bytes]), values)?;
+        let values = values.reshape(&[rows, self.columns]);
+        let group_blocks = self.group_rows.div_ceil(self.block_rows);
+        let own = (0..self.groups).flat_map(|group| {
+            let block = move |row: usize| (group * group_blocks + row / self.block_rows) as i32;
+            (first..first + count).map(block)
+        });
+        let own = core.integers(&[rows], &own.collect::<Vec<_>>())?;
+        let by_row = core.scratch(Kind::F32, &[rows, self.scales.dim(1)])?;
         core.select(self.scales, 0, own, by_row)?;
-        let factors = core.scratch(Kind::F32, &[count, self.columns])?;
+        let factors = core.scratch(Kind::F32, &[rows, self.columns])?;
         core.select(by_row, 1, self.blocks, factors)?;
         core.mul(values, factors, values)?;
         Ok(values)
@@ -127,7 +149,7 @@ pub(super) fn matmul_quant(core: &mut Core, op: &ops::MatmulQuant) -> Done {
     let weight = Quantised::new(core, &op.weight, &op.scales, [op.block_n, op.block_k])?;
     let x = core.wide(x)?;
     let n = op.weight.dim(0);
-    let at_once = weight.rows_at_once(n);
+    let at_once = weight.rows_at_once();
     for first in (0..n).step_by(at_once) {
         let count = at_once.min(n - first);
         let mark = core.scratch.mark();
@@ -183,6 +205,30 @@ pub(super) fn grouped_matmul(core: &mut Core, op: &ops::GroupedMatmul) -> Done {
         Layout::Nt => by_rows(core, [a, b.transpose(1, 2), c], ends, op.accumulate),
         Layout::Nn => by_rows(core, [a, b, c], ends, op.accumulate),
     }
+}
+
+pub(super) fn grouped_matmul_quant(core: &mut Core, op: &ops::GroupedMatmulQuant) -> Done {
+    let (x, c) = (core.tensor(&op.x)?, core.tensor(&op.c)?);
+    let (groups, n, k) = (op.weight.dim(0), op.weight.dim(1), op.weight.dim(2));
+    if x.elements() == 0 {
+        return Ok(());
+    }
+    let ends = core.converted(core.tensor(&op.offsets)?.slice(0, 1, groups), Kind::I64)?;
+    let weight = Quantised::new(core, &op.weight, &op.scales, [op.block_n, op.block_k])?;
+    let x = core.wide(x)?;
+    let at_once = weight.rows_at_once();
+    for first in (0..n).step_by(at_once) {
+        let count = at_once.min(n - first);
+        let mark = core.scratch.mark();
+        let values = weight.rows(core, first, count)?.reshape(&[groups, count, k]);
+        let (sum, to) = (core.scratch(Kind::F32, &[x.dim(0), count])?, c.slice(1, first, count));
+        // Rows beyond the last group keep what they hold.
+        core.copy(sum, to)?;
+        grouped(core, Grouped::Rows, [x, values.transpose(1, 2), sum], ends)?;
+        core.copy(to, sum)?;
+        core.scratch.release(mark);
+    }
+    Ok(())
 }
 
 fn by_rows(core: &mut Core, parts: [Tensor; 3], ends: Tensor, accumulate: Accumulate) -> Done {

@@ -82,7 +82,7 @@ impl Head {
             return core.product(x, self.head.transpose(0, 1), logits);
         };
         let (x, vocabulary) = (core.wide(x)?, self.head.dim(0));
-        let at_once = quantised.rows_at_once(vocabulary);
+        let at_once = quantised.rows_at_once();
         for first in (0..vocabulary).step_by(at_once) {
             let count = at_once.min(vocabulary - first);
             let mark = core.scratch.mark();

@@ -21,8 +21,8 @@ const GROUP_MAX_NARROW: usize = 4;
 const MANY_REGISTERS: usize = 8;
 /// Bytes of a unit.
 const WORD: usize = size_of::<u32>();
-/// Tasks per thread: a few, so that a thread that is held up can be helped out.
-const PER_THREAD: usize = 4;
+/// Rounds in which panels are shared out.
+const ROUNDS: usize = 5;
 
 /// How rows are taken together.
 #[derive(Clone, Copy)]
@@ -108,33 +108,48 @@ pub(super) fn pack_left<T: Unit>(
     });
 }
 
-/// The panels of a matrix as they are shared out.
+/// The panels of a matrix as they are shared out: in rounds, each of half of what is left and the
+/// last of all of it, a part for every thread. So threads read long stretches as long as there is
+/// much, and end together.
 #[derive(Clone, Copy)]
 pub(crate) struct Shares {
     /// Panels of a granule.
     pub granule: usize,
-    /// Granules that are handed out.
-    pub granules: usize,
-    /// Tasks they are shared among.
+    /// Tasks there are.
     pub tasks: usize,
+    granules: usize,
+    threads: usize,
 }
 
 impl Shares {
     pub fn new(pool: &Pool, panels: usize) -> Shares {
         let granule = panels.div_ceil(PARTS_MAX).max(1);
-        let granules = panels.div_ceil(granule);
-        Shares { granule, granules, tasks: granules.min(pool.threads() * PER_THREAD) }
+        let threads = pool.threads();
+        Shares { granule, tasks: threads * ROUNDS, granules: panels.div_ceil(granule), threads }
     }
 
-    /// The granules of a task.
+    /// The granules before a task.
+    fn before(self, task: usize) -> usize {
+        let (round, part) = (task / self.threads, task % self.threads);
+        let done = |round: usize| match round {
+            ROUNDS => self.granules,
+            _ => self.granules - (self.granules >> round),
+        };
+        match part {
+            0 => done(round),
+            _ => done(round) + part * (done(round + 1) - done(round)) / self.threads,
+        }
+    }
+
+    /// The granules of a task; there may be none.
     pub fn of(self, task: usize) -> std::ops::Range<usize> {
-        task * self.granules / self.tasks..(task + 1) * self.granules / self.tasks
+        self.before(task)..self.before(task + 1)
     }
 
-    /// Where the tasks begin, for those who foresee them.
+    /// Where the first round's tasks begin, for those who foresee them.
     pub fn ranges(self, panel_bytes: usize) -> Ranges {
         let piece_bytes = self.granule * panel_bytes;
-        Ranges { pieces: self.granules, piece_bytes, count: self.tasks }
+        Ranges { pieces: self.before(self.threads), piece_bytes, count: self.threads }
     }
 
     /// What lies ahead of a task in the memory of the panels.
@@ -143,10 +158,10 @@ impl Shares {
         let end = (self.of(task).end * granule_bytes).min(memory.len());
         // This thread's next task, as long as threads take turns; then the next product's.
         let later = task + pool.threads();
-        let after = if later < self.tasks {
+        let after = if later < self.tasks && !self.of(later).is_empty() {
             Some(memory[self.of(later).start * granule_bytes..].as_ptr())
         } else {
-            pool.soon().at(later - self.tasks)
+            pool.soon().at(task % self.threads)
         };
         Runway::new(memory[end..].as_ptr(), after)
     }
@@ -290,4 +305,28 @@ struct Place {
     row: usize,
     /// The panel's first column in its tile.
     column: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_panel_is_shared_out_once_and_the_last_shares_are_small() {
+        for threads in 1..4 {
+            let pool = Pool::new(threads);
+            for panels in [1, 2, 4, 16, 43, 256, 4748, 3 * PARTS_MAX + 1] {
+                let shares = Shares::new(&pool, panels);
+                let mut next = 0;
+                for task in 0..shares.tasks {
+                    assert_eq!(shares.of(task).start, next, "{panels} panels, task {task}");
+                    next = shares.of(task).end;
+                }
+                let granules = panels.div_ceil(shares.granule);
+                assert_eq!(next, granules);
+                let last = shares.of(shares.tasks - 1).len();
+                assert!(last <= granules.div_ceil(threads << (ROUNDS - 1)), "{last} of {granules}");
+            }
+        }
+    }
 }

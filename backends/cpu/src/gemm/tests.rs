@@ -72,7 +72,7 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
     fn random(random: &mut Random, layout: Layout, shape: (usize, usize, usize)) -> Self {
         let (m, n, k) = shape;
         let (a, b) = match layout {
-            Layout::Nt => ((m, k), (n, k)),
+            Layout::Nt | Layout::Panels => ((m, k), (n, k)),
             Layout::Nn => ((m, k), (k, n)),
             Layout::Tn => ((k, m), (k, n)),
         };
@@ -131,7 +131,7 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
 
     fn operands(&self, row: usize, column: usize, k: usize) -> (f32, f32) {
         let (a, b) = match self.layout {
-            Layout::Nt => (row * self.a_stride + k, column * self.b_stride + k),
+            Layout::Nt | Layout::Panels => (row * self.a_stride + k, column * self.b_stride + k),
             Layout::Nn => (row * self.a_stride + k, k * self.b_stride + column),
             Layout::Tn => (k * self.a_stride + row, k * self.b_stride + column),
         };
@@ -335,7 +335,7 @@ fn nan_and_infinity_reach_exactly_their_row_and_column() {
             let mut case = Case::<bf16, bf16>::random(&mut random, layout, (m, 40, 19));
             // Last unit of row 2 of A and of column 7 of B, so that padding would show.
             let (a, b) = match layout {
-                Layout::Nt => (2 * case.a_stride + 18, 7 * case.b_stride + 18),
+                Layout::Nt | Layout::Panels => (2 * case.a_stride + 18, 7 * case.b_stride + 18),
                 Layout::Nn => (2 * case.a_stride + 18, 18 * case.b_stride + 7),
                 Layout::Tn => (18 * case.a_stride + 2, 18 * case.b_stride + 7),
             };

@@ -165,13 +165,7 @@ pub(super) fn run<T: Unit>(
     let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
     for column in (0..n).step_by(blocks.columns) {
         let columns = blocks.columns.min(n - column);
-        let right = match product.layout {
-            Layout::Panels => &bytemuck::cast_slice(product.b)[column * product.units..],
-            _ => {
-                pack_right(pool, isa, product, (column, columns), right);
-                &*right
-            }
-        };
+        let right = pack_right(pool, isa, product, (column, columns), right);
         for row in (0..product.m).step_by(blocks.rows) {
             let rows = blocks.rows.min(product.m - row);
             let left = pack_left(pool, isa, product, &blocks, (row, rows), left);
@@ -208,18 +202,21 @@ pub(super) fn run<T: Unit>(
     }
 }
 
-/// Packs columns `first..first + count` of B into panels.
-fn pack_right<T: Unit>(
+/// Packs columns `first..first + count` of B into panels, where they are not kept in panels.
+fn pack_right<'r, T: Unit>(
     pool: &Pool,
     isa: Isa,
-    product: &Product<'_, T>,
+    product: &'r Product<'_, T>,
     (first, count): (usize, usize),
-    to: &mut [u32],
-) {
+    to: &'r mut [u32],
+) -> &'r [u32] {
     let width = isa.geometry().micro_columns;
     let panel_words = product.units * width;
+    if product.layout == Layout::Panels {
+        return &bytemuck::cast_slice(product.b)[first * product.units..];
+    }
     if panel_words == 0 {
-        return;
+        return to;
     }
     let per_task = PANELS_PER_TASK.min(count.div_ceil(width).div_ceil(pool.threads()));
     let parts = Parts::new(&mut to[..count.div_ceil(width) * panel_words], per_task * panel_words);
@@ -240,6 +237,7 @@ fn pack_right<T: Unit>(
             Layout::Nn | Layout::Tn => dispatch(isa, PackColumns { from, width, panel_words, to }),
         }
     });
+    to
 }
 
 /// Brings rows `first..first + count` of A (columns, in TN) into units.

@@ -638,25 +638,20 @@ fn paged_attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::PagedAttenti
     let outs = Scattered::new(out);
     let isa = context.isa;
     let (threads, count) = (context.pool.threads(), ranges.len() * heads);
+    // A task's head, and its positions.
     let head_of = |task: usize| {
         let (range, head) = (ranges[task / heads], task % heads / group);
-        CachedHead {
-            k: Rows { data: &k[head * qk_width..], stride: kv_heads * qk_width },
-            v: Rows { data: &v[head * v_width..], stride: kv_heads * v_width },
-            blocks: &blocks[range.sequence * blocks_max..][..blocks_max],
-            block,
-        }
+        let k = Rows { data: &k[head * qk_width..], stride: kv_heads * qk_width };
+        let v = Rows { data: &v[head * v_width..], stride: kv_heads * v_width };
+        let blocks = &blocks[range.sequence * blocks_max..][..blocks_max];
+        (CachedHead { k, v, blocks, block }, range.position + range.rows)
     };
     context.pool.run(count, |task| {
         let (range, head) = (ranges[task / heads], task % heads);
         // As long as threads take turns.
-        let later = Some(task + threads).filter(|later| *later < count);
-        let after = later.map(|later| {
-            let range = ranges[later / heads];
-            (head_of(later), range.position + range.rows)
-        });
-        let cold = task < threads;
-        let keys = KeyValues::InBlocks(Cached { head: head_of(task), after, cold, v_width });
+        let after = (task + threads < count).then(|| head_of(task + threads));
+        let (head_here, cold) = (head_of(task).0, task < threads);
+        let keys = KeyValues::InBlocks(Cached { head: head_here, after, cold, v_width });
         let work = Work {
             isa,
             q: Rows { data: &q[range.row * q_row + head * head_stride(&op.q)..], stride: q_row },

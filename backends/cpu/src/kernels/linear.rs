@@ -35,7 +35,10 @@ pub(super) fn data<'a>(operands: &Operands<'a>, view: &View) -> Result<Data<'a>,
     })
 }
 
-fn data_mut<'a>(operands: &Operands<'a>, view: &View) -> Result<DataMut<'a>, DeviceError> {
+pub(super) fn data_mut<'a>(
+    operands: &Operands<'a>,
+    view: &View,
+) -> Result<DataMut<'a>, DeviceError> {
     Ok(match view.dtype {
         DType::F32 => DataMut::F32(operands.write::<f32>(view)?),
         DType::Bf16 => DataMut::Bf16(operands.write::<bf16>(view)?),
@@ -44,7 +47,7 @@ fn data_mut<'a>(operands: &Operands<'a>, view: &View) -> Result<DataMut<'a>, Dev
     })
 }
 
-fn matrix<'a>(operands: &Operands<'a>, view: &View) -> Result<Matrix<'a>, DeviceError> {
+pub(super) fn matrix<'a>(operands: &Operands<'a>, view: &View) -> Result<Matrix<'a>, DeviceError> {
     Ok(Matrix { data: data(operands, view)?, row_stride: row_stride(view) })
 }
 
@@ -70,7 +73,7 @@ pub(super) fn matmul(context: &mut Context<'_>, op: &ops::Matmul) -> Done {
 }
 
 /// Group bounds as the host may have got them wrong: ascending and within the rows.
-fn bounds(offsets: &[i32], rows: usize) -> Result<Vec<usize>, DeviceError> {
+pub(super) fn bounds(offsets: &[i32], rows: usize) -> Result<Vec<usize>, DeviceError> {
     let bounds: Vec<usize> =
         offsets.iter().map(|&o| usize::try_from(o).unwrap_or(usize::MAX)).collect();
     let ascending = bounds.windows(2).all(|pair| pair[0] <= pair[1]);
@@ -134,56 +137,79 @@ pub(super) fn quant_bytes<'a>(
     operands.read::<u8>(&packed.rebased(weight.buffer, weight.byte_offset))
 }
 
-pub(super) fn matmul_quant(context: &mut Context<'_>, op: &ops::MatmulQuant) -> Done {
-    let integers = match op.weight.dtype {
-        DType::I8 => Some(Integers::Bytes),
-        DType::I4 => Some(Integers::HalfBytes),
-        _ => None,
-    };
-    match integers.filter(|stored| op.block_n == 1 && stored.streams(op.block_k)) {
-        Some(integers) => matmul_integers(context, op, integers),
-        None => matmul_widened(context, op),
-    }
+/// A product with a quantised weight, its operands in reach.
+pub(super) struct QuantProduct<'a> {
+    /// Rows of x and c.
+    pub m: usize,
+    /// Rows of the weight, columns of c.
+    pub n: usize,
+    /// Length of the sums.
+    pub k: usize,
+    /// Activations.
+    pub x: Matrix<'a>,
+    /// The weight's element type and bytes.
+    pub weight: (DType, &'a [u8]),
+    /// One scale per block.
+    pub scales: &'a [f32],
+    /// Rows and columns of the weight that share a scale.
+    pub block: [usize; 2],
+    /// Whether the weight lies in panels.
+    pub panels: bool,
+    /// Added to every row.
+    pub bias: Option<Data<'a>>,
+    /// Result.
+    pub c: MatrixMut<'a>,
 }
 
-/// Integers with one scale per row and block are streamed.
-fn matmul_integers(context: &mut Context<'_>, op: &ops::MatmulQuant, integers: Integers) -> Done {
-    let args = QuantArgs {
+pub(super) fn matmul_quant(context: &mut Context<'_>, op: &ops::MatmulQuant) -> Done {
+    let product = QuantProduct {
         m: op.x.dim(0),
         n: op.weight.dim(0),
         k: op.x.dim(1),
         x: matrix(&context.operands, &op.x)?,
-        integers,
-        weight: quant_bytes(&context.operands, &op.weight)?,
+        weight: (op.weight.dtype, quant_bytes(&context.operands, &op.weight)?),
         scales: context.operands.read::<f32>(&op.scales)?,
-        block: op.block_k,
+        block: [op.block_n, op.block_k],
         panels: context.operands.in_panels(&op.weight),
         bias: op.bias.map(|bias| data(&context.operands, &bias)).transpose()?,
         c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: row_stride(&op.c) },
     };
-    quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
+    quant_product(context, product);
     Ok(())
 }
 
-/// Anything else is widened to f32, some rows of the weight at a time. Not made for speed.
-fn matmul_widened(context: &mut Context<'_>, op: &ops::MatmulQuant) -> Done {
-    let (m, n, k) = (op.x.dim(0), op.weight.dim(0), op.x.dim(1));
-    let bytes = quant_bytes(&context.operands, &op.weight)?;
-    let scales = context.operands.read::<f32>(&op.scales)?;
-    let x = matrix(&context.operands, &op.x)?;
-    let bias = op.bias.map(|bias| data(&context.operands, &bias)).transpose()?;
+/// Integers with one scale per row and block are streamed; anything else is widened.
+pub(super) fn quant_product(context: &mut Context<'_>, product: QuantProduct<'_>) {
+    let integers = match product.weight.0 {
+        DType::I8 => Some(Integers::Bytes),
+        DType::I4 => Some(Integers::HalfBytes),
+        _ => None,
+    };
+    let [block_n, block] = product.block;
+    let Some(integers) = integers.filter(|stored| block_n == 1 && stored.streams(block)) else {
+        return widened_product(context, product);
+    };
+    let QuantProduct { m, n, k, x, scales, panels, bias, c, .. } = product;
+    let weight = product.weight.1;
+    let args = QuantArgs { m, n, k, x, integers, weight, scales, block, panels, bias, c };
+    quant_gemm(context.pool, context.isa, context.gemm_scratch, args);
+}
+
+/// The weight is widened to f32, some of its rows at a time. Not made for speed.
+fn widened_product(context: &mut Context<'_>, product: QuantProduct<'_>) {
+    let QuantProduct { m, n, k, x, scales, bias, mut c, .. } = product;
+    let ((dtype, bytes), [block_n, block_k]) = (product.weight, product.block);
     let bias = bias.map(|data| widen(Matrix { data, row_stride: n }, 1, n));
-    let mut c = data_mut(&context.operands, &op.c)?;
-    let blocks = k.div_ceil(op.block_k);
+    let blocks = k.div_ceil(block_k);
     let widened_x = widen(x, m, k);
     let mut panel = vec![0.0_f32; QUANT_ROWS.min(n) * k];
     for start in (0..n).step_by(QUANT_ROWS) {
         let rows = QUANT_ROWS.min(n - start);
         for row in 0..rows {
-            let scale_row = &scales[(start + row) / op.block_n * blocks..][..blocks];
+            let scale_row = &scales[(start + row) / block_n * blocks..][..blocks];
             for (column, value) in panel[row * k..][..k].iter_mut().enumerate() {
-                let quantised = quantised(bytes, op.weight.dtype, (start + row) * k + column);
-                *value = quantised * scale_row[column / op.block_k];
+                let quantised = quantised(bytes, dtype, (start + row) * k + column);
+                *value = quantised * scale_row[column / block_k];
             }
         }
         let args = GemmArgs {
@@ -194,12 +220,11 @@ fn matmul_widened(context: &mut Context<'_>, op: &ops::MatmulQuant) -> Done {
             a: Matrix { data: Data::F32(&widened_x), row_stride: k.max(1) },
             b: Matrix { data: Data::F32(&panel[..rows * k]), row_stride: k.max(1) },
             bias: bias.as_ref().map(|bias| Data::F32(&bias[start..][..rows])),
-            c: MatrixMut { data: c.from(start), row_stride: row_stride(&op.c) },
+            c: MatrixMut { data: c.data.from(start), row_stride: c.row_stride },
             store: Store::Overwrite,
         };
         gemm(context.pool, context.isa, context.gemm_scratch, args);
     }
-    Ok(())
 }
 
 /// One element without its scale.

@@ -10,6 +10,7 @@ mod attention_cache;
 mod elementwise;
 mod embed;
 mod exchange;
+mod grouped_quant;
 mod linear;
 mod loss;
 mod moe;
@@ -125,6 +126,7 @@ pub(crate) fn run(context: &mut Context<'_>, op: &Op) -> Done {
         Op::Matmul(op) => linear::matmul(context, op),
         Op::MatmulQuant(op) => linear::matmul_quant(context, op),
         Op::GroupedMatmul(op) => linear::grouped_matmul(context, op),
+        Op::GroupedMatmulQuant(op) => grouped_quant::grouped_matmul_quant(context, op),
         Op::Attention(op) => attention::attention(context, op),
         Op::PagedAttention(op) => attention::paged_attention(context, op),
         Op::KvWrite(op) => attention::kv_write(context, op),

@@ -309,15 +309,14 @@ fn bytes_per_token(model: &Model, compute: DType) -> usize {
     let parameters = model.table.parameters().iter();
     let bytes = parameters.map(|parameter| match parameter.spec.name.as_str() {
         "model.embed_tokens.weight" if !tied => 0,
-        name if name.contains(".experts.{}.") => {
-            let count = parameter.spec.shape[0];
-            let read = parameter.elements() / count * model.config.experts_per_token();
-            compute.bytes(read)
+        name => {
+            let all = parameter.quantised_bytes();
+            let all = all.unwrap_or_else(|| compute.bytes(parameter.elements()));
+            match name.contains(".experts.{}.") {
+                true => all / parameter.spec.shape[0] * model.config.experts_per_token(),
+                false => all,
+            }
         }
-        _ => match parameter.quantised_bytes() {
-            Some(bytes) => bytes,
-            None => compute.bytes(parameter.elements()),
-        },
     });
     bytes.sum()
 }

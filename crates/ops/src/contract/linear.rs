@@ -190,3 +190,53 @@ contract!(GroupedMatmul |op, check| {
         }
     }
 });
+
+/// [`MatmulQuant`] per group of consecutive rows, each with its own weight (routed experts).
+///
+/// Group g holds rows `offsets[g]..offsets[g+1]`; groups may be empty; rows from
+/// `offsets[groups]` on are not touched.
+///
+/// Shapes    x [rows,k]; weight [groups,n,k]; scales [groups, ceil(n/block_n), ceil(k/block_k)];
+///           offsets [groups+1]; c [rows,n]
+/// Dtypes    as [`MatmulQuant`]; offsets i32, ascending from 0
+/// Writes    c
+/// Numerics  as [`MatmulQuant`] within each group, and with the same bits
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupedMatmulQuant {
+    /// Activations, sorted by group.
+    pub x: View,
+    /// The groups' quantised weights.
+    pub weight: View,
+    /// One scale per block of each weight.
+    pub scales: View,
+    /// Rows of a weight that share a scale.
+    pub block_n: usize,
+    /// Columns of a weight that share a scale.
+    pub block_k: usize,
+    /// Where each group's rows begin, and where the last one's end.
+    pub offsets: View,
+    /// Result.
+    pub c: View,
+}
+contract!(GroupedMatmulQuant |op, check| {
+    x: Read, weight: Read, scales: Read, offsets: Read, c: crate::op::Access::Write,
+} {
+    check.rank("x", &op.x, 2)?;
+    check.rank("weight", &op.weight, 3)?;
+    check.dtype("x", &op.x, &DType::FLOATS)?;
+    check.dtype("weight", &op.weight, &[DType::F8e4m3, DType::I8, DType::I4])?;
+    check.dense_rows("x", &op.x)?;
+    check.that(op.block_n > 0 && op.block_k > 0, || "block extents should be positive".into())?;
+    let (rows, k) = (op.x.dim(0), op.x.dim(1));
+    let (groups, n) = (op.weight.dim(0), op.weight.dim(1));
+    check.packed("weight", &op.weight, [groups, n, k])?;
+    check.that(op.weight.dtype != DType::I4 || k % 2 == 0, || {
+        format!("4-bit rows should have an even width but have {k}")
+    })?;
+    let blocks = [groups, n.div_ceil(op.block_n), k.div_ceil(op.block_k)];
+    check.packed("scales", &op.scales, blocks)?;
+    check.dtype("scales", &op.scales, &[DType::F32])?;
+    check.tensor("offsets", &op.offsets, DType::I32, [groups + 1])?;
+    check.shape("c", &op.c, [rows, n])?;
+    check.dtype("c", &op.c, &[op.x.dtype, DType::F32])?;
+});

@@ -1,8 +1,8 @@
 //! Routing, sorting by expert, products per expert, and products with weights of few bits.
 
 use pontoon_ops::{
-    Accumulate, DType, GroupedMatmul, Layout, MatmulQuant, Permute, PermuteBwd, Renormalise,
-    RouterRule, RouterTopK, RouterTopKBwd, Scoring, Unpermute, UnpermuteBwd,
+    Accumulate, DType, GroupedMatmul, GroupedMatmulQuant, Layout, MatmulQuant, Permute, PermuteBwd,
+    Renormalise, RouterRule, RouterTopK, RouterTopKBwd, Scoring, Unpermute, UnpermuteBwd,
 };
 
 use super::{Case, Flavour, Maker};
@@ -57,6 +57,7 @@ fn products(maker: Maker) -> Vec<Case> {
         }
     }
     cases.extend(group_scaled(maker));
+    cases.extend(grouped_quantised(maker));
     cases
 }
 
@@ -78,6 +79,29 @@ fn group_scaled(maker: Maker) -> Vec<Case> {
             let c = d.poisoned(dtype, &[m, n]);
             let op = MatmulQuant { x, weight, scales, block_n: 1, block_k, bias, c };
             cases.push(d.done(format!("{m}x{n}x{k} by groups of {block_k}, {}", weight.dtype), op));
+        }
+    }
+    cases
+}
+
+/// Experts in few bits: two without rows, a row that belongs to none, scales by group and by block.
+fn grouped_quantised(maker: Maker) -> Vec<Case> {
+    let (dtype, rows) = (maker.dtype, 18);
+    let mut cases = Vec::new();
+    for (turn, weight) in [DType::F8e4m3, DType::I8, DType::I4].into_iter().enumerate() {
+        for (place, (n, k, block_n, block_k)) in
+            [(19, 136, 1, 64), (16, 36, 1, 32), (13, 20, 5, 8)].into_iter().enumerate()
+        {
+            let mut d = maker.start(9500 + 10 * turn + place);
+            let x = d.floats(&[rows, k]);
+            let reach = if weight == DType::I4 { 7.0 } else { 100.0 };
+            let weight = d.tame(weight, &[EXPERTS, n, k], reach);
+            let blocks = [EXPERTS, usize::div_ceil(n, block_n), usize::div_ceil(k, block_k)];
+            let scales = d.tame(DType::F32, &blocks, 0.01);
+            let offsets = d.given(DType::I32, &[EXPERTS + 1], &OFFSETS);
+            let c = d.poisoned(dtype, &[rows, n]);
+            let op = GroupedMatmulQuant { x, weight, scales, block_n, block_k, offsets, c };
+            cases.push(d.done(format!("{n}x{k} by {block_n}x{block_k}, {}", weight.dtype), op));
         }
     }
     cases

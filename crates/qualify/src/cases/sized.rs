@@ -3,11 +3,11 @@
 
 use pontoon_ops::{
     Accumulate, AdamW, Add, AddRmsNorm, AddRmsNormBwd, Attention, AttentionBwd, Cast, Copy,
-    CrossEntropy, CrossEntropyBwd, DType, Direction, Embed, EmbedBwd, Fill, GroupedMatmul, KvWrite,
-    Layout, Matmul, MatmulQuant, Muon, PagedAttention, Permute, PermuteBwd, ReduceTree,
-    Renormalise, RmsNorm, RmsNormBwd, Rope, RopeStyle, RouterRule, RouterTopK, RouterTopKBwd,
-    Sample, Scale, Scoring, SumSquares, SwiGlu, SwiGluBwd, TokenLogProb, TokenLogProbBwd,
-    Unpermute, UnpermuteBwd, View, hyper, sampling,
+    CrossEntropy, CrossEntropyBwd, DType, Direction, Embed, EmbedBwd, Fill, GroupedMatmul,
+    GroupedMatmulQuant, KvWrite, Layout, Matmul, MatmulQuant, Muon, PagedAttention, Permute,
+    PermuteBwd, ReduceTree, Renormalise, RmsNorm, RmsNormBwd, Rope, RopeStyle, RouterRule,
+    RouterTopK, RouterTopKBwd, Sample, Scale, Scoring, SumSquares, SwiGlu, SwiGluBwd, TokenLogProb,
+    TokenLogProbBwd, Unpermute, UnpermuteBwd, View, hyper, sampling,
 };
 
 use super::{Case, Draft, Flavour, Maker};
@@ -195,6 +195,15 @@ impl Sized {
         let c = d.room(dtype, &[rows, width]);
         let layout = Layout::Nt;
         cases.push(self.done(d, GroupedMatmul { layout, a, b, offsets, c, accumulate }));
+        let mut d = self.draft(35);
+        let x = d.bulk(dtype, &[rows, width], 1.0);
+        let weight = d.bulk(DType::I8, &[EXPERTS[0], width, width], 30.0);
+        let scales = d.bulk(DType::F32, &[EXPERTS[0], width, width / 64], 0.01);
+        let offsets = d.given(DType::I32, &[bounds.len()], &bounds);
+        let c = d.room(dtype, &[rows, width]);
+        let (block_n, block_k) = (1, 64);
+        let op = GroupedMatmulQuant { x, weight, scales, block_n, block_k, offsets, c };
+        cases.push(self.done(d, op));
         cases
     }
 

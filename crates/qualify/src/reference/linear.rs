@@ -98,3 +98,26 @@ pub(super) fn grouped_matmul(op: &ops::GroupedMatmul, memory: &Memory) -> Vec<Ex
     }
     vec![accumulated(memory, &op.c, wants, op.accumulate)]
 }
+
+pub(super) fn grouped_matmul_quant(op: &ops::GroupedMatmulQuant, memory: &Memory) -> Vec<Expected> {
+    let (x, weight) = (memory.read(&op.x), memory.read(&op.weight));
+    let scales = memory.read(&op.scales);
+    let offsets = memory.read_integers(&op.offsets);
+    let (n, k) = (op.weight.dim(1), op.weight.dim(2));
+    let (scale_rows, scale_columns) = (op.scales.dim(1), op.scales.dim(2));
+    let mut wants = vec![Want::Kept; op.c.elements()];
+    for (group, pair) in offsets.windows(2).enumerate() {
+        for row in pair[0] as usize..pair[1] as usize {
+            for column in 0..n {
+                let scale_row = (group * scale_rows + column / op.block_n) * scale_columns;
+                let term = |i: usize| {
+                    let integer = weight[(group * n + column) * k + i];
+                    x[row * k + i] * integer * scales[scale_row + i / op.block_k]
+                };
+                let (value, size) = sum((0..k).map(term));
+                wants[row * n + column] = near(value, size);
+            }
+        }
+    }
+    vec![expected(&op.c, wants)]
+}

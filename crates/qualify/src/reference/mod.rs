@@ -110,6 +110,7 @@ pub fn reference(op: &Op, memory: &Memory) -> Vec<Expected> {
         Op::Matmul(op) => linear::matmul(op, memory),
         Op::MatmulQuant(op) => linear::matmul_quant(op, memory),
         Op::GroupedMatmul(op) => linear::grouped_matmul(op, memory),
+        Op::GroupedMatmulQuant(op) => linear::grouped_matmul_quant(op, memory),
         Op::Rope(op) => attention::rope(op, memory),
         Op::Attention(op) => attention::attention(op, memory),
         Op::AttentionBwd(op) => attention::attention_bwd(op, memory),

@@ -45,11 +45,14 @@ enum After {
 type Placed<T> = (usize, T);
 
 impl Batch {
-    /// An empty batch.
-    pub fn new(device: Device, blocks: Arc<Mutex<BlockPool>>, stats: Arc<Stats>) -> Batch {
-        let info = device.info();
-        let device_name = Arc::from(info.device.as_str());
-        let numeric_class = Arc::from(info.numeric_class.as_str());
+    /// An empty batch on a device and the name by which clients are told of it.
+    pub fn new(
+        (device, name): (Device, &str),
+        blocks: Arc<Mutex<BlockPool>>,
+        stats: Arc<Stats>,
+    ) -> Batch {
+        let device_name = Arc::from(name);
+        let numeric_class = Arc::from(device.info().numeric_class.as_str());
         Batch {
             device,
             blocks,

@@ -415,7 +415,7 @@ impl Logits<'_> {
     fn scored(&self, row: usize, asked: Asked) -> Scored {
         let Asked { token, logprob, top, vocabulary } = asked;
         if top == 0 {
-            return Scored { token, logprob, top: Vec::new() };
+            return Scored { token, logprob, rank: None, top: Vec::new() };
         }
         let logits = &self.all[row * self.padded..][..vocabulary];
         // The drawn token's log-probability tells what all logits are to be lowered by.
@@ -425,7 +425,13 @@ impl Logits<'_> {
             let exact = if id == token { logprob } else { logits[id as usize] - total };
             (id, exact)
         };
-        Scored { token, logprob, top: likeliest.into_iter().map(told).collect() }
+        let own = logits[token as usize];
+        let before = |(id, logit): (usize, &f32)| {
+            let order = logit.total_cmp(&own);
+            order.is_gt() || (order.is_eq() && id < token as usize)
+        };
+        let rank = Some(1 + logits.iter().enumerate().filter(|&one| before(one)).count());
+        Scored { token, logprob, rank, top: likeliest.into_iter().map(told).collect() }
     }
 }
 

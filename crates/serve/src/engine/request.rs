@@ -72,6 +72,8 @@ pub struct Scored {
     pub token: u32,
     /// Its log-probability before any penalty, bias or temperature.
     pub logprob: f32,
+    /// Its place among all tokens, the likeliest being first; known where `top` was asked for.
+    pub rank: Option<usize>,
     /// The likeliest tokens in descending order; equal ones by id.
     pub top: Vec<(u32, f32)>,
 }
@@ -301,7 +303,8 @@ mod tests {
         let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
         let request = Request { prompt: vec![1], adapter: None, task: Task::Embed };
         let ticket = Ticket::new(request, 3, sender);
-        let token = |token| Event::Token(Scored { token, logprob: -1.0, top: Vec::new() });
+        let token =
+            |token| Event::Token(Scored { token, logprob: -1.0, rank: None, top: Vec::new() });
         let first = ticket.hand_over();
         assert_eq!(ticket.tell(first, token(7)), Wanted::Yes);
         let second = ticket.hand_over();
@@ -322,7 +325,10 @@ mod tests {
         assert_eq!(ticket.count_move(), Moves { idle: 1, all: 1 });
         assert_eq!(ticket.count_move(), Moves { idle: 2, all: 2 });
         let epoch = ticket.hand_over();
-        ticket.tell(epoch, Event::Token(Scored { token: 7, logprob: -1.0, top: Vec::new() }));
+        ticket.tell(
+            epoch,
+            Event::Token(Scored { token: 7, logprob: -1.0, rank: None, top: Vec::new() }),
+        );
         assert_eq!(ticket.count_move(), Moves { idle: 1, all: 3 });
     }
 }

@@ -69,8 +69,8 @@ pub struct WorkerThread {
 }
 
 impl Worker {
-    /// Makes both halves; runs the probe.
-    pub fn new(mut device: Device) -> Result<(Worker, WorkerThread), ServeError> {
+    /// Makes both halves of the device that clients are told of by this name; runs the probe.
+    pub fn new(mut device: Device, name: &str) -> Result<(Worker, WorkerThread), ServeError> {
         let options = *device.options();
         let probe = Probe::measure(&mut device)?;
         let (sender, receiver) = channel();
@@ -86,7 +86,7 @@ impl Worker {
             numeric_class: Arc::from(device.info().numeric_class.as_str()),
             probe,
         };
-        let batch = Batch::new(device, blocks, Arc::clone(&stats));
+        let batch = Batch::new((device, name), blocks, Arc::clone(&stats));
         Ok((worker, WorkerThread { commands: receiver, batch, stats, step_began }))
     }
 

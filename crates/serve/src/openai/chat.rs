@@ -12,14 +12,15 @@ use super::conversation::Conversation;
 use super::errors::ApiError;
 use super::fields::Fields;
 use super::flow::{Ended, Flow, Step};
-use super::logprobs::chat_entry;
-use super::settings::{Settings, TOP_LOGPROBS_MAX, Told};
+use super::logprobs::{chat_entry, prompt_entries};
+use super::settings::{Settings, StreamUsage, TOP_LOGPROBS_MAX, Told, prompt_logprobs, truncate};
 use super::sse::{Left, Out, stream};
 use super::{body, formats, reply, usage_json};
 use crate::app::App;
+use crate::engine::request::Scored;
 use crate::seats::Seat;
 use crate::text::grammar::Guide;
-use crate::text::splitter::{Part, Splitter};
+use crate::text::splitter::{Calls, Part, Splitter};
 
 /// A request as read: for all APIs that answer conversations.
 pub struct Wanted {
@@ -33,8 +34,12 @@ pub struct Wanted {
     pub settings: Settings,
     /// Whether tools are offered.
     pub tools: bool,
+    /// How many of them may be called.
+    pub calls: Calls,
     /// Likeliest tokens to tell; `None` for no log-probabilities.
     pub logprobs: Option<usize>,
+    /// The same of the prompt's tokens.
+    pub prompt_logprobs: Option<usize>,
     /// Its place among the requests that are answered.
     _seat: Seat,
 }
@@ -67,7 +72,9 @@ fn read(fields: &Fields<'_>, app: &App) -> Result<Wanted, ApiError> {
     let id = app.fresh_id("chatcmpl");
     let tokens_max = tokens_max.map(|tokens| tokens as usize);
     let guide = formats::guide(fields, app)?;
-    Wanted::new(app, Asked { id, conversation, settings, guide, tokens_max, logprobs })
+    let prompt_logprobs = prompt_logprobs(fields)?;
+    let asked = Asked { id, conversation, settings, guide, tokens_max, logprobs };
+    Ok(Wanted { prompt_logprobs, ..Wanted::new(app, asked)? })
 }
 
 /// What any API says of a conversation to be answered.
@@ -91,27 +98,48 @@ impl Wanted {
     pub fn new(app: &App, asked: Asked) -> Result<Wanted, ApiError> {
         let Asked { id, conversation, mut settings, guide, tokens_max, logprobs } = asked;
         let prompt_text = conversation.text(app)?;
-        let prompt = app.encode_chat(&prompt_text)?;
+        let mut prompt = app.encode_chat(&prompt_text)?;
+        truncate(&mut prompt, settings.prompt_tokens_kept);
         app.check_length(prompt.len(), "messages", tokens_max.unwrap_or(1))?;
         let room = app.context() - prompt.len();
         settings.sampling.tokens_max = tokens_max.unwrap_or(room);
         let thinks = Splitter::new(&prompt_text, None).thinks();
         settings.constraint = app.constraint(guide, thinks)?;
-        let tools = !conversation.tools.is_empty();
+        let (tools, calls) = (!conversation.tools.is_empty(), conversation.calls);
         // The markers of calls are special tokens of some tokenizers.
         settings.skip_special &= !tools;
         let seat = app.seat()?;
-        Ok(Wanted { id, prompt_text, prompt, settings, tools, logprobs, _seat: seat })
+        Ok(Wanted {
+            id,
+            prompt_text,
+            prompt,
+            settings,
+            tools,
+            calls,
+            logprobs,
+            prompt_logprobs: None,
+            _seat: seat,
+        })
     }
 
     /// Gives it to the pool.
     pub fn start<'a>(&self, app: &'a App) -> (Flow<'a>, Vec<Voice>) {
-        let told = Told { top_logprobs: self.logprobs.unwrap_or(0), prompt_logprobs: None };
         let choices = 0..self.settings.choices;
-        let request = |choice| self.settings.request(self.prompt.clone(), choice, told);
+        let request = |choice| {
+            // The prompt is one for all choices, and scored once.
+            let asked = self.prompt_logprobs.filter(|_| choice == 0);
+            let told = Told {
+                top_logprobs: self.logprobs.unwrap_or(0),
+                prompt_logprobs: asked.map(|count| count.max(1)),
+            };
+            self.settings.request(self.prompt.clone(), choice, told)
+        };
         let requests = choices.clone().map(request).collect();
         let format = self.tools.then_some(app.tool_format);
-        let voice = |_| Voice { splitter: Splitter::new(&self.prompt_text, format), thought: 0 };
+        let voice = |_| {
+            let splitter = Splitter::new(&self.prompt_text, format).allowing(self.calls);
+            Voice { splitter, thought: 0 }
+        };
         (Flow::start(app, requests, &self.settings), choices.map(voice).collect())
     }
 }
@@ -123,9 +151,18 @@ pub struct Voice {
 }
 
 impl Voice {
-    /// The parts of a step, and the end if it is one.
-    pub fn hear(&mut self, step: Step) -> Heard {
-        let mut heard = Heard { parts: Vec::new(), scored: None, ended: None };
+    /// The parts of a choice's step, and the end if it is one. Ends the choice if its answer is
+    /// complete.
+    pub fn hear(&mut self, flow: &mut Flow<'_>, (index, step): (usize, Step)) -> Heard {
+        let heard = self.parts_of(step);
+        if self.splitter.complete() {
+            flow.complete(index);
+        }
+        heard
+    }
+
+    fn parts_of(&mut self, step: Step) -> Heard {
+        let mut heard = Heard { parts: Vec::new(), scored: None, prompt: Vec::new(), ended: None };
         match step {
             Step::Token(scored, text) => {
                 self.thought += usize::from(self.splitter.thinks());
@@ -137,7 +174,8 @@ impl Voice {
                 heard.parts.extend(self.splitter.finish());
                 heard.ended = Some(ended);
             }
-            Step::Prompt(_) | Step::Embedding(_) => {}
+            Step::Prompt(scores) => heard.prompt = scores,
+            Step::Embedding(_) => {}
         }
         heard
     }
@@ -161,7 +199,9 @@ pub struct Heard {
     /// New parts.
     pub parts: Vec<Part>,
     /// The token, if there was one.
-    pub scored: Option<crate::engine::request::Scored>,
+    pub scored: Option<Scored>,
+    /// The prompt's tokens from the second on, if they have been scored.
+    pub prompt: Vec<Scored>,
     /// How the answer ended, if it did.
     pub ended: Option<Ended>,
 }
@@ -218,23 +258,28 @@ impl Message {
     }
 }
 
+/// Counts so far.
+fn used(flow: &Flow<'_>, voices: &[Voice]) -> Value {
+    usage_json(flow.usage(), Some(voices.iter().map(Voice::thought).sum()))
+}
+
 async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
     let (mut flow, mut voices) = wanted.start(app);
     let count = voices.len();
     let mut messages: Vec<Message> = (0..count).map(|_| Message::default()).collect();
     let mut scores: Vec<Vec<Value>> = vec![Vec::new(); count];
     let mut finishes = vec![(Value::Null, Value::Null); count];
+    let mut prompt_scores = Vec::new();
     while let Some((index, step)) = flow.next().await? {
-        let heard = voices[index].hear(step);
+        let mut heard = voices[index].hear(&mut flow, (index, step));
+        prompt_scores.append(&mut heard.prompt);
         heard.parts.into_iter().for_each(|part| messages[index].push(app, part));
         if let (Some(scored), Some(_)) = (&heard.scored, wanted.logprobs) {
             scores[index].push(chat_entry(app, scored));
         }
         if let Some(ended) = &heard.ended {
             finishes[index].0 = voices[index].finish_reason(ended).into();
-            if let Ended::StopText(text) = ended {
-                finishes[index].1 = text.as_str().into();
-            }
+            finishes[index].1 = ended.stop_text().into();
         }
     }
     let choice = |index: usize| {
@@ -247,17 +292,19 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
             "stop_reason": finishes[index].1,
         })
     };
-    let thought = voices.iter().map(Voice::thought).sum();
-    let value = json!({
+    let mut value = json!({
         "id": wanted.id,
         "object": "chat.completion",
         "created": app.now(),
         "model": app.model_of(wanted.settings.adapter),
         "choices": (0..count).map(choice).collect::<Vec<_>>(),
-        "usage": usage_json(flow.usage(), Some(thought)),
+        "usage": used(&flow, &voices),
         "system_fingerprint": flow.classes(),
         "device": flow.devices(),
     });
+    if let Some(count) = wanted.prompt_logprobs {
+        value["prompt_logprobs"] = prompt_entries(app, &prompt_scores, count);
+    }
     Ok(reply(&value))
 }
 
@@ -287,7 +334,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
                 return out.done().await;
             }
         };
-        let heard = voices[index].hear(step);
+        let heard = voices[index].hear(&mut flow, (index, step));
         let scored = heard.scored.filter(|_| wanted.logprobs.is_some());
         let mut scores = scored.map(|scored| json!({ "content": [chat_entry(app, &scored)] }));
         let mut deltas: Vec<Value> = heard.parts.into_iter().map(|part| delta(app, part)).collect();
@@ -302,18 +349,23 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             let mut value = chunk(json!([choice]));
             value["system_fingerprint"] = flow.classes().into();
             value["device"] = flow.devices().into();
+            if wanted.settings.stream_usage == StreamUsage::Always {
+                value["usage"] = used(&flow, &voices);
+            }
             out.data(&value).await?;
         }
         if let Some(ended) = heard.ended {
             let finish = voices[index].finish_reason(&ended);
-            let choice = json!({ "index": index, "delta": {}, "finish_reason": finish });
+            let stop = ended.stop_text();
+            let choice = json!({
+                "index": index, "delta": {}, "finish_reason": finish, "stop_reason": stop,
+            });
             out.data(&chunk(json!([choice]))).await?;
         }
     }
-    if wanted.settings.stream_usage {
+    if wanted.settings.stream_usage != StreamUsage::Never {
         let mut value = chunk(json!([]));
-        let thought = voices.iter().map(Voice::thought).sum();
-        value["usage"] = usage_json(flow.usage(), Some(thought));
+        value["usage"] = used(&flow, &voices);
         value["device"] = flow.devices().into();
         out.data(&value).await?;
     }

@@ -12,11 +12,15 @@ use serde_json::{Value, json};
 use super::errors::ApiError;
 use super::fields::{Fields, wrong};
 use super::flow::{Flow, Step};
-use super::logprobs::CompletionLogprobs;
-use super::settings::{Settings, TOP_LOGPROBS_MAX, Told, around};
+use super::logprobs::{CompletionLogprobs, prompt_entries};
+use super::settings::{
+    Settings, StreamUsage, TOP_LOGPROBS_MAX, Told, around, prompt_logprobs, prompt_tokens_kept,
+    truncate,
+};
 use super::sse::{Left, Out, stream};
 use super::{body, formats, reply, usage_json};
 use crate::app::App;
+use crate::engine::request::Scored;
 use crate::seats::Seat;
 
 /// Tokens of a completion if the request does not say, as OpenAI has it.
@@ -35,6 +39,8 @@ struct Wanted {
     echo: bool,
     /// Likeliest tokens to tell; `None` for no log-probabilities.
     logprobs: Option<usize>,
+    /// The same of the prompts' tokens, in an object of their own.
+    prompt_logprobs: Option<usize>,
     /// Its place among the requests that are answered.
     _seat: Seat,
 }
@@ -78,25 +84,39 @@ impl Wanted {
             return Err(fields.wrong("n", &want));
         }
         let id = app.fresh_id("cmpl");
-        Ok(Wanted { id, prompts, settings, echo, logprobs, _seat: app.seat()? })
+        let (prompt_logprobs, seat) = (prompt_logprobs(fields)?, app.seat()?);
+        Ok(Wanted { id, prompts, settings, echo, logprobs, prompt_logprobs, _seat: seat })
     }
 
     fn start<'a>(&self, app: &'a App) -> Flow<'a> {
-        let told = Told {
-            top_logprobs: self.logprobs.unwrap_or(0),
-            prompt_logprobs: self.logprobs.filter(|_| self.echo),
+        let echoed = self.logprobs.filter(|_| self.echo);
+        let told = |choice: usize| {
+            // Choices of one prompt share its scores, which the first asks for.
+            let scored = self.prompt_logprobs.filter(|_| choice == 0).map(|count| count.max(1));
+            let prompt_logprobs = echoed.max(scored);
+            Told { top_logprobs: self.logprobs.unwrap_or(0), prompt_logprobs }
         };
         let choices = self.settings.choices;
         let requests = |prompt: &Vec<u32>| {
             let prompt = prompt.clone();
             let settings = self.settings.clone();
-            (0..choices).map(move |choice| settings.request(prompt.clone(), choice, told))
+            (0..choices).map(move |choice| settings.request(prompt.clone(), choice, told(choice)))
         };
         Flow::start(app, self.prompts.iter().flat_map(requests).collect(), &self.settings)
     }
 
     fn prompt_of(&self, index: usize) -> &[u32] {
         &self.prompts[index / self.settings.choices]
+    }
+
+    /// Adds a prompt's scores to the log-probabilities of its echo.
+    fn echo_scores(&self, app: &App, index: usize, scores: &[Scored], to: &mut CompletionLogprobs) {
+        let Some(count) = self.logprobs.filter(|_| self.echo) else { return };
+        to.push_first(app, self.prompt_of(index)[0]);
+        for scored in scores {
+            let top = scored.top.iter().take(count).copied().collect();
+            to.push(app, &Scored { top, ..scored.clone() });
+        }
     }
 
     fn prompt_text(&self, app: &App, index: usize) -> String {
@@ -126,7 +146,8 @@ pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>
         let token = |(at, value): (usize, &Value)| app.token(value, &format!("{name}[{at}]"));
         list.iter().enumerate().map(token).collect::<Result<Vec<u32>, _>>()
     };
-    let prompts = match value {
+    let kept = prompt_tokens_kept(fields, app)?;
+    let mut prompts = match value {
         Value::String(text) => vec![app.encode(text, key, around)?],
         Value::Array(list) if list.iter().all(Value::is_number) => {
             vec![token_list(list, key)?]
@@ -147,6 +168,7 @@ pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>
             return Err(fields.wrong(key, &want));
         }
     };
+    prompts.iter_mut().for_each(|prompt| truncate(prompt, kept));
     if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
         return Err(ApiError::field(key, format!("`{key}` should have at least one token")));
     }
@@ -157,6 +179,7 @@ pub fn prompts(fields: &Fields<'_>, app: &App, key: &str) -> Result<Vec<Vec<u32>
 struct Answer {
     text: String,
     logprobs: CompletionLogprobs,
+    prompt_scores: Vec<Scored>,
     finish: Value,
     stop: Value,
 }
@@ -166,6 +189,7 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
     let answer = |index: usize| Answer {
         text: wanted.prompt_text(app, index),
         logprobs: CompletionLogprobs::default(),
+        prompt_scores: Vec::new(),
         finish: Value::Null,
         stop: Value::Null,
     };
@@ -175,8 +199,8 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
         let answer = &mut answers[index];
         match step {
             Step::Prompt(scores) => {
-                answer.logprobs.push_first(app, wanted.prompt_of(index)[0]);
-                scores.iter().for_each(|scored| answer.logprobs.push(app, scored));
+                wanted.echo_scores(app, index, &scores, &mut answer.logprobs);
+                answer.prompt_scores = scores;
             }
             Step::Token(scored, text) => {
                 answer.text += &text;
@@ -185,21 +209,29 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
             Step::Ended(ended, text) => {
                 answer.text += &text;
                 answer.finish = ended.name().into();
-                if let super::flow::Ended::StopText(stop) = ended {
-                    answer.stop = stop.into();
-                }
+                answer.stop = ended.stop_text().into();
             }
             Step::Embedding(_) => {}
         }
     }
+    let choices = wanted.settings.choices;
+    let of_prompt = |scores: &Answer, count| prompt_entries(app, &scores.prompt_scores, count);
+    let prompt_scores: Vec<Value> = match wanted.prompt_logprobs {
+        Some(count) => answers.iter().step_by(choices).map(|one| of_prompt(one, count)).collect(),
+        None => Vec::new(),
+    };
     let told = |(index, answer): (usize, Answer)| {
-        json!({
+        let mut value = json!({
             "index": index,
             "text": answer.text,
             "logprobs": wanted.logprobs.map(|_| answer.logprobs.json()),
             "finish_reason": answer.finish,
             "stop_reason": answer.stop,
-        })
+        });
+        if let Some(scores) = prompt_scores.get(index / choices) {
+            value["prompt_logprobs"] = scores.clone();
+        }
+        value
     };
     let choices: Value = answers.into_iter().enumerate().map(told).collect();
     let mut value = wanted.object(app, choices);
@@ -225,11 +257,10 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
         };
         let mut text = String::new();
         let mut logprobs = CompletionLogprobs::at(offsets[index]);
-        let mut finish = Value::Null;
+        let (mut finish, mut stop) = (Value::Null, Value::Null);
         match step {
             Step::Prompt(scores) => {
-                logprobs.push_first(app, wanted.prompt_of(index)[0]);
-                scores.iter().for_each(|scored| logprobs.push(app, scored));
+                wanted.echo_scores(app, index, &scores, &mut logprobs);
             }
             Step::Token(scored, piece) => {
                 text = piece;
@@ -238,6 +269,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             Step::Ended(ended, piece) => {
                 text = piece;
                 finish = ended.name().into();
+                stop = ended.stop_text().into();
             }
             Step::Embedding(_) => {}
         }
@@ -251,13 +283,17 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
             "text": text,
             "logprobs": wanted.logprobs.map(|_| logprobs.json()),
             "finish_reason": finish,
+            "stop_reason": stop,
         });
         let mut value = wanted.object(app, json!([choice]));
         value["system_fingerprint"] = flow.classes().into();
         value["device"] = flow.devices().into();
+        if wanted.settings.stream_usage == StreamUsage::Always {
+            value["usage"] = usage_json(flow.usage(), None);
+        }
         out.data(&value).await?;
     }
-    if wanted.settings.stream_usage {
+    if wanted.settings.stream_usage != StreamUsage::Never {
         let mut value = wanted.object(app, json!([]));
         value["usage"] = usage_json(flow.usage(), None);
         value["device"] = flow.devices().into();

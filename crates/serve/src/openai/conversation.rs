@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::errors::ApiError;
 use super::fields::{Fields, wrong};
 use crate::app::App;
+use crate::text::splitter::Calls;
 use crate::text::tool_call::ToolFormat;
 
 /// Messages of one conversation at most.
@@ -23,8 +24,24 @@ pub struct Conversation {
     pub messages: Vec<Value>,
     /// The tools offered.
     pub tools: Vec<Value>,
+    /// How many of them an answer may call.
+    pub calls: Calls,
     /// Further variables.
     pub variables: Map<String, Value>,
+    /// Where the model takes over.
+    pub end: PromptEnd,
+}
+
+/// Where the model takes over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PromptEnd {
+    /// At the beginning of a message of its own.
+    #[default]
+    New,
+    /// After the last message.
+    After,
+    /// Within the last message, which it goes on with.
+    Within,
 }
 
 impl Conversation {
@@ -44,7 +61,17 @@ impl Conversation {
                 tools.push(tool.clone());
             }
         }
-        Ok(Conversation { messages, tools, variables: variables(fields)? })
+        let calls = match fields.flag("parallel_tool_calls")? {
+            Some(false) => Calls::One,
+            Some(true) | None => Calls::Any,
+        };
+        Ok(Conversation {
+            messages,
+            tools,
+            calls,
+            variables: variables(fields)?,
+            end: end(fields)?,
+        })
     }
 
     /// The text that the model continues.
@@ -56,20 +83,43 @@ impl Conversation {
         let request = ChatRequest {
             messages: self.messages.clone(),
             tools: (!self.tools.is_empty()).then(|| self.tools.clone()),
-            add_generation_prompt: true,
+            add_generation_prompt: self.end == PromptEnd::New,
             variables: self.variables.clone(),
             now_unix_seconds: app.now(),
         };
-        template.render(&request).map_err(|error| {
+        let mut text = template.render(&request).map_err(|error| {
             let message = format!("the model's chat template refuses the conversation: {error}");
             ApiError::field("messages", message)
-        })
+        })?;
+        if self.end == PromptEnd::Within {
+            let last = self.messages.last().and_then(|message| message["content"].as_str());
+            let last = last.unwrap_or_default().trim();
+            let Some(at) = text.rfind(last).filter(|_| !last.is_empty()) else {
+                let message = "the last message has no text that the model could continue";
+                return Err(ApiError::field("continue_final_message", message));
+            };
+            text.truncate(at + last.len());
+        }
+        Ok(text)
     }
 
     /// The tokens of that text.
     pub fn tokens(&self, app: &App) -> Result<Vec<u32>, ApiError> {
         app.encode_chat(&self.text(app)?)
     }
+}
+
+/// Reads vLLM's `add_generation_prompt` and `continue_final_message`.
+fn end(fields: &Fields<'_>) -> Result<PromptEnd, ApiError> {
+    let opens = fields.flag("add_generation_prompt")?;
+    if fields.flag("continue_final_message")? == Some(true) {
+        if opens == Some(true) {
+            let want = "false where `continue_final_message` is true";
+            return Err(fields.wrong("add_generation_prompt", want));
+        }
+        return Ok(PromptEnd::Within);
+    }
+    Ok(if opens == Some(false) { PromptEnd::After } else { PromptEnd::New })
 }
 
 fn message(value: &Value, path: &str, app: &App) -> Result<Value, ApiError> {

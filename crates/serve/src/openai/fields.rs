@@ -140,5 +140,5 @@ pub fn wrong(name: &str, want: &str, got: &Value) -> ApiError {
     };
     let subject = if name.is_empty() { "the request".to_owned() } else { format!("`{name}`") };
     let param = (!name.is_empty()).then(|| name.to_owned());
-    ApiError { param, ..ApiError::field("", format!("{subject} should be {want} but is {got}")) }
+    ApiError { param, ..ApiError::field("", format!("{subject} is {got} but should be {want}")) }
 }

@@ -36,6 +36,14 @@ impl Ended {
             Ended::Length => "length",
         }
     }
+
+    /// The stop text that ended it, if one did.
+    pub fn stop_text(&self) -> Option<&str> {
+        match self {
+            Ended::StopText(text) => Some(text),
+            Ended::EndToken | Ended::Length => None,
+        }
+    }
 }
 
 /// What happens to one of the choices.
@@ -155,6 +163,14 @@ impl<'a> Flow<'a> {
                 self.app.metrics.failed();
                 return Err(error);
             }
+        }
+    }
+
+    /// Ends a choice whose answer is complete, though the model would go on.
+    pub fn complete(&mut self, index: usize) {
+        if !self.choices[index].ended {
+            self.tickets[index].cancel();
+            self.end(index, Ended::EndToken, String::new());
         }
     }
 

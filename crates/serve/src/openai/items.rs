@@ -10,6 +10,9 @@ use crate::text::splitter::Part;
 /// An event: its name and what it says.
 pub type Event = (&'static str, Value);
 
+/// The status of an item or answer that has its end.
+pub const COMPLETED: &str = "completed";
+
 /// The kinds of items, which all grow piece by piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -84,14 +87,14 @@ impl Items {
             Part::Content(text) => (Kind::Message, text),
             Part::CallArguments { text, .. } => (Kind::Call, text),
             Part::CallBegin { name, .. } => {
-                let mut events = self.close();
+                let mut events = self.close(COMPLETED);
                 events.extend(self.begin(app, Kind::Call, &name));
                 return events;
             }
         };
         let mut events = Vec::new();
         if self.open.as_ref().is_none_or(|(open, _)| *open != kind) {
-            events.extend(self.close());
+            events.extend(self.close(COMPLETED));
             events.extend(self.begin(app, kind, ""));
         }
         if let Some((_, all)) = &mut self.open {
@@ -105,13 +108,13 @@ impl Items {
         events
     }
 
-    /// Ends the item that grows.
-    pub fn close(&mut self) -> Vec<Event> {
+    /// Ends the item that grows, which is complete or, at the limit of tokens, incomplete.
+    pub fn close(&mut self, status: &str) -> Vec<Event> {
         let Some((kind, text)) = self.open.take() else { return Vec::new() };
         let index = self.list.len() - 1;
         let mut events = Vec::new();
         let item = &mut self.list[index];
-        item["status"] = "completed".into();
+        item["status"] = status.into();
         match kind.part(&text) {
             Some(part) => {
                 item["content"] = json!([part]);

@@ -26,6 +26,27 @@ pub fn chat_entry(app: &App, scored: &Scored) -> Value {
     value
 }
 
+/// vLLM's `prompt_logprobs`: for each token of a prompt its own entry and those of `count` of the
+/// likeliest, by token id; null for the first, which nothing comes before.
+pub fn prompt_entries(app: &App, scores: &[Scored], count: usize) -> Value {
+    let entry = |token: u32, logprob: f32, rank: Option<usize>| {
+        let value = json!({
+            "logprob": number(logprob), "rank": rank, "decoded_token": app.token_text(token),
+        });
+        (token.to_string(), value)
+    };
+    let of = |scored: &Scored| {
+        let mut entries = Map::new();
+        entries.extend([entry(scored.token, scored.logprob, scored.rank)]);
+        let likeliest = scored.top.iter().take(count).enumerate();
+        for (at, &(token, logprob)) in likeliest.filter(|(_, top)| top.0 != scored.token) {
+            entries.extend([entry(token, logprob, Some(at + 1))]);
+        }
+        Value::Object(entries)
+    };
+    std::iter::once(Value::Null).chain(scores.iter().map(of)).collect()
+}
+
 /// The `logprobs` object of a completion, filled token by token.
 #[derive(Default)]
 pub struct CompletionLogprobs {

@@ -108,6 +108,9 @@ fn translated(value: &Value) -> Result<Value, ApiError> {
             Some("auto") | None => "auto".into(),
             Some(_) => return Err(choice.wrong("type", "auto, any, tool or none")),
         };
+        if let Some(one) = choice.flag("disable_parallel_tool_use")? {
+            made["parallel_tool_calls"] = (!one).into();
+        }
     }
     Ok(made)
 }
@@ -176,8 +179,8 @@ async fn whole(app: &App, wanted: &Wanted) -> Result<Response, ApiError> {
     let (mut flow, mut voices) = wanted.start(app);
     let mut message = Message::default();
     let mut ended = ("end_turn", Value::Null);
-    while let Some((_, step)) = flow.next().await? {
-        let heard = voices[0].hear(step);
+    while let Some(step) = flow.next().await? {
+        let heard = voices[0].hear(&mut flow, step);
         heard.parts.into_iter().for_each(|part| message.push(app, part));
         if let Some(end) = &heard.ended {
             ended = stop_reason(&voices[0], end);
@@ -297,7 +300,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
     let mut ended = ("end_turn", Value::Null);
     loop {
         let step = match out.next(&mut flow).await? {
-            Ok(Some((_, step))) => step,
+            Ok(Some(step)) => step,
             Ok(None) => break,
             Err(error) => {
                 let inner = json!({ "type": "api_error", "message": error.message });
@@ -305,7 +308,7 @@ async fn streamed(app: &App, wanted: Wanted, out: Out) -> Result<(), Left> {
                 return out.named("error", &value).await;
             }
         };
-        let heard = voices[0].hear(step);
+        let heard = voices[0].hear(&mut flow, step);
         for part in heard.parts {
             blocks.push(app, &out, part).await?;
         }

@@ -73,10 +73,13 @@ pub async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<R
         let text = fields.required("prompt", fields.text("prompt")?)?;
         app.encode(text, "prompt", around(&fields)?)?
     };
+    let texts = fields.flag("return_token_strs")?.unwrap_or(false);
+    let texts = texts.then(|| tokens.iter().map(|&token| app.token_text(token)).collect());
     Ok(reply(&json!({
         "count": tokens.len(),
         "max_model_len": app.context(),
         "tokens": tokens,
+        "token_strs": texts.unwrap_or(Value::Null),
     })))
 }
 

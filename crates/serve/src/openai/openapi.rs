@@ -73,11 +73,13 @@ enum Guarded {
 }
 
 /// Paths without parameters.
-const GETS: [(&str, &str, Guarded); 8] = [
+const GETS: [(&str, &str, Guarded); 10] = [
     ("/v1/models", "The model that is served", Guarded::Yes),
     ("/tokenizer_info", "The special tokens", Guarded::Yes),
     ("/events", "What has happened to devices lately", Guarded::Yes),
     ("/health", "Whether the process works", Guarded::No),
+    ("/ping", "The same as /health", Guarded::No),
+    ("/version", "Which release this is", Guarded::No),
     ("/ready", "Whether requests should be sent here", Guarded::No),
     ("/metrics", "Counters for Prometheus", Guarded::No),
     ("/openapi.json", "This document", Guarded::No),

@@ -17,7 +17,7 @@ use super::conversation::Conversation;
 use super::errors::ApiError;
 use super::fields::Fields;
 use super::flow::{Ended, Flow};
-use super::items::Items;
+use super::items::{COMPLETED, Items};
 use super::settings::Settings;
 use super::sse::{Left, Out, stream};
 use super::{body, formats, reply};
@@ -227,8 +227,7 @@ impl Job {
     /// The response at its end, kept if the client wants it kept.
     fn finished(&self, app: &App, flow: &Flow<'_>, heard: &mut End) -> Value {
         let usage = flow.usage();
-        let length = heard.ended == Some(Ended::Length);
-        let status = if length { "incomplete" } else { "completed" };
+        let status = heard.status();
         let usage = json!({
             "input_tokens": usage.prompt,
             "input_tokens_details": { "cached_tokens": usage.cached },
@@ -237,7 +236,7 @@ impl Job {
             "total_tokens": usage.prompt + usage.completion,
         });
         let mut value = self.response(status, heard.items.list(), usage);
-        if length {
+        if status != COMPLETED {
             value["incomplete_details"] = json!({ "reason": "max_output_tokens" });
         }
         value["system_fingerprint"] = flow.classes().into();
@@ -283,6 +282,13 @@ struct End {
     voice: Voice,
     items: Items,
     ended: Option<Ended>,
+}
+
+impl End {
+    /// As the API names it; what was not cut off at the limit of tokens is complete.
+    fn status(&self) -> &'static str {
+        if self.ended == Some(Ended::Length) { "incomplete" } else { COMPLETED }
+    }
 }
 
 /// The request in the terms of the chat API.
@@ -383,14 +389,14 @@ async fn whole(app: &App, job: &Job) -> Result<Value, ApiError> {
     let (mut flow, mut voices) = job.wanted.start(app);
     let voice = voices.remove(0);
     let mut end = End { voice, items: Items::default(), ended: None };
-    while let Some((_, step)) = flow.next().await? {
-        let heard = end.voice.hear(step);
+    while let Some(step) = flow.next().await? {
+        let heard = end.voice.hear(&mut flow, step);
         for part in heard.parts {
             end.items.push(app, part);
         }
         end.ended = heard.ended.or(end.ended);
     }
-    end.items.close();
+    end.items.close(end.status());
     Ok(job.finished(app, &flow, &mut end))
 }
 
@@ -411,7 +417,7 @@ async fn streamed(app: &App, job: &Job, out: Out) -> Result<(), Left> {
     }
     loop {
         let step = match out.next(&mut flow).await? {
-            Ok(Some((_, step))) => step,
+            Ok(Some(step)) => step,
             Ok(None) => break,
             Err(error) => {
                 let mut failed = job.response("failed", end.items.list(), Value::Null);
@@ -420,7 +426,7 @@ async fn streamed(app: &App, job: &Job, out: Out) -> Result<(), Left> {
                 return out.named(name, &tell(name, json!({ "response": failed }))).await;
             }
         };
-        let heard = end.voice.hear(step);
+        let heard = end.voice.hear(&mut flow, step);
         for part in heard.parts {
             for (name, value) in end.items.push(app, part) {
                 out.named(name, &tell(name, value)).await?;
@@ -428,11 +434,13 @@ async fn streamed(app: &App, job: &Job, out: Out) -> Result<(), Left> {
         }
         end.ended = heard.ended.or(end.ended);
     }
-    for (name, value) in end.items.close() {
+    for (name, value) in end.items.close(end.status()) {
         out.named(name, &tell(name, value)).await?;
     }
     let response = job.finished(app, &flow, &mut end);
-    let length = end.ended == Some(Ended::Length);
-    let name = if length { "response.incomplete" } else { "response.completed" };
+    let name = match end.status() {
+        COMPLETED => "response.completed",
+        _ => "response.incomplete",
+    };
     out.named(name, &tell(name, json!({ "response": response }))).await
 }

@@ -43,12 +43,14 @@ pub struct Settings {
     pub skip_special: bool,
     /// Whether the answer is streamed.
     pub stream: bool,
-    /// Whether the stream ends with a count of tokens.
-    pub stream_usage: bool,
+    /// When a stream counts tokens.
+    pub stream_usage: StreamUsage,
     /// Restricts the tokens.
     pub constraint: Option<Arc<ConstraintSource>>,
     /// The adapter that was asked for as a model.
     pub adapter: Option<usize>,
+    /// Tokens at a prompt's end beside which others are left out.
+    pub prompt_tokens_kept: Option<usize>,
 }
 
 impl Settings {
@@ -90,6 +92,7 @@ impl Settings {
         for (at, token) in own.iter().enumerate() {
             end_tokens.push(app.token(token, &format!("stop_token_ids[{at}]"))?);
         }
+        refuse(fields)?;
         let shown = fields.flag("include_stop_str_in_output")?.unwrap_or(false);
         // Who asks is none of the server's business, but a wrong type is a mistake.
         fields.text("user")?;
@@ -98,7 +101,7 @@ impl Settings {
         if options.is_some() && !stream {
             return Err(fields.wrong("stream_options", "absent where `stream` is not true"));
         }
-        let usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten();
+        let stream_usage = options.map(|options| StreamUsage::read(&options)).transpose()?;
         Ok(Settings {
             sampling,
             choices: fields.whole("n", 1..=CHOICES_MAX)?.unwrap_or(1) as usize,
@@ -109,9 +112,10 @@ impl Settings {
             logit_bias: logit_bias(fields, app)?,
             skip_special: fields.flag("skip_special_tokens")?.unwrap_or(true),
             stream,
-            stream_usage: usage.unwrap_or(false),
+            stream_usage: stream_usage.unwrap_or_default(),
             constraint: None,
             adapter,
+            prompt_tokens_kept: prompt_tokens_kept(fields, app)?,
         })
     }
 
@@ -134,6 +138,30 @@ impl Settings {
     }
 }
 
+/// When a stream counts tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StreamUsage {
+    /// Never.
+    #[default]
+    Never,
+    /// At its end.
+    AtEnd,
+    /// In every chunk, and at its end.
+    Always,
+}
+
+impl StreamUsage {
+    /// Reads `stream_options`.
+    fn read(options: &Fields<'_>) -> Result<StreamUsage, ApiError> {
+        let always = options.flag("continuous_usage_stats")? == Some(true);
+        Ok(match options.flag("include_usage")? {
+            Some(true) if always => StreamUsage::Always,
+            Some(true) => StreamUsage::AtEnd,
+            Some(false) | None => StreamUsage::Never,
+        })
+    }
+}
+
 /// Which log-probabilities are wanted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Told {
@@ -141,6 +169,43 @@ pub struct Told {
     pub top_logprobs: usize,
     /// Of the prompt's tokens, with so many of the likeliest.
     pub prompt_logprobs: Option<usize>,
+}
+
+/// Says no to what would change the answer and is not offered here.
+fn refuse(fields: &Fields<'_>) -> Result<(), ApiError> {
+    if fields.flag("use_beam_search")? == Some(true) {
+        return Err(fields.wrong("use_beam_search", "false; beams are not searched here"));
+    }
+    for key in ["bad_words", "allowed_token_ids"] {
+        if fields.list(key)?.is_some_and(|list| !list.is_empty()) {
+            return Err(fields.wrong(key, "absent; `logit_bias` forbids tokens here"));
+        }
+    }
+    Ok(())
+}
+
+/// Reads vLLM's `truncate_prompt_tokens`, in which -1 stands for as many as the model takes.
+pub fn prompt_tokens_kept(fields: &Fields<'_>, app: &App) -> Result<Option<usize>, ApiError> {
+    if fields.get("truncate_prompt_tokens").and_then(Value::as_i64) == Some(-1) {
+        return Ok(Some(app.context() - 1));
+    }
+    let count = fields.whole("truncate_prompt_tokens", 1..=u64::from(u32::MAX))?;
+    Ok(count.map(|count| count as usize))
+}
+
+/// Leaves out what stands before the last tokens that are kept.
+pub fn truncate(tokens: &mut Vec<u32>, kept: Option<usize>) {
+    let surplus = kept.map_or(0, |kept| tokens.len().saturating_sub(kept));
+    tokens.drain(..surplus);
+}
+
+/// Reads vLLM's `prompt_logprobs`: of so many of the likeliest tokens beside the prompt's own.
+pub fn prompt_logprobs(fields: &Fields<'_>) -> Result<Option<usize>, ApiError> {
+    let count = fields.whole("prompt_logprobs", 0..=TOP_LOGPROBS_MAX)?;
+    if count.is_some() && fields.flag("stream")? == Some(true) {
+        return Err(fields.wrong("prompt_logprobs", "absent where `stream` is true"));
+    }
+    Ok(count.map(|count| count as usize))
 }
 
 /// What the tokenizer puts around a text.

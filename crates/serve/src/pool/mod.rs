@@ -87,6 +87,9 @@ struct Shared {
 
 /// A device's place in the pool.
 struct Slot {
+    /// What it is opened by.
+    opened_as: String,
+    /// What it is called; of several opened alike, the later ones have a number.
     name: String,
     inner: Mutex<SlotState>,
 }
@@ -142,13 +145,16 @@ impl Pool {
             return Err(ServeError::NoDevice { reasons: "none was named".to_owned() });
         }
         let (sender, receiver) = channel();
-        let slot = |name: &String| {
+        let slot = |(at, name): (usize, &String)| {
             let (phase, tickets) = (Phase::Starting, Vec::new());
             let state =
                 SlotState { phase, generation: 0, failures: 0, drifts: 0, joined: 0, tickets };
-            Slot { name: name.clone(), inner: Mutex::new(state) }
+            let alike = parts.devices[..at].iter().filter(|other| *other == name).count();
+            let opened_as = name.clone();
+            let name = if alike == 0 { name.clone() } else { format!("{name} #{}", alike + 1) };
+            Slot { opened_as, name, inner: Mutex::new(state) }
         };
-        let slots = parts.devices.iter().map(slot).collect();
+        let slots = parts.devices.iter().enumerate().map(slot).collect();
         let events = Events::new(parts.on_event.clone());
         let shared = Arc::new(Shared {
             parts,
@@ -274,7 +280,8 @@ impl Shared {
     }
 
     fn work(&self, mut end: EndNotice) {
-        let ready = self.open(end.slot).and_then(Worker::new);
+        let name = &self.slots[end.slot].name;
+        let ready = self.open(end.slot).and_then(|device| Worker::new(device, name));
         end.error = match ready {
             Err(error) => Some(error),
             Ok((worker, thread)) => {
@@ -287,8 +294,8 @@ impl Shared {
     }
 
     fn open(&self, slot: usize) -> Result<Device, ServeError> {
-        let name = &self.slots[slot].name;
-        let backend = (self.parts.open)(name)
+        let Slot { opened_as, name, .. } = &self.slots[slot];
+        let backend = (self.parts.open)(opened_as)
             .map_err(|reason| ServeError::Open { device: name.clone(), reason })?;
         let parts = &self.parts;
         let weights = (parts.weights.as_ref(), parts.adapters.as_deref());

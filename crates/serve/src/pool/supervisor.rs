@@ -52,7 +52,12 @@ impl Shared {
     pub(super) fn supervise(self: Arc<Self>, notices: &Notices) {
         let mut audits: Vec<Audit> = Vec::new();
         loop {
-            match notices.recv_timeout(LOOK_EVERY) {
+            let notice = notices.recv_timeout(LOOK_EVERY);
+            // Workers end because they were told to, which is no failure of theirs.
+            if self.stopping.load(Relaxed) {
+                return;
+            }
+            match notice {
                 Ok(Notice::Ready { slot, generation, worker }) => {
                     // One that is refused has been told of.
                     let _ = self.let_in(slot, generation, worker);
@@ -62,9 +67,6 @@ impl Shared {
                 }
                 Ok(Notice::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
-            }
-            if self.stopping.load(Relaxed) {
-                return;
             }
             self.look(Instant::now());
             self.audit(&mut audits);

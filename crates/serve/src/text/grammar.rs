@@ -11,6 +11,7 @@ use llguidance::{Matcher, ParserFactory};
 use pontoon_models::{SpecialTokens, Tokenizer};
 use serde_json::{Value, json};
 
+use super::splitter::THINK_END;
 use super::token_bytes::TokenBytes;
 use super::tool_call::ToolFormat;
 use crate::engine::request::{Constraint, ConstraintSource};
@@ -38,11 +39,14 @@ impl Grammars {
         thinks: bool,
         vocabulary: &Vocabulary<'_>,
     ) -> Result<Option<Arc<ConstraintSource>>, String> {
-        let think_end = vocabulary.tokenizer.token_id("</think>").filter(|_| thinks);
-        let budget = guide.thinking_tokens.filter(|_| think_end.is_some());
+        let budget = guide.thinking_tokens.filter(|_| thinks);
         if guide.grammar.is_none() && budget.is_none() {
             return Ok(None);
         }
+        // One token of thinking models, and several of others.
+        let end = vocabulary.tokenizer.encode(THINK_END).map_err(|error| error.to_string())?;
+        let end: Arc<[u32]> = Arc::from(end);
+        let bytes = Arc::clone(vocabulary.bytes);
         let factory = match guide.grammar {
             Some(_) => Some(self.factory.get_or_init(|| vocabulary.factory()).clone()?),
             None => None,
@@ -58,7 +62,8 @@ impl Grammars {
                 }
                 matcher = Some(made);
             }
-            Ok(Guided { matcher, thinking: think_end.map(|end| Thinking { end, left: budget }) })
+            let thinking = thinks.then(|| Thinking::new(&end, budget));
+            Ok(Guided { matcher, thinking, bytes: Arc::clone(&bytes) })
         };
         // A grammar that cannot be used is refused before anything runs.
         let mut first = make()?;
@@ -76,7 +81,7 @@ pub struct Vocabulary<'a> {
     /// The tokenizer.
     pub tokenizer: &'a Tokenizer,
     /// The bytes of its tokens.
-    pub bytes: &'a TokenBytes,
+    pub bytes: &'a Arc<TokenBytes>,
     /// The token that ends a completion.
     pub end_token: Option<u32>,
 }
@@ -105,23 +110,56 @@ impl Vocabulary<'_> {
     }
 }
 
+/// Reasoning that has not ended.
 #[derive(Clone)]
 struct Thinking {
-    end: u32,
+    /// The tokens that end it when its budget is spent.
+    end: Arc<[u32]>,
+    /// How many of them have been forced.
+    forced: usize,
+    /// Tokens that may still come; `None` for any number.
     left: Option<usize>,
+    /// The last bytes, in which the end may have begun.
+    last: Vec<u8>,
+}
+
+impl Thinking {
+    fn new(end: &Arc<[u32]>, left: Option<usize>) -> Thinking {
+        Thinking { end: Arc::clone(end), forced: 0, left, last: Vec::new() }
+    }
+
+    /// The token that must come next, if its budget is spent.
+    fn forced(&self) -> Option<u32> {
+        self.end.get(self.forced).copied().filter(|_| self.left == Some(0))
+    }
+
+    /// Goes on by a token's bytes; true if it was the last one.
+    fn ends_with(&mut self, bytes: &[u8]) -> bool {
+        match &mut self.left {
+            Some(0) => self.forced += 1,
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        self.last.extend_from_slice(bytes);
+        let marker = THINK_END.as_bytes();
+        let ends = self.last.windows(marker.len()).any(|part| part == marker)
+            || self.forced == self.end.len();
+        self.last.drain(..self.last.len().saturating_sub(marker.len() - 1));
+        ends
+    }
 }
 
 struct Guided {
     matcher: Option<Matcher>,
     thinking: Option<Thinking>,
+    bytes: Arc<TokenBytes>,
 }
 
 impl Constraint for Guided {
     fn forbid(&mut self, bias: &mut [f32]) -> Result<(), String> {
         if let Some(thinking) = &self.thinking {
-            if thinking.left == Some(0) {
-                let end = thinking.end as usize;
-                let others = bias.iter_mut().enumerate().filter(|(id, _)| *id != end);
+            if let Some(token) = thinking.forced() {
+                let others = bias.iter_mut().enumerate().filter(|(id, _)| *id != token as usize);
                 others.for_each(|(_, bias)| *bias = f32::NEG_INFINITY);
             }
             return Ok(());
@@ -138,10 +176,8 @@ impl Constraint for Guided {
 
     fn accept(&mut self, token: u32) -> Result<(), String> {
         if let Some(thinking) = &mut self.thinking {
-            if token == thinking.end {
+            if thinking.ends_with(self.bytes.of(token)) {
                 self.thinking = None;
-            } else if let Some(left) = &mut thinking.left {
-                *left = left.saturating_sub(1);
             }
             return Ok(());
         }
@@ -155,7 +191,8 @@ impl Constraint for Guided {
 
     fn fork(&self) -> Box<dyn Constraint> {
         let matcher = self.matcher.as_ref().map(Matcher::deep_clone);
-        Box::new(Guided { matcher, thinking: self.thinking.clone() })
+        let (thinking, bytes) = (self.thinking.clone(), Arc::clone(&self.bytes));
+        Box::new(Guided { matcher, thinking, bytes })
     }
 }
 

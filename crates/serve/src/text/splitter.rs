@@ -7,7 +7,8 @@ use super::stops::overlap;
 use super::tool_call::{Head, ObjectEnd, ToolFormat};
 
 const THINK: &str = "<think>";
-const THINK_END: &str = "</think>";
+/// What ends a model's reasoning.
+pub const THINK_END: &str = "</think>";
 
 /// A piece of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +33,16 @@ pub enum Part {
     },
 }
 
+/// How many tools an answer may call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Calls {
+    /// As many as the model likes.
+    #[default]
+    Any,
+    /// One; the answer ends with it.
+    One,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     /// Nothing but white space has come; reasoning may begin.
@@ -41,6 +52,8 @@ enum Mode {
     AfterReasoning,
     Content,
     Tool,
+    /// The only call is complete; what else comes is not part of the answer.
+    Complete,
 }
 
 /// Parts one answer.
@@ -49,6 +62,7 @@ pub struct Splitter {
     tools: Option<ToolFormat>,
     mode: Mode,
     held: String,
+    allowed: Calls,
     calls: usize,
     /// The arguments that are coming; `None` until a call's name is known.
     arguments: Option<ObjectEnd>,
@@ -59,7 +73,19 @@ impl Splitter {
     pub fn new(prompt: &str, tools: Option<ToolFormat>) -> Splitter {
         let thinking = prompt.trim_end().ends_with(THINK);
         let mode = if thinking { Mode::Reasoning } else { Mode::Beginning };
-        Splitter { tools, mode, held: String::new(), calls: 0, arguments: None }
+        let (held, allowed) = (String::new(), Calls::Any);
+        Splitter { tools, mode, held, allowed, calls: 0, arguments: None }
+    }
+
+    /// The same for an answer that may call so many tools.
+    #[must_use]
+    pub fn allowing(self, calls: Calls) -> Splitter {
+        Splitter { allowed: calls, ..self }
+    }
+
+    /// Whether the answer is complete although the model may go on.
+    pub fn complete(&self) -> bool {
+        self.mode == Mode::Complete
     }
 
     /// Whether the model thinks at this moment.
@@ -84,6 +110,7 @@ impl Splitter {
     pub fn finish(&mut self) -> Vec<Part> {
         let rest = std::mem::take(&mut self.held);
         let part = match (self.mode, self.tools) {
+            (Mode::Complete, _) => return Vec::new(),
             (Mode::Reasoning, _) => Part::Reasoning(rest),
             (Mode::Tool, Some(format)) => match &mut self.arguments {
                 Some(arguments) => {
@@ -120,6 +147,10 @@ impl Splitter {
                 ready
             }
             Mode::Content => self.content(parts),
+            Mode::Complete => {
+                self.held.clear();
+                false
+            }
             Mode::Tool => match self.tools {
                 Some(format) => self.tool(format, parts),
                 None => false,
@@ -143,7 +174,7 @@ impl Splitter {
             let Some(end) = end else { return false };
             let text: String = self.held.drain(..end + format.end().len()).collect();
             parts.extend(self.whole_call(format, &text[..end]));
-            self.mode = Mode::AfterReasoning;
+            self.mode = self.after_call();
             return true;
         };
         let taken = arguments.take(&self.held[..certain]);
@@ -154,7 +185,7 @@ impl Splitter {
             Some(end) => {
                 self.held.drain(..end + format.end().len());
                 self.arguments = None;
-                self.mode = Mode::AfterReasoning;
+                self.mode = self.after_call();
                 true
             }
             None => {
@@ -162,6 +193,14 @@ impl Splitter {
                 false
             }
         }
+    }
+
+    /// What follows a call, or what looked like one.
+    fn after_call(&self) -> Mode {
+        if self.allowed == Calls::One && self.calls > 0 {
+            return Mode::Complete;
+        }
+        Mode::AfterReasoning
     }
 
     fn begin(&mut self) -> bool {
@@ -297,6 +336,30 @@ mod tests {
             assert_eq!(split("", Some(ToolFormat::Qwen), text, size), want);
             let broken = "<tool_call>{]</tool_call>";
             assert_eq!(split("", Some(ToolFormat::Qwen), broken, size), [content(broken)]);
+        }
+    }
+
+    #[test]
+    fn an_answer_that_may_call_once_ends_with_its_first_call() {
+        let text = "<tool_call>{]</tool_call><tool_call>{\"name\": \"a\", \"arguments\": {}}\
+                    </tool_call>\n<tool_call>{\"name\": \"b\", \"arguments\": {}}</tool_call> end";
+        for size in [1, 7, 200] {
+            let mut splitter = Splitter::new("", Some(ToolFormat::Qwen)).allowing(Calls::One);
+            let letters: Vec<char> = text.chars().collect();
+            let mut parts = Vec::new();
+            for piece in letters.chunks(size) {
+                parts.extend(splitter.push(&piece.iter().collect::<String>()));
+            }
+            parts.extend(splitter.finish());
+            assert!(splitter.complete() && splitter.calls() == 1, "{parts:?}");
+            let begun = |part: &&Part| matches!(part, Part::CallBegin { .. });
+            assert_eq!(parts.iter().filter(begun).count(), 1, "{parts:?}");
+            let arguments = |part: &Part| match part {
+                Part::CallArguments { text, .. } => text.clone(),
+                _ => String::new(),
+            };
+            assert_eq!(parts.iter().map(arguments).collect::<String>(), "{}", "size {size}");
+            assert!(!matches!(parts.last(), Some(Part::Content(_))), "size {size}: {parts:?}");
         }
     }
 

@@ -134,7 +134,8 @@ impl Small {
 /// A template that shows roles, tools and whether to think.
 pub const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\n{% endif %}\
     {% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}\
-    <assistant>{% if enable_thinking %}<think>\n{% endif %}";
+    {% if add_generation_prompt %}<assistant>\
+    {% if enable_thinking %}<think>\n{% endif %}{% endif %}";
 
 /// Which devices are to fail, and when.
 #[derive(Default)]

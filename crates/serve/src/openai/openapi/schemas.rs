@@ -72,11 +72,15 @@ fn sampling() -> Value {
             "additionalProperties": { "type": "number", "minimum": -100, "maximum": 100 },
         },
         "thinking_budget": whole(0, TOKENS_MAX),
+        "truncate_prompt_tokens": whole(-1, TOKENS_MAX),
         "user": optional("string"),
         "stream": optional("boolean"),
         "stream_options": {
             "type": ["object", "null"],
-            "properties": { "include_usage": optional("boolean") },
+            "properties": {
+                "include_usage": optional("boolean"),
+                "continuous_usage_stats": optional("boolean"),
+            },
         },
     })
 }
@@ -160,8 +164,12 @@ fn chat() -> Value {
         "response_format": { "type": ["object", "null"], "properties": { "type": {
             "enum": ["text", "json_object", "json_schema", "regex", "grammar"],
         }}},
+        "parallel_tool_calls": optional("boolean"),
+        "prompt_logprobs": whole(0, TOP_LOGPROBS_MAX),
         "reasoning_effort": optional("string"),
         "chat_template_kwargs": optional("object"),
+        "add_generation_prompt": optional("boolean"),
+        "continue_final_message": optional("boolean"),
     });
     object(json!(["messages"]), &[model(), sampling(), choices(), own])
 }
@@ -183,6 +191,7 @@ fn completion() -> Value {
         "max_tokens": whole(0, TOKENS_MAX),
         "echo": optional("boolean"),
         "logprobs": whole(0, TOP_LOGPROBS_MAX),
+        "prompt_logprobs": whole(0, TOP_LOGPROBS_MAX),
         "add_special_tokens": optional("boolean"),
     });
     object(json!(["prompt"]), &[model(), sampling(), choices(), own])
@@ -248,6 +257,7 @@ fn messages(required: Value) -> Value {
         "tools": { "type": ["array", "null"], "items": tool },
         "tool_choice": { "type": ["object", "null"], "properties": {
             "type": { "enum": ["auto", "any", "tool", "none"] },
+            "disable_parallel_tool_use": optional("boolean"),
         }},
         "stop_sequences": { "type": ["array", "null"], "items": { "type": "string" },
                             "maxItems": STOPS_MAX },
@@ -270,7 +280,10 @@ fn embedding() -> Value {
 }
 
 fn tokenize() -> Value {
-    let special = json!({ "add_special_tokens": optional("boolean") });
+    let special = json!({
+        "add_special_tokens": optional("boolean"),
+        "return_token_strs": optional("boolean"),
+    });
     let text = json!({ "prompt": { "type": "string" } });
     let conversation = json!({ "messages": chat_messages() });
     json!({ "anyOf": [
