@@ -4,8 +4,8 @@
 Each case starts a run on two workers, asks `pontoon move` for other devices once it has done some
 steps, lets it go on for 200 more, and trains the same settings twice more: without a move, and
 stopped at that step and resumed on the other devices. Printed and written: how long the move took,
-the largest difference of losses as a share of what the certificate allows by then and where it
-was, and whether the final weights have the same hash as those of either run.
+the largest difference of the losses' running means as a share of the certificate's band and where
+it was, and whether the final weights have the same hash as those of either run.
 
     cargo build --release
     python benches/move_under_load.py --out benches/results/DATE-move.json
@@ -83,6 +83,17 @@ def summary(child: subprocess.Popen) -> dict:
     return json.loads(out)
 
 
+def shares_of_band(band: dict, run: list, alone: list, step: int) -> list:
+    """How far apart running means of two curves are, as shares of what the certificate allows."""
+    shares = []
+    for end in range(step + 1, min(len(run), len(alone)) + 1):
+        begin = max(step, end - band["window"])
+        apart = abs(sum(run[begin:end]) / sum(alone[begin:end]) - 1)
+        allowed = band["rounding"] + band["deviations"] * band["scatter"] * (2 / (end - begin)) ** 0.5
+        shares.append(apart / allowed)
+    return shares
+
+
 def measure(program: str, settings: dict, before: list, after: list, steps: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,8 +121,7 @@ def measure(program: str, settings: dict, before: list, after: list, steps: int)
     if len(losses[0]) != len(losses[1]) or len(losses[0]) != moved["steps"]:
         sys.exit("a step is missing")
     apart = [abs(a - b) / max(abs(b), 1e-3) for a, b in zip(*losses)]
-    drift = certificate["limits"]["drift"]
-    shares = [apart[at] / (drift * (at + 1 - step)) for at in range(step, min(step + steps, len(apart)))]
+    shares = shares_of_band(certificate["band"], *losses, step)[:steps]
     return {
         "from": before,
         "to": after,
@@ -138,6 +148,7 @@ def measure(program: str, settings: dict, before: list, after: list, steps: int)
         "answered_s": answered,
         "gradient_error": max(trial["gradient_error"] for trial in certificate["trials"]),
         "limits": certificate["limits"],
+        "band": certificate["band"],
     }
 
 

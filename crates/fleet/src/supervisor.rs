@@ -8,6 +8,7 @@
 //! `auditing.rs`, who decides how much in `policy.rs`.
 
 mod auditing;
+mod band;
 mod boundary;
 mod classes;
 mod judging;
@@ -27,6 +28,7 @@ use crate::policy::HangAfter;
 use crate::protocol::{Area, Command, Rates, Report, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
+pub use band::Band;
 pub use classes::Tolerance;
 use ledger::Ledger;
 use losing::{CHANGED, Loss};

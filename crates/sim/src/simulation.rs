@@ -40,7 +40,7 @@ const RUN: &str = "run";
 /// Snapshots kept.
 const KEEP: NonZeroUsize = NonZeroUsize::new(3).expect("three is not zero");
 /// What two classes may be apart.
-const TOLERANCE: Tolerance = Tolerance { gradient: 0.01, loss: 0.01, drift: 0.01 };
+const TOLERANCE: Tolerance = Tolerance { gradient: 0.01, loss: 0.01, curve: 0.01 };
 /// As in real runs by default.
 const SAVE_PATIENCE: Duration = Duration::from_secs(200);
 /// A killed supervisor that was writing a snapshot had this many changes to the disk before it at

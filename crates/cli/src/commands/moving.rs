@@ -87,6 +87,13 @@ pub fn lines(certificate: &Value) -> Vec<String> {
             ms("trial_ms"),
             ms("pause_ms"),
         ));
+        let band = &certificate["band"];
+        if let (Some(apart), Some(window)) = (band["apart"].as_f64(), band["window"].as_u64()) {
+            lines.push(format!(
+                "means of {window} losses may be {:.1}% apart from those of the run unmoved",
+                100.0 * apart
+            ));
+        }
     }
     lines
 }

@@ -14,7 +14,7 @@ use pontoon_fleet::run_dir::{Event, EventKind};
 use pontoon_fleet::snapshot::{is_url, place};
 use pontoon_fleet::supervisor::Tolerance;
 use pontoon_fleet::world::{Disk, Launching, SystemClock};
-use pontoon_qualify::compare::Limits;
+use pontoon_qualify::compare::{Experts, Limits, Sizes};
 use pontoon_sim::chaos::{self, ChaosDisk, Plan};
 use pontoon_train::{Beginning, Devices, Metrics, Observer, Run, RunConfig, Start, Summary};
 
@@ -212,11 +212,14 @@ fn supervise(run: &Run<'_>, plan: Option<&Plan>, display: &mut Display) -> Resul
 /// `pontoon compare`.
 fn tolerance(run: &Run<'_>) -> Result<Tolerance> {
     let model = pontoon_train::model_of(&run.config, &run.base)?;
-    let limits = Limits::of(&sizes(&model, run.config.train.dtype.dtype(), 1), 1.0);
-    let (gradient, drift) = (limits.gradient_error, limits.loss_drift);
+    let sizes = sizes(&model, run.config.train.dtype.dtype(), 1);
+    let gradient = Limits::of(&sizes, 1.0).gradient_error;
     // A loss is rounded on the way through the layers once, a gradient twice; but where nearly
     // all is learnt, a few rows decide both.
-    Ok(Tolerance { gradient, loss: gradient, drift })
+    let loss = gradient;
+    // Rows that go to another expert go to a better one as often as to a worse.
+    let curve = Limits::of(&Sizes { experts: Experts::None, ..sizes }, 1.0).gradient_error;
+    Ok(Tolerance { gradient, loss, curve })
 }
 
 /// The settings' file and the run folder.

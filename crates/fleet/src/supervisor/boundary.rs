@@ -290,7 +290,7 @@ impl Supervisor {
         let rates = self.round.applied.values().next().map_or(Rates::default(), |of| of.0);
         let norm = self.round.combined.values().next().map_or(f64::NAN, |of| of.norm);
         let losses = self.round.losses();
-        self.ledger.last_losses(&losses);
+        self.ledger.last_losses(self.step, &losses);
         self.outputs.push(Output::Step(StepDone {
             step: self.step,
             losses,

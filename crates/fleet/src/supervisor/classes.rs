@@ -32,9 +32,8 @@ pub struct Tolerance {
     pub gradient: f64,
     /// The relative difference of a micro-batch's loss.
     pub loss: f64,
-    /// What the relative difference of a run's loss may grow by in each step after it went to
-    /// another class.
-    pub drift: f64,
+    /// What rounding alone may do to a mean of losses: as much as to one, without what evens out.
+    pub curve: f64,
 }
 
 impl Supervisor {

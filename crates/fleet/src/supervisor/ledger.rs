@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use super::band::{Band, Latest};
+
 /// Steps whose time is remembered: more than lie between the newest snapshot and the oldest kept
 /// one in any run that wants to be resumed, and 16 MiB.
 const LATEST: usize = 1 << 20;
@@ -20,6 +22,7 @@ pub(super) struct Ledger {
     clean: VecDeque<f64>,
     /// The largest loss of a leaf in the step before.
     largest_loss: Option<f64>,
+    losses: Latest,
     pub faults: u64,
 }
 
@@ -58,16 +61,23 @@ impl Ledger {
     pub fn rolled_back(&mut self, step: u64) {
         let again: f64 = self.latest.iter().filter(|(of, _)| *of > step).map(|(_, s)| s).sum();
         self.latest.retain(|(of, _)| *of <= step);
+        self.losses.rolled_back(step);
         self.useful -= again;
         self.lose("rolled_back", again);
     }
 
-    pub fn last_losses(&mut self, losses: &[f64]) {
+    pub fn last_losses(&mut self, step: u64, losses: &[f64]) {
+        self.losses.push(step, losses.iter().sum());
         self.largest_loss = losses.iter().copied().reduce(f64::max);
     }
 
     pub fn largest_loss(&self) -> Option<f64> {
         self.largest_loss
+    }
+
+    /// What a move's losses are to be held to.
+    pub fn band(&self, rounding: f64) -> Option<Band> {
+        self.losses.band(rounding)
     }
 
     pub fn goodput(&self, now: Duration) -> f64 {

@@ -15,6 +15,7 @@ use serde_json::json;
 use crate::protocol::{Against, Area, Command, Publish, Source, StateDigest};
 use crate::run_dir::{Event, EventKind};
 
+use super::band::Band;
 use super::classes::{Tolerance, loss_apart};
 use super::losing::CHANGED;
 use super::round::{Replayed, Subtree};
@@ -77,6 +78,9 @@ pub struct Certificate {
     pub trials: Vec<Trial>,
     /// What they may be apart where they are of another class.
     pub limits: Tolerance,
+    /// What the run's losses may be apart from those of the same run left alone; absent where it
+    /// did too few steps to tell.
+    pub band: Option<Band>,
     /// Whether all agree.
     pub agree: bool,
     /// Why not.
@@ -373,6 +377,7 @@ impl Supervisor {
             loss: owner.losses[0],
             trials,
             limits: self.settings.tolerance,
+            band: None,
             agree: reasons.is_empty(),
             reasons,
             load_ms: ms(moving.begun, loaded),
@@ -481,6 +486,7 @@ impl Supervisor {
         let moving = self.moving.take()?;
         let mut certificate = moving.certificate.clone()?;
         certificate.step = self.step;
+        certificate.band = self.ledger.band(certificate.limits.curve);
         let pause = self.now.saturating_sub(self.round.begun);
         certificate.pause_ms = pause.as_millis() as u64;
         for worker in 0..self.workers.len() {

@@ -115,7 +115,7 @@ impl World {
             audit,
             non_finite,
             hang_after: HangAfter::Auto,
-            tolerance: Tolerance { gradient: 0.01, loss: 0.01, drift: 0.001 },
+            tolerance: Tolerance { gradient: 0.01, loss: 0.01, curve: 0.01 },
             source: Source::Fresh,
         };
         World {
