@@ -200,3 +200,11 @@ fn an_unknown_or_missing_set_is_named() {
     assert!(error.contains("this CPU has no"), "{error}");
     assert_eq!(Isa::from_name("portable"), Ok(Isa::PORTABLE));
 }
+
+#[test]
+#[cfg(target_arch = "aarch64")]
+fn neon_is_listed_last_so_that_it_is_taken() {
+    let names: Vec<_> = Isa::available().into_iter().map(Isa::name).collect();
+    assert_eq!(names, ["portable", "neon"]);
+    assert_eq!(Isa::from_name("neon").unwrap().geometry().lanes, 4);
+}
