@@ -91,7 +91,7 @@ fn every_operation_is_measured_and_a_fit_device_is_called_fit() {
         known: Roofs::default(),
     };
     let speed = speed::run(&mut backend, &options, &clock(), &mut |_| {}).unwrap();
-    assert_eq!(speed.rows.len(), 38);
+    assert_eq!(speed.rows.len(), 39);
     assert!(speed.roofs.memory > 0.0 && speed.roofs.matrix["f32"] > 0.0);
     let verdict = judge(&Evidence {
         conformance: &conformance,
