@@ -130,7 +130,7 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn load_f16(self, from: &[f16]) -> float32x4_t {
-        self.vector(four(from).map(|value| Element::to_f32(value)))
+        self.vector(four(from).map(Element::to_f32))
     }
     #[inline(always)]
     fn store_f16(self, value: float32x4_t, to: &mut [f16]) {
