@@ -3,7 +3,7 @@
 //!
 //! Run with `cargo run --release -p pontoon-cpu --example decode_bench [-- FORMAT SEQUENCES CONTEXT
 //! SIZE]`, FORMAT one of bf16, f32, int8, int4, SIZE one of 30m, 0.5b. `pontoon bench decode`
-//! measures the whole engine; this builds in seconds. Results are not checked here.
+//! measures the whole engine; this needs the backend alone. Results are not checked here.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

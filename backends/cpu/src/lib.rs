@@ -196,24 +196,19 @@ impl CpuBackend {
         if !self.buffers.any_in_panels() {
             return Ok(());
         }
-        let operands = op.operands();
+        let (operands, names) = (op.operands(), if checked { &[] } else { reads_panels(op) });
+        let readable = |one: &&Operand| names.contains(&one.name);
         // Words and scales are read in panels both, or neither.
-        let mut readable = operands.iter().filter(|one| reads_panels(op).contains(&one.name));
-        let all_kept = readable.all(|one| self.buffers.in_panels(&one.view));
-        let stays = |one: &Operand| !checked && all_kept && reads_panels(op).contains(&one.name);
-        for operand in operands.iter().filter(|one| !stays(one)) {
-            let start = operand.view.byte_offset;
-            self.reach(operand.view.buffer, start..start + operand.view.span_bytes())?;
+        let stay = operands.iter().filter(readable).all(|one| self.buffers.in_panels(&one.view));
+        for Operand { view, .. } in operands.iter().filter(|one| !(stay && readable(one))) {
+            self.reach(view.buffer, view.byte_offset, view.span_bytes())?;
         }
         Ok(())
     }
 
-    /// Puts back the matrices of which a part lies in a range that is about to be used.
-    fn reach(
-        &mut self,
-        buffer: BufferId,
-        range: std::ops::Range<usize>,
-    ) -> Result<(), DeviceError> {
+    /// Puts back the matrices of which a part lies in bytes that are about to be used.
+    fn reach(&mut self, buffer: BufferId, start: usize, bytes: usize) -> Result<(), DeviceError> {
+        let range = start..start.saturating_add(bytes);
         prepack::put_back((&self.pool, self.isa), &mut self.buffers, buffer, &range)
     }
 
@@ -266,7 +261,7 @@ impl Backend for CpuBackend {
         byte_offset: usize,
         bytes: &[u8],
     ) -> Result<(), DeviceError> {
-        self.reach(buffer, byte_offset..byte_offset.saturating_add(bytes.len()))?;
+        self.reach(buffer, byte_offset, bytes.len())?;
         self.buffers.write(buffer, byte_offset, bytes)
     }
 
@@ -276,7 +271,7 @@ impl Backend for CpuBackend {
         byte_offset: usize,
         bytes: &mut [u8],
     ) -> Result<(), DeviceError> {
-        self.reach(buffer, byte_offset..byte_offset.saturating_add(bytes.len()))?;
+        self.reach(buffer, byte_offset, bytes.len())?;
         self.buffers.read(buffer, byte_offset, bytes)
     }
 
@@ -286,7 +281,7 @@ impl Backend for CpuBackend {
         byte_offset: usize,
         bytes: usize,
     ) -> Result<u64, DeviceError> {
-        self.reach(buffer, byte_offset..byte_offset.saturating_add(bytes))?;
+        self.reach(buffer, byte_offset, bytes)?;
         let blocks: Vec<&[u8]> =
             self.buffers.part(buffer, byte_offset, bytes)?.chunks(digest::BLOCK).collect();
         let digests: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
@@ -329,8 +324,7 @@ impl Backend for CpuBackend {
 
     fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
         for view in views {
-            let start = view.byte_offset;
-            self.reach(view.buffer, start..start + view.span_bytes())?;
+            self.reach(view.buffer, view.byte_offset, view.span_bytes())?;
         }
         self.pass(views)
     }

@@ -11,13 +11,11 @@ use pontoon_ops::{BufferId, DType, DeviceError, Layout, Op};
 
 use crate::ffi::{PARTS_MAX, Parts};
 use crate::gemm::pack::{PackRowsAsColumns, Source};
+use crate::gemm::panels::WORD;
 use crate::gemm::{Integers, UnitKind, is_dot};
 use crate::memory::{Buffers, Prepacked};
 use crate::pool::Pool;
 use crate::simd::{Isa, dispatch};
-
-/// Bytes of a word.
-const WORD: usize = size_of::<u32>();
 
 /// Which matrices of an operation can be read in panels, by the names of the operands.
 pub(crate) fn reads_panels(op: &Op) -> &'static [&'static str] {
@@ -99,15 +97,22 @@ pub(crate) fn put_back(
         let panel_words = width * matrix.row_bytes / WORD;
         buffers.rewrite(matrix, false, |bytes| {
             each_panel(pool, bytes, panel_words, |panel, rows| {
-                for (word, side_by_side) in panel.chunks_exact(width).enumerate() {
-                    for (row, value) in side_by_side.iter().enumerate() {
-                        rows[row * (panel_words / width) + word] = *value;
-                    }
+                for (row, to) in rows.chunks_exact_mut(panel_words / width).enumerate() {
+                    read_row(panel, width, row, to);
                 }
             });
         })?;
     }
     Ok(())
+}
+
+/// Reads a row of a matrix that is kept in panels of `panel_rows` rows.
+pub(crate) fn read_row<T: Copy>(matrix: &[T], panel_rows: usize, row: usize, to: &mut [T]) {
+    let per_word = WORD / size_of::<T>();
+    let first = row / panel_rows * panel_rows * to.len() + row % panel_rows * per_word;
+    for (word, to) in to.chunks_exact_mut(per_word).enumerate() {
+        to.copy_from_slice(&matrix[first + word * panel_rows * per_word..][..per_word]);
+    }
 }
 
 /// Gives each panel's old words and its place to `rewrite`.

@@ -36,7 +36,8 @@ impl Rig {
         self.drawn += 1;
         let count = dtype.bytes(shape.iter().product()) as u64;
         // -128 is no value of a quantised byte.
-        let bytes: Vec<u8> = (0..count).map(|at| (stream.below(at, 255) as u8) ^ 0x81).collect();
+        let bytes: Vec<u8> =
+            (0..count).map(|at| (stream.below(at, 255) as u8).wrapping_sub(127)).collect();
         self.filled(dtype, shape, &bytes)
     }
 

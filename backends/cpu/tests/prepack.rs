@@ -5,6 +5,7 @@
 
 use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
+use pontoon_ops::philox::Stream;
 use pontoon_ops::{
     Accumulate, Backend, BufferId, Copy, DType, Embed, Layout, Matmul, MatmulQuant, Op,
     TokenLogProb, View,
@@ -13,20 +14,15 @@ use pontoon_ops::{
 /// A device, and random numbers to fill it with.
 struct Bench {
     device: CpuBackend,
-    random: u64,
+    random: Stream,
+    drawn: u64,
 }
 
 impl Bench {
     fn new(isa: Isa, threads: usize, seed: u64) -> Bench {
         let options = CpuOptions { threads: Some(threads), isa: Some(isa) };
-        Bench { device: CpuBackend::new(options).unwrap(), random: seed }
-    }
-
-    fn bits(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+        let device = CpuBackend::new(options).unwrap();
+        Bench { device, random: Stream::new(seed, 0), drawn: 0 }
     }
 
     /// A tensor of random values below 1, or of random bytes other than -128.
@@ -34,12 +30,13 @@ impl Bench {
         let count: usize = dims.iter().product();
         let mut bytes = Vec::new();
         for _ in 0..count.max(1) {
-            let value = (self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0;
+            self.drawn += 1;
+            let value = 2.0 * self.random.uniform(self.drawn) - 1.0;
             match dtype {
                 DType::F32 => bytes.extend(value.to_le_bytes()),
                 DType::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
                 DType::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
-                _ => bytes.push((self.bits() as u8).max(0x81).wrapping_sub(0x40)),
+                _ => bytes.push((self.random.below(self.drawn, 255) as u8).wrapping_sub(127)),
             }
         }
         bytes.truncate(dtype.bytes(count));
@@ -73,8 +70,7 @@ impl Bench {
         let matrix = *op.matrix().unwrap();
         let (want, stored) = (self.written(op, result), self.bytes(&matrix));
         self.device.prepack(op).unwrap();
-        let seed = self.random;
-        assert!(self.written(op, result) == want, "{what} in panels (seed {seed})");
+        assert!(self.written(op, result) == want, "{what} in panels ({:?})", self.random);
         assert!(self.bytes(&matrix) == stored, "{what}: the matrix read back");
         assert!(self.written(op, result) == want, "{what} in rows again");
     }

@@ -28,9 +28,7 @@ impl Engine {
         let mut backend = devices::open(device)?;
         let mut memory = Memory::new();
         weights.upload(backend.as_mut(), &mut memory, options.dtype)?;
-        let generator = Generator::new(backend.as_mut(), &mut memory, model, options)?;
-        generator.prepack(backend.as_mut())?;
-        Ok(Engine { backend, generator })
+        Engine::on(backend, memory, model, options)
     }
 
     /// The same with weights that go to the device tensor by tensor, in the model's format.
@@ -43,6 +41,16 @@ impl Engine {
         let mut backend = devices::open(device)?;
         let mut memory = Memory::new();
         model.upload(source, backend.as_mut(), &mut memory, options.dtype)?;
+        Engine::on(backend, memory, model, options)
+    }
+
+    /// Loads the programs on a device that holds the weights.
+    fn on(
+        mut backend: Box<dyn Backend>,
+        mut memory: Memory,
+        model: &Model,
+        options: GeneratorOptions,
+    ) -> Result<Engine> {
         let generator = Generator::new(backend.as_mut(), &mut memory, model, options)?;
         generator.prepack(backend.as_mut())?;
         Ok(Engine { backend, generator })

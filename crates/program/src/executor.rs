@@ -265,14 +265,12 @@ impl Executor {
     /// Lets the device keep the matrices of products in the order it likes best, where the program
     /// does not write them. Call it once weights are in place and will stay as they are.
     pub fn prepack(&self, backend: &mut dyn Backend) -> Result<(), ProgramError> {
-        let written: HashSet<BufferId> = self.ops.iter().flat_map(buffers_written).collect();
-        for op in &self.ops {
-            let stays = |view: &View| view.buffer != self.arena && !written.contains(&view.buffer);
-            if op.matrix().is_some_and(stays) {
-                backend.prepack(op)?;
-            }
-        }
-        Ok(())
+        let operands = self.ops.iter().flat_map(Op::operands);
+        let written = operands.filter(|operand| operand.access.writes());
+        let written: HashSet<BufferId> = written.map(|operand| operand.view.buffer).collect();
+        let stays = |view: &View| view.buffer != self.arena && !written.contains(&view.buffer);
+        let mut ops = self.ops.iter().filter(|op| op.matrix().is_some_and(stays));
+        Ok(ops.try_for_each(|op| backend.prepack(op))?)
     }
 
     /// The loaded operations, on physical buffers.
@@ -303,11 +301,6 @@ impl Executor {
             ProgramError::UnknownPort { program, kind, name, known }
         })
     }
-}
-
-fn buffers_written(op: &Op) -> Vec<BufferId> {
-    let written = op.operands().into_iter().filter(|operand| operand.access.writes());
-    written.map(|operand| operand.view.buffer).collect()
 }
 
 impl Places {

@@ -2,8 +2,7 @@
 //!
 //! Time and disk arrive as `fleet::world` traits, the device as a `Backend`, the display as an
 //! [`Observer`]. One device in one process, to measure and to debug; runs as people start them are
-//! in `supervised.rs`. Read next: `step.rs`,
-//! `run_files.rs`.
+//! in `supervised.rs`. Read next: `step.rs`, `run_files.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

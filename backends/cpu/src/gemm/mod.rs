@@ -9,8 +9,8 @@
 //! Read `pack.rs` for the operand formats, `tile.rs` for blocking, `gemv.rs` for few rows and
 //! `quant.rs` for quantised weights (both streamed: `stretch.rs`), `panels.rs` and
 //! `quant_panels.rs` for both with matrices kept in panels, `grouped.rs` for experts, `verify.rs`
-//! for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the
-//! caller: a wrong one here is a bug and panics.
+//! for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the caller: a wrong
+//! one here is a bug and panics.
 
 mod gemv;
 mod grouped;

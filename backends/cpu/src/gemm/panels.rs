@@ -20,7 +20,7 @@ const GROUP_MAX_NARROW: usize = 4;
 /// Rows of the register tile from which on there are enough registers for large groups.
 const MANY_REGISTERS: usize = 8;
 /// Bytes of a unit.
-const WORD: usize = size_of::<u32>();
+pub(crate) const WORD: usize = size_of::<u32>();
 /// Rounds in which panels are shared out.
 const ROUNDS: usize = 5;
 
@@ -91,21 +91,28 @@ pub(super) fn pack_left<T: Unit>(
                         continue;
                     }
                     let row = &rows[(first + row) * stride..];
-                    let from = line * UNITS_TOGETHER;
-                    if raw {
-                        let bytes: &[u8] = bytemuck::cast_slice(row);
-                        let words = bytes[from * WORD..].chunks_exact(WORD);
-                        places.zip(words).for_each(|(to, word)| {
-                            *to = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
-                        });
-                    } else {
-                        let values = row[from..].iter();
-                        places.zip(values).for_each(|(to, value)| *to = value.to_f32().to_bits());
-                    }
+                    place_units(row, line * UNITS_TOGETHER, raw, places);
                 }
             }
         }
     });
+}
+
+/// Puts a row's units from unit `first` on into places.
+fn place_units<'t, T: Unit>(
+    row: &[T],
+    first: usize,
+    raw: bool,
+    places: impl Iterator<Item = &'t mut u32>,
+) {
+    if raw {
+        let bytes: &[u8] = bytemuck::cast_slice(row);
+        places.zip(bytes[first * WORD..].chunks_exact(WORD)).for_each(|(to, word)| {
+            *to = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
+        });
+        return;
+    }
+    places.zip(&row[first..]).for_each(|(to, value)| *to = value.to_f32().to_bits());
 }
 
 /// The panels of a matrix as they are shared out: in rounds, each of half of what is left and the

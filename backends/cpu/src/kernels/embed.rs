@@ -4,6 +4,7 @@ use pontoon_ops::{self as ops, Accumulate, Direction, RopeStyle};
 
 use super::{Context, Done, row_stride, rows_per_task, with_float};
 use crate::ffi::{Grid, Parts, Tiles};
+use crate::prepack::read_row;
 use crate::simd::{Element, Kernel, Simd, dispatch};
 
 pub(super) fn embed(context: &mut Context<'_>, op: &ops::Embed) -> Done {
@@ -24,22 +25,13 @@ fn embed_as<T: Element>(context: &mut Context<'_>, op: &ops::Embed) -> Done {
         for row in 0..per_task.min(rows - task * per_task) {
             let y = &mut y[row * stride..][..width];
             match usize::try_from(ids[task * per_task + row]) {
-                Ok(id) if id < vocabulary && in_panels => row_of_panel(table, panel_rows, id, y),
+                Ok(id) if id < vocabulary && in_panels => read_row(table, panel_rows, id, y),
                 Ok(id) if id < vocabulary => y.copy_from_slice(&table[id * width..][..width]),
                 _ => y.fill(T::from_f32(f32::NAN)),
             }
         }
     });
     Ok(())
-}
-
-/// Reads a row of a matrix that is kept in panels: see `prepack.rs`.
-fn row_of_panel<T: Element>(matrix: &[T], panel_rows: usize, row: usize, to: &mut [T]) {
-    let per_word = size_of::<u32>() / size_of::<T>();
-    let first = row / panel_rows * panel_rows * to.len() + row % panel_rows * per_word;
-    for (word, to) in to.chunks_exact_mut(per_word).enumerate() {
-        to.copy_from_slice(&matrix[first + word * panel_rows * per_word..][..per_word]);
-    }
 }
 
 struct AddRow<'a, T> {
