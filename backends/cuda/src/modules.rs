@@ -1,0 +1,148 @@
+//! Kernels by need: a source with its definitions is compiled when an operation first asks for it,
+//! and kept on the device.
+//!
+//! Nothing is kept on disk. Read next: `ops.rs`, then `../kernels/`.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+
+use pontoon_ops::{DType, DeviceError};
+
+use crate::ffi::compiler::Compiler;
+use crate::ffi::session::{Function, Module, Session};
+
+/// What every source begins with.
+const COMMON: &str = include_str!("../kernels/common.cuh");
+
+macro_rules! sources {
+    ($($variant:ident = $file:literal,)*) => {
+        /// A source of kernels.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Source {
+            $(#[doc = concat!("See `kernels/", $file, "`.")] $variant,)*
+        }
+
+        impl Source {
+            fn name(self) -> &'static str {
+                match self { $(Source::$variant => $file),* }
+            }
+
+            fn text(self) -> &'static str {
+                match self { $(Source::$variant => include_str!(concat!("../kernels/", $file))),* }
+            }
+        }
+    };
+}
+
+sources! {
+    Elementwise = "elementwise.cu",
+    Norm = "norm.cu",
+    Gemm = "gemm.cu",
+    GemmWide = "gemm_wide.cu",
+    Plan = "plan.cu",
+    Attention = "attention.cu",
+    Loss = "loss.cu",
+    Optim = "optim.cu",
+    Moe = "moe.cu",
+    Sample = "sample.cu",
+    Sums = "sums.cu",
+}
+
+/// A source with the numbers it is compiled with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Unit {
+    source: Source,
+    dtype: i64,
+    defines: Vec<(&'static str, i64)>,
+}
+
+impl Unit {
+    /// A source for a storage type.
+    pub fn new(source: Source, dtype: DType) -> Unit {
+        Unit { source, dtype: kind(dtype), defines: Vec::new() }
+    }
+
+    /// With more definitions.
+    pub fn with(mut self, defines: &[(&'static str, i64)]) -> Unit {
+        self.defines.extend_from_slice(defines);
+        self
+    }
+
+    /// Machine code for a compute capability.
+    pub fn compile(
+        &self,
+        compiler: &Compiler,
+        (major, minor): (i32, i32),
+    ) -> Result<Vec<u8>, DeviceError> {
+        let mut options =
+            vec![format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".to_owned()];
+        options.push(format!("-DDT={}", self.dtype));
+        options.extend(self.defines.iter().map(|(name, value)| format!("-D{name}={value}")));
+        let source = format!("{COMMON}#line 1 \"{}\"\n{}", self.source.name(), self.source.text());
+        compiler.compile(self.source.name(), &source, &options)
+    }
+}
+
+/// Every source with some of the numbers it is compiled with: what a test compiles.
+pub fn samples() -> Vec<Unit> {
+    let mut all = crate::ops::linear::units();
+    let typed = [Source::Elementwise, Source::Norm, Source::Loss, Source::Optim, Source::Moe];
+    for dtype in DType::FLOATS {
+        all.extend(typed.map(|source| Unit::new(source, dtype)));
+    }
+    all.extend([Source::Plan, Source::Sample, Source::Sums].map(|s| Unit::new(s, DType::F32)));
+    for (dtype, widths) in [(DType::Bf16, [64, 64]), (DType::F32, [192, 128])] {
+        let defines = [("QK", widths[0]), ("VW", widths[1])];
+        all.push(Unit::new(Source::Attention, dtype).with(&defines));
+    }
+    all
+}
+
+/// The number by which kernels know a storage type.
+fn kind(dtype: DType) -> i64 {
+    match dtype {
+        DType::Bf16 => 1,
+        DType::F16 => 2,
+        _ => 0,
+    }
+}
+
+/// Everything compiled so far.
+pub struct Modules {
+    compiler: Compiler,
+    loaded: HashMap<Unit, Module>,
+    functions: HashMap<(Unit, &'static CStr), Function>,
+}
+
+impl Modules {
+    /// Nothing yet.
+    pub fn new(compiler: Compiler) -> Modules {
+        Modules { compiler, loaded: HashMap::new(), functions: HashMap::new() }
+    }
+
+    /// A kernel, compiled if it is not there yet.
+    pub fn function(
+        &mut self,
+        session: &Session,
+        unit: &Unit,
+        name: &'static CStr,
+        shared_bytes: usize,
+    ) -> Result<Function, DeviceError> {
+        let key = (unit.clone(), name);
+        if let Some(function) = self.functions.get(&key) {
+            return Ok(*function);
+        }
+        let module = match self.loaded.get(unit) {
+            Some(module) => *module,
+            None => {
+                let code = unit.compile(&self.compiler, session.capability)?;
+                let module = session.load(&code)?;
+                self.loaded.insert(unit.clone(), module);
+                module
+            }
+        };
+        let function = session.function(module, name, shared_bytes)?;
+        self.functions.insert(key, function);
+        Ok(function)
+    }
+}
