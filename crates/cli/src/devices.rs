@@ -12,6 +12,7 @@ use pontoon_ascend::{AscendBackend, Library};
 use pontoon_cpu::peak::{PeakType, measure_bandwidth, measure_peak};
 use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
+use pontoon_cuda::CudaBackend;
 use pontoon_ops::{Accumulate, Backend, Copy, DType, DeviceInfo, Layout, Matmul, Op, View};
 
 /// Longest one measurement may take on a device that works.
@@ -25,6 +26,7 @@ enum Name {
     Cpu(CpuOptions),
     Ascend { ordinal: i32 },
     EmulatedAscend { ordinal: i32 },
+    Cuda { ordinal: i32 },
 }
 
 /// A device that was looked for, and why it cannot be used if it cannot.
@@ -47,6 +49,8 @@ pub fn survey() -> Vec<Found> {
     let counted = ascend_library().and_then(|library| Ok(AscendBackend::count(&library)?));
     names.extend((0..counted.unwrap_or(0).max(1)).map(|ordinal| format!("ascend:{ordinal}")));
     names.push("emu-ascend:0".to_owned());
+    let counted = cuda_library().and_then(|library| Ok(CudaBackend::count(&library)?));
+    names.extend((0..counted.unwrap_or(0).max(1)).map(|ordinal| format!("cuda:{ordinal}")));
     let look = |name: String| {
         let info = open(&name).map(|backend| backend.info().clone());
         Found { name, info }
@@ -78,6 +82,11 @@ pub fn open(name: &str) -> Result<Box<dyn Backend>> {
             let opened = AscendBackend::open(emulated_library(), name, ordinal);
             Ok(Box::new(opened.with_context(with_name)?))
         }
+        Name::Cuda { ordinal } => {
+            let library = cuda_library().with_context(with_name)?;
+            let opened = CudaBackend::open(&library, name, ordinal);
+            Ok(Box::new(opened.with_context(with_name)?))
+        }
     }
 }
 
@@ -100,6 +109,9 @@ pub fn group(names: &[String]) -> Result<Vec<Box<dyn Backend>>> {
     {
         let members = CpuBackend::group(parsed.len() as u16, *options).with_context(with_name)?;
         return Ok(boxed(members));
+    }
+    if parsed.iter().all(|name| matches!(name, Name::Cuda { .. })) {
+        bail!("devices {}: this kind's do not exchange with one another yet", names.join(", "));
     }
     let (library, devices) = match (ordinals(real), ordinals(emulated)) {
         (Some(devices), _) => (&ascend_library().with_context(with_name)?, devices),
@@ -128,14 +140,20 @@ pub fn supported() -> Vec<[String; 2]> {
 /// What devices of a kind refuse, and when, beyond what they refuse here: `(when, operations,
 /// reason)`.
 pub fn waivers(name: &str) -> Result<Vec<(String, String, String)>> {
-    let published = match parse(name)? {
-        Name::Cpu(_) => return Ok(Vec::new()),
-        Name::Ascend { .. } | Name::EmulatedAscend { .. } => pontoon_ascend::needs::waivers(),
+    let row = |when: &String, ops: &[String], reason: &String| {
+        (when.clone(), ops.join(", "), reason.clone())
     };
-    let row = |(when, waiver): (&String, &pontoon_ascend::needs::Waiver)| {
-        (when.clone(), waiver.ops.join(", "), waiver.reason.clone())
-    };
-    Ok(published.iter().map(row).collect())
+    Ok(match parse(name)? {
+        Name::Cpu(_) => Vec::new(),
+        Name::Ascend { .. } | Name::EmulatedAscend { .. } => {
+            let published = pontoon_ascend::needs::waivers().iter();
+            published.map(|(when, one)| row(when, &one.ops, &one.reason)).collect()
+        }
+        Name::Cuda { .. } => {
+            let published = pontoon_cuda::needs::waivers().iter();
+            published.map(|(when, one)| row(when, &one.ops, &one.reason)).collect()
+        }
+    })
 }
 
 /// Names with commas between them, where a comma may also stand before an option of a name.
@@ -167,7 +185,7 @@ pub fn dealt(names: &[String], workers: usize) -> Result<Vec<String>> {
     };
     let dealt: Vec<String> = dealt.iter().map(named).collect();
     dealt.iter().try_for_each(|name| match parse(name)? {
-        Name::Ascend { .. } => Ok(()),
+        Name::Ascend { .. } | Name::Cuda { .. } => Ok(()),
         Name::Cpu(_) | Name::EmulatedAscend { .. } => open(name).map(drop),
     })?;
     Ok(dealt)
@@ -242,6 +260,13 @@ fn ascend_library() -> Result<Arc<Library>> {
     LIBRARY.get_or_init(open).clone().map_err(|reason| anyhow!(reason))
 }
 
+/// The driver and the run-time compiler, opened once, or why they cannot be.
+fn cuda_library() -> Result<Arc<pontoon_cuda::Library>> {
+    static LIBRARY: OnceLock<Result<Arc<pontoon_cuda::Library>, String>> = OnceLock::new();
+    let open = || pontoon_cuda::Library::open().map(Arc::new).map_err(|error| error.text);
+    LIBRARY.get_or_init(open).clone().map_err(|reason| anyhow!(reason))
+}
+
 /// The emulator's library, which is a part of this program.
 fn emulated_library() -> &'static Arc<Library> {
     static LIBRARY: OnceLock<Arc<Library>> = OnceLock::new();
@@ -264,6 +289,7 @@ fn parse(name: &str) -> Result<Name> {
         ("cpu", Some(given)) => Ok(Name::Cpu(cpu_options(name, given)?)),
         ("ascend", _) => Ok(Name::Ascend { ordinal: ordinal()? }),
         ("emu-ascend", _) => Ok(Name::EmulatedAscend { ordinal: ordinal()? }),
+        ("cuda", _) => Ok(Name::Cuda { ordinal: ordinal()? }),
         _ => Err(unknown()),
     }
 }
@@ -339,6 +365,7 @@ mod tests {
         assert_eq!(parse("cpu:threads=3").unwrap(), Name::Cpu(threads));
         assert_eq!(parse("ascend:7").unwrap(), Name::Ascend { ordinal: 7 });
         assert_eq!(parse("emu-ascend:0").unwrap(), Name::EmulatedAscend { ordinal: 0 });
+        assert_eq!(parse("cuda:1").unwrap(), Name::Cuda { ordinal: 1 });
         for (name, hint) in
             [("ascend", "ascend:N"), ("emu-ascend:-1", "emu-ascend:N"), ("cpu:x", "threads=N")]
         {
