@@ -87,7 +87,7 @@ DEV float sixteen_sum(float x) {
 extern "C" __global__ void __launch_bounds__(128)
 attention(const T* q, i64 q_row, i64 q_head, const T* k, i64 k_row, i64 k_head, const T* v, i64 v_row, i64 v_head, T* out,
           i64 out_row, i64 out_head, float* lse, i64 lse_row, float scale, i64 per_kv, const int* plan, const int* blocks,
-          i64 blocks_max, i64 block) {
+          i64 blocks_max, i64 block, i64 whole) {
   __shared__ float a[MINE][CHUNK + 1], b[OTHERS][CHUNK + 1], p[MINE][OTHERS + 1];
   const int* tile = plan + 4 * (i64)blockIdx.x;
   if (tile[0] < 0) return;
@@ -147,19 +147,6 @@ attention(const T* q, i64 q_row, i64 q_head, const T* k, i64 k_row, i64 k_head, 
   }
 }
 
-// delta[row, head] = sum of dout * out. A warp for each.
-extern "C" __global__ void attention_delta(const T* out, i64 out_row, i64 out_head, const T* dout, i64 dout_row,
-                                           i64 dout_head, float* delta, i64 rows, i64 heads) {
-  i64 index = INDEX / 32;
-  if (index >= rows * heads) return;
-  i64 row = index / heads, head = index % heads;
-  const T *o = out + row * out_row + head * out_head, *d = dout + row * dout_row + head * dout_head;
-  float sum = 0.f;
-  for (int c = threadIdx.x % 32; c < VW; c += 32) sum = __fmaf_rn(up(o[c]), up(d[c]), sum);
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) delta[index] = sum;
-}
-
 struct Backward {
   const T *q, *k, *v, *dout;
   i64 q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head;
@@ -171,7 +158,7 @@ struct Backward {
   i64 dq_row, dq_head, dk_row, dk_head, dv_row, dv_head;
   const int* plan;
   float scale;
-  int pad;
+  int whole;
 };
 
 extern "C" __global__ void __launch_bounds__(128) attention_dq(Backward w) {

@@ -141,3 +141,17 @@ extern "C" __global__ void kv_write(const T* x, i64 x_row, i64 x_head, const int
   for (i64 i = threadIdx.x; i < heads * width; i += blockDim.x)
     cache[slot * heads * width + i] = x[row * x_row + i / width * x_head + i % width];
 }
+
+// delta[row, head] = sum of dout * out. A warp for each.
+extern "C" __global__ void attention_delta(const T* out, i64 out_row, i64 out_head, const T* dout, i64 dout_row,
+                                           i64 dout_head, float* delta, i64 rows, i64 heads,
+                                           i64 width) {
+  i64 index = INDEX / 32;
+  if (index >= rows * heads) return;
+  i64 row = index / heads, head = index % heads;
+  const T *o = out + row * out_row + head * out_head, *d = dout + row * dout_row + head * dout_head;
+  float sum = 0.f;
+  for (int c = threadIdx.x % 32; c < width; c += 32) sum = __fmaf_rn(up(o[c]), up(d[c]), sum);
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) delta[index] = sum;
+}

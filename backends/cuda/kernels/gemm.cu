@@ -35,52 +35,43 @@ typedef float C;
 typedef T C;
 #endif
 
-DEV u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEV void copy_16(u32 to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
-}
+// A thread's share of an operand's tiles: where its pieces of eight elements lie now. K runs along a
+// row (ALONG) or down the rows.
+template <int ROWS, int WIDTH, int PITCH, bool ALONG> struct Share {
+  static const int COUNT = (ROWS * WIDTH / 8 + THREADS - 1) / THREADS;
+  const T* from[COUNT];
+  const T* anywhere;
+  i64 step_s;
+  int count[COUNT];
 
-// Rows of a tile from `row` on of a matrix with `rows` rows, columns from `column` on of `columns`;
-// what lies outside is zero. Whole: rows begin at multiples of 16 bytes.
-template <int ROWS, int WIDTH, int PITCH>
-DEV void load_tile(u16* tile, const T* from, i64 stride, i64 row, i64 rows, i64 column, i64 columns, bool whole) {
-  const int chunks = WIDTH / 8;
+  // `first` row or column of the operand's `limit`; k begins at k0.
+  DEV void begin(const T* base, i64 stride, i64 first, i64 limit, i64 k0) {
+    anywhere = base;
+    step_s = ALONG ? BK : BK * stride;
 #pragma unroll
-  for (int i = threadIdx.x; i < ROWS * chunks; i += THREADS) {
-    int r = i / chunks, c = i % chunks * 8;
-    i64 left = row + r < rows ? columns - column - c : 0;
-    int count = left < 0 ? 0 : left > 8 ? 8 : (int)left;
-    const T* source = from + (row + r) * stride + column + c;
-    u16* to = tile + r * PITCH + c;
-    if (whole) {
-      copy_16(shared_at(to), count ? source : from, 2 * count);
-    } else {
-      u32 words[4];
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        u32 low = 2 * j < count ? source[2 * j].bits : 0, high = 2 * j + 1 < count ? source[2 * j + 1].bits : 0;
-        words[j] = low | high << 16;
-      }
-      *(uint4*)to = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < COUNT; i++) {
+      int r = place(i) / (WIDTH / 8), c = place(i) % (WIDTH / 8) * 8;
+      i64 left = limit - first - (ALONG ? r : c);
+      count[i] = left <= 0 || r >= ROWS ? 0 : ALONG || left > 8 ? 8 : (int)left;
+      from[i] = ALONG ? base + (first + r) * stride + k0 + c : base + (k0 + r) * stride + first + c;
     }
   }
-}
+  DEV static int place(int i) { return threadIdx.x + i * THREADS; }
 
-DEV void matrices(u32* r, u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-}
-DEV void matrices_turned(u32* r, u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
-}
-DEV void multiply(float* c, const u32* a, const u32* b) {
-#if DT == 1
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+  // The next step's tile, of which `left` elements of k exist.
+  DEV void load(u16* tile, int left, bool whole) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      int r = place(i) / (WIDTH / 8), c = place(i) % (WIDTH / 8) * 8;
+      if (ROWS * WIDTH / 8 % THREADS && r >= ROWS) break;
+      int n = count[i];
+      if (ALONG) n = left - c < n ? (left - c < 0 ? 0 : left - c) : n;
+      else n = r < left ? n : 0;
+      load_eight(tile + r * PITCH + c, from[i], anywhere, n, whole);
+      from[i] += step_s;
+    }
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 gemm(const T* a, i64 a_s, const T* b, i64 b_s, C* c, i64 c_s, const T* bias, i64 m, i64 n, i64 k, i64 add,
@@ -102,32 +93,28 @@ gemm(const T* a, i64 a_s, const T* b, i64 b_s, C* c, i64 c_s, const T* bias, i64
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int wm = warp / WARPS_N * WM, wn = warp % WARPS_N * WN;
   float acc[MT][NT][4] = {};
-  i64 steps = (k - k0 + BK - 1) / BK;
-  auto load = [&](i64 step) {
-    if (step < steps) {
-      int slot = (int)(step % STAGES);
-      i64 at = k0 + step * BK;
-#if LAYOUT == 2
-      load_tile<A_ROWS, A_WIDTH, A_PITCH>(a_tiles + slot * A_TILE, a, a_s, at, k, row0, m, whole_a);
-#else
-      load_tile<A_ROWS, A_WIDTH, A_PITCH>(a_tiles + slot * A_TILE, a, a_s, row0, m, at, k, whole_a);
-#endif
-#if LAYOUT == 0
-      load_tile<B_ROWS, B_WIDTH, B_PITCH>(b_tiles + slot * B_TILE, b, b_s, column0, n, at, k, whole_b);
-#else
-      load_tile<B_ROWS, B_WIDTH, B_PITCH>(b_tiles + slot * B_TILE, b, b_s, at, k, column0, n, whole_b);
-#endif
+  int steps = (int)((k - k0 + BK - 1) / BK), loaded = 0;
+  Share<A_ROWS, A_WIDTH, A_PITCH, LAYOUT != 2> a_share;
+  Share<B_ROWS, B_WIDTH, B_PITCH, LAYOUT == 0> b_share;
+  a_share.begin(a, a_s, row0, m, k0);
+  b_share.begin(b, b_s, column0, n, k0);
+  auto load = [&](int slot) {
+    if (loaded < steps) {
+      int left = loaded + 1 < steps ? BK : (int)(k - k0 - (i64)loaded * BK);
+      a_share.load(a_tiles + slot * A_TILE, left, whole_a);
+      b_share.load(b_tiles + slot * B_TILE, left, whole_b);
     }
+    loaded++;
     asm volatile("cp.async.commit_group;");
   };
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) load(s);
   int low = lane % 8, bit3 = lane / 8 % 2 * 8, bit4 = lane / 16 * 8;
-  for (i64 step = 0; step < steps; step++) {
+  int slot = 0, next = STAGES - 1;
+  for (int step = 0; step < steps; step++) {
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
     __syncthreads();
-    load(step + STAGES - 1);
-    int slot = (int)(step % STAGES);
+    load(next);
     u32 a_at = shared_at(a_tiles + slot * A_TILE), b_at = shared_at(b_tiles + slot * B_TILE);
 #pragma unroll
     for (int kk = 0; kk < BK; kk += 16) {
@@ -151,6 +138,8 @@ gemm(const T* a, i64 a_s, const T* b, i64 b_s, C* c, i64 c_s, const T* bias, i64
 #pragma unroll
         for (int j = 0; j < NT; j++) multiply(acc[i][j], fa[i], fb[j / 2] + 2 * (j % 2));
     }
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
+    next = next + 1 == STAGES ? 0 : next + 1;
   }
 #pragma unroll
   for (int i = 0; i < MT; i++)

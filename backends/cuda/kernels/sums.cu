@@ -3,9 +3,10 @@
 // Each run of bytes as little-endian words, the last one filled up with zeros; modulo 2^32, so any
 // order gives the same sum. Grid: x over runs' pieces, y over views.
 struct Run { u64 address; i64 bytes, count, step; };
-extern "C" __global__ void word_sums(const Run* runs, u32* sums) {
+struct Runs { Run runs[16]; };
+extern "C" __global__ void word_sums(Runs all_runs, u32* sums) {
   __shared__ u64 room[8];
-  Run run = runs[blockIdx.y];
+  Run run = all_runs.runs[blockIdx.y];
   i64 words = (run.bytes + 3) / 4, all = words * run.count;
   u32 sum = 0;
   for (i64 i = INDEX; i < all; i += (i64)gridDim.x * blockDim.x) {

@@ -5,11 +5,13 @@
 use pontoon_ops::sums::{Runs, runs};
 use pontoon_ops::{DType, DeviceError, View, digest};
 
-use crate::core::{Core, blocks};
+use crate::core::{Core, Done, blocks};
 use crate::ffi::session::{Args, Grid};
 use crate::memory::WAIT_MAX;
 use crate::modules::{Source, Unit};
 
+/// Views that one kernel sums.
+const VIEWS_MAX: usize = 16;
 /// Blocks that share one view's words.
 const SUM_BLOCKS_MAX: usize = 512;
 /// Bytes that one block should have to itself at least.
@@ -17,32 +19,34 @@ const SUM_BLOCK_BYTES: usize = 16 << 10;
 /// Blocks of memory that a block of threads digests.
 const DIGESTS_PER_BLOCK: usize = 4;
 
+/// Room for so many sums, zeroed.
+pub fn room_for_sums(core: &mut Core, count: usize) -> Result<usize, DeviceError> {
+    let sums = core.room(DType::U32, count)?;
+    core.session.fill(sums, 4 * count, 0)?;
+    Ok(sums)
+}
+
 /// Starts the sums of views; they will stand at the address, four bytes each. Views without runs
 /// have the sum 0.
-pub fn start_sums(core: &mut Core, views: &[View]) -> Result<usize, DeviceError> {
-    let mut table = Vec::new();
-    let mut most = 0;
-    for view in views {
-        let found = runs(view).unwrap_or(Runs { start: 0, bytes: 0, count: 0, step: 0 });
-        core.at(view)?;
-        let start = core.buffers.range(view.buffer, 0, 0)? + found.start;
-        for word in [start, found.bytes, found.count, found.step] {
-            table.extend((word as u64).to_le_bytes());
+pub fn start_sums(core: &mut Core, views: &[View], sums: usize) -> Done {
+    for (part, views) in views.chunks(VIEWS_MAX).enumerate() {
+        let mut words = Vec::with_capacity(4 * VIEWS_MAX);
+        let mut most = 0;
+        for view in views {
+            let found = runs(view).unwrap_or(Runs { start: 0, bytes: 0, count: 0, step: 0 });
+            core.at(view)?;
+            let start = core.buffers.range(view.buffer, 0, 0)? + found.start;
+            words.extend([start, found.bytes, found.count, found.step].map(|word| word as u64));
+            most = most.max(found.bytes * found.count);
         }
-        most = most.max(found.bytes * found.count);
+        words.resize(4 * VIEWS_MAX, 0);
+        let across = most.div_ceil(SUM_BLOCK_BYTES).clamp(1, SUM_BLOCKS_MAX);
+        let grid = Grid { blocks: [across, views.len(), 1], threads: [256, 1], shared_bytes: 0 };
+        let unit = Unit::new(Source::Sums, DType::F32);
+        let args = Args::new().structure(&words).at(sums + 4 * VIEWS_MAX * part);
+        core.run(&unit, c"word_sums", grid, args)?;
     }
-    let sums = core.room(DType::U32, views.len())?;
-    core.session.fill(sums, 4 * views.len(), 0)?;
-    if views.is_empty() {
-        return Ok(sums);
-    }
-    let place = core.scratch.take(&core.session, table.len())?;
-    core.session.up(place, &table)?;
-    let across = most.div_ceil(SUM_BLOCK_BYTES).clamp(1, SUM_BLOCKS_MAX);
-    let grid = Grid { blocks: [across, views.len(), 1], threads: [256, 1], shared_bytes: 0 };
-    let unit = Unit::new(Source::Sums, DType::F32);
-    core.run(&unit, c"word_sums", grid, Args::new().at(place).at(sums))?;
-    Ok(sums)
+    Ok(())
 }
 
 /// Reads sums that were started.

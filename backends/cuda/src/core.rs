@@ -40,8 +40,7 @@ impl Core {
 
     /// Runs a kernel.
     pub fn run(&mut self, unit: &Unit, kernel: &'static CStr, grid: Grid, args: Args) -> Done {
-        let function =
-            self.modules.function(&self.session, unit, kernel, grid.shared_bytes)?;
+        let function = self.modules.function(&self.session, unit, kernel, grid.shared_bytes)?;
         self.session.launch(function, grid, args)
     }
 

@@ -17,7 +17,7 @@ mod ops;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked};
+use pontoon_ops::sums::{Ask, Sums, asked};
 use pontoon_ops::{
     Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
 };
@@ -167,7 +167,8 @@ impl Backend for CudaBackend {
     fn sums(&mut self, views: &[View]) -> Result<Vec<u32>, DeviceError> {
         self.guarded(|core| {
             core.begin()?;
-            let at = checks::start_sums(core, views)?;
+            let at = checks::room_for_sums(core, views.len())?;
+            checks::start_sums(core, views, at)?;
             checks::read_sums(core, at, views.len())
         })
     }
@@ -179,19 +180,17 @@ impl Backend for CudaBackend {
             let (read, read_views): (Vec<usize>, Vec<View>) = asked(&operands, ask.read).unzip();
             let (written, written_views): (Vec<usize>, Vec<View>) =
                 asked(&operands, ask.written).unzip();
-            let before = checks::start_sums(core, &read_views)?;
+            let at = checks::room_for_sums(core, read.len() + written.len())?;
+            checks::start_sums(core, &read_views, at)?;
             ops::run(core, op)?;
-            let after = checks::start_sums(core, &written_views)?;
+            checks::start_sums(core, &written_views, at + 4 * read.len())?;
             let mut sums = Sums::default();
-            let fill = |to: &mut [u32; OPERANDS_MAX], places: &[usize], at: usize| {
-                if !places.is_empty() {
-                    let found = checks::read_sums(core, at, places.len())?;
-                    places.iter().zip(found).for_each(|(place, sum)| to[*place] = sum);
-                }
-                Ok::<(), DeviceError>(())
-            };
-            fill(&mut sums.read, &read, before)?;
-            fill(&mut sums.written, &written, after)?;
+            if read.len() + written.len() > 0 {
+                let found = checks::read_sums(core, at, read.len() + written.len())?;
+                let (before, after) = found.split_at(read.len());
+                read.iter().zip(before).for_each(|(place, sum)| sums.read[*place] = *sum);
+                written.iter().zip(after).for_each(|(place, sum)| sums.written[*place] = *sum);
+            }
             Ok(sums)
         })
     }

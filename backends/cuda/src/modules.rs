@@ -13,6 +13,8 @@ use crate::ffi::session::{Function, Module, Session};
 
 /// What every source begins with.
 const COMMON: &str = include_str!("../kernels/common.cuh");
+/// What those for the tensor cores go on with.
+const TENSOR: &str = include_str!("../kernels/tensor.cuh");
 
 macro_rules! sources {
     ($($variant:ident = $file:literal,)*) => {
@@ -41,6 +43,7 @@ sources! {
     GemmWide = "gemm_wide.cu",
     Plan = "plan.cu",
     Attention = "attention.cu",
+    AttentionFast = "attention_fast.cu",
     Loss = "loss.cu",
     Optim = "optim.cu",
     Moe = "moe.cu",
@@ -78,8 +81,13 @@ impl Unit {
             vec![format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".to_owned()];
         options.push(format!("-DDT={}", self.dtype));
         options.extend(self.defines.iter().map(|(name, value)| format!("-D{name}={value}")));
-        let source = format!("{COMMON}#line 1 \"{}\"\n{}", self.source.name(), self.source.text());
-        compiler.compile(self.source.name(), &source, &options)
+        let tensor = match self.source {
+            Source::Gemm | Source::AttentionFast => TENSOR,
+            _ => "",
+        };
+        let (name, text) = (self.source.name(), self.source.text());
+        let source = format!("{COMMON}{tensor}#line 1 \"{name}\"\n{text}");
+        compiler.compile(name, &source, &options)
     }
 }
 
@@ -91,10 +99,10 @@ pub fn samples() -> Vec<Unit> {
         all.extend(typed.map(|source| Unit::new(source, dtype)));
     }
     all.extend([Source::Plan, Source::Sample, Source::Sums].map(|s| Unit::new(s, DType::F32)));
-    for (dtype, widths) in [(DType::Bf16, [64, 64]), (DType::F32, [192, 128])] {
-        let defines = [("QK", widths[0]), ("VW", widths[1])];
-        all.push(Unit::new(Source::Attention, dtype).with(&defines));
-    }
+    let widths = |[qk, v]: [i64; 2]| [("QK", qk), ("VW", v)];
+    all.push(Unit::new(Source::Attention, DType::F32).with(&widths([17, 33])));
+    all.push(Unit::new(Source::AttentionFast, DType::Bf16).with(&widths([64, 64])));
+    all.push(Unit::new(Source::AttentionFast, DType::F16).with(&widths([192, 128])));
     all
 }
 

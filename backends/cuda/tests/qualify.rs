@@ -17,8 +17,8 @@ use pontoon_qualify::{gradient, invariance};
 const SEED: u64 = 20_261_126;
 
 fn device() -> Option<CudaBackend> {
-    let opened = Library::open()
-        .and_then(|library| CudaBackend::open(&Arc::new(library), "cuda:0", 0));
+    let opened =
+        Library::open().and_then(|library| CudaBackend::open(&Arc::new(library), "cuda:0", 0));
     match opened {
         Ok(device) => Some(device),
         Err(error) => {

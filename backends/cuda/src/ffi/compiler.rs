@@ -65,13 +65,14 @@ impl Compiler {
         let none = std::ptr::null();
         let (create, compile) = (self.functions.create, self.functions.compile);
         // SAFETY: texts end with zero and outlive the call; no headers are given.
-        let code =
-            unsafe { create(&mut program, source.as_ptr(), file.as_ptr(), 0, none, none) };
+        let code = unsafe { create(&mut program, source.as_ptr(), file.as_ptr(), 0, none, none) };
         check(code, "nvrtcCreateProgram")?;
         // SAFETY: the program was just created; as many options as pointers.
         let code = unsafe { compile(program, pointers.len() as c_int, pointers.as_ptr()) };
         let result = match code {
-            0 => self.bytes(program, self.functions.code_size, self.functions.code, "nvrtcGetCUBIN"),
+            0 => {
+                self.bytes(program, self.functions.code_size, self.functions.code, "nvrtcGetCUBIN")
+            }
             _ => Err(self.failure(program, name, code)),
         };
         // SAFETY: the program is not used after this.
@@ -84,11 +85,7 @@ impl Compiler {
         let log = String::from_utf8_lossy(&log.unwrap_or_default()).into_owned();
         let first = log.lines().find(|line| line.contains("error")).unwrap_or("no log").to_owned();
         let text = format!("{name} does not compile here: {}", first.trim());
-        DeviceError {
-            kind: DeviceErrorKind::Unsupported,
-            vendor_code: i64::from(code),
-            text,
-        }
+        DeviceError { kind: DeviceErrorKind::Unsupported, vendor_code: i64::from(code), text }
     }
 
     fn bytes(
