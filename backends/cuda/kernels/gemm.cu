@@ -35,43 +35,7 @@ typedef float C;
 typedef T C;
 #endif
 
-// A thread's share of an operand's tiles: where its pieces of eight elements lie now. K runs along a
-// row (ALONG) or down the rows.
-template <int ROWS, int WIDTH, int PITCH, bool ALONG> struct Share {
-  static const int COUNT = (ROWS * WIDTH / 8 + THREADS - 1) / THREADS;
-  const T* from[COUNT];
-  const T* anywhere;
-  i64 step_s;
-  int count[COUNT];
-
-  // `first` row or column of the operand's `limit`; k begins at k0.
-  DEV void begin(const T* base, i64 stride, i64 first, i64 limit, i64 k0) {
-    anywhere = base;
-    step_s = ALONG ? BK : BK * stride;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      int r = place(i) / (WIDTH / 8), c = place(i) % (WIDTH / 8) * 8;
-      i64 left = limit - first - (ALONG ? r : c);
-      count[i] = left <= 0 || r >= ROWS ? 0 : ALONG || left > 8 ? 8 : (int)left;
-      from[i] = ALONG ? base + (first + r) * stride + k0 + c : base + (k0 + r) * stride + first + c;
-    }
-  }
-  DEV static int place(int i) { return threadIdx.x + i * THREADS; }
-
-  // The next step's tile, of which `left` elements of k exist.
-  DEV void load(u16* tile, int left, bool whole) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      int r = place(i) / (WIDTH / 8), c = place(i) % (WIDTH / 8) * 8;
-      if (ROWS * WIDTH / 8 % THREADS && r >= ROWS) break;
-      int n = count[i];
-      if (ALONG) n = left - c < n ? (left - c < 0 ? 0 : left - c) : n;
-      else n = r < left ? n : 0;
-      load_eight(tile + r * PITCH + c, from[i], anywhere, n, whole);
-      from[i] += step_s;
-    }
-  }
-};
+template <int PITCH> DEV int place_in_tile(int r, int c) { return r * PITCH + c; }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 gemm(const T* a, i64 a_s, const T* b, i64 b_s, C* c, i64 c_s, const T* bias, i64 m, i64 n, i64 k, i64 add,
@@ -94,8 +58,8 @@ gemm(const T* a, i64 a_s, const T* b, i64 b_s, C* c, i64 c_s, const T* bias, i64
   int wm = warp / WARPS_N * WM, wn = warp % WARPS_N * WN;
   float acc[MT][NT][4] = {};
   int steps = (int)((k - k0 + BK - 1) / BK), loaded = 0;
-  Share<A_ROWS, A_WIDTH, A_PITCH, LAYOUT != 2> a_share;
-  Share<B_ROWS, B_WIDTH, B_PITCH, LAYOUT == 0> b_share;
+  Share<A_ROWS, A_WIDTH, A_PITCH, LAYOUT != 2, BK, THREADS> a_share;
+  Share<B_ROWS, B_WIDTH, B_PITCH, LAYOUT == 0, BK, THREADS> b_share;
   a_share.begin(a, a_s, row0, m, k0);
   b_share.begin(b, b_s, column0, n, k0);
   auto load = [&](int slot) {

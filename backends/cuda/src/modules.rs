@@ -40,6 +40,7 @@ sources! {
     Elementwise = "elementwise.cu",
     Norm = "norm.cu",
     Gemm = "gemm.cu",
+    GemmHopper = "gemm_hopper.cu",
     GemmWide = "gemm_wide.cu",
     Plan = "plan.cu",
     Attention = "attention.cu",
@@ -49,6 +50,20 @@ sources! {
     Moe = "moe.cu",
     Sample = "sample.cu",
     Sums = "sums.cu",
+}
+
+/// How the products' operands are loaded.
+const SHARE: &str = include_str!("../kernels/share.cuh");
+
+impl Source {
+    /// What stands before its own text.
+    fn before(self) -> [&'static str; 3] {
+        match self {
+            Source::Gemm | Source::GemmHopper => [COMMON, TENSOR, SHARE],
+            Source::AttentionFast => [COMMON, TENSOR, ""],
+            _ => [COMMON, "", ""],
+        }
+    }
 }
 
 /// A source with the numbers it is compiled with.
@@ -77,23 +92,25 @@ impl Unit {
         compiler: &Compiler,
         (major, minor): (i32, i32),
     ) -> Result<Vec<u8>, DeviceError> {
-        let mut options =
-            vec![format!("--gpu-architecture=sm_{major}{minor}"), "--std=c++17".to_owned()];
-        options.push(format!("-DDT={}", self.dtype));
+        // Warp groups are a part of this one architecture, not of later ones.
+        let suffix = if self.source == Source::GemmHopper { "a" } else { "" };
+        let mut options = vec![
+            format!("--gpu-architecture=sm_{major}{minor}{suffix}"),
+            "--std=c++17".to_owned(),
+            format!("-DDT={}", self.dtype),
+        ];
         options.extend(self.defines.iter().map(|(name, value)| format!("-D{name}={value}")));
-        let tensor = match self.source {
-            Source::Gemm | Source::AttentionFast => TENSOR,
-            _ => "",
-        };
         let (name, text) = (self.source.name(), self.source.text());
-        let source = format!("{COMMON}{tensor}#line 1 \"{name}\"\n{text}");
+        let [common, tensor, share] = self.source.before();
+        let source = format!("{common}{tensor}{share}#line 1 \"{name}\"\n{text}");
         compiler.compile(name, &source, &options)
     }
 }
 
-/// Every source with some of the numbers it is compiled with: what a test compiles.
-pub fn samples() -> Vec<Unit> {
-    let mut all = crate::ops::linear::units();
+/// Every source with some of the numbers it is compiled with, for a compute capability: what a test
+/// compiles.
+pub fn samples(capability: (i32, i32)) -> Vec<Unit> {
+    let mut all = crate::ops::linear::units(capability);
     let typed = [Source::Elementwise, Source::Norm, Source::Loss, Source::Optim, Source::Moe];
     for dtype in DType::FLOATS {
         all.extend(typed.map(|source| Unit::new(source, dtype)));
@@ -115,17 +132,22 @@ fn kind(dtype: DType) -> i64 {
     }
 }
 
+/// A unit on a device, with the kernels that were asked for.
+struct Loaded {
+    module: Module,
+    functions: Vec<(&'static CStr, Function)>,
+}
+
 /// Everything compiled so far.
 pub struct Modules {
     compiler: Compiler,
-    loaded: HashMap<Unit, Module>,
-    functions: HashMap<(Unit, &'static CStr), Function>,
+    loaded: HashMap<Unit, Loaded>,
 }
 
 impl Modules {
     /// Nothing yet.
     pub fn new(compiler: Compiler) -> Modules {
-        Modules { compiler, loaded: HashMap::new(), functions: HashMap::new() }
+        Modules { compiler, loaded: HashMap::new() }
     }
 
     /// A kernel, compiled if it is not there yet.
@@ -136,21 +158,17 @@ impl Modules {
         name: &'static CStr,
         shared_bytes: usize,
     ) -> Result<Function, DeviceError> {
-        let key = (unit.clone(), name);
-        if let Some(function) = self.functions.get(&key) {
+        if !self.loaded.contains_key(unit) {
+            let code = unit.compile(&self.compiler, session.capability)?;
+            let loaded = Loaded { module: session.load(&code)?, functions: Vec::new() };
+            self.loaded.insert(unit.clone(), loaded);
+        }
+        let loaded = self.loaded.get_mut(unit).expect("it was just inserted");
+        if let Some((_, function)) = loaded.functions.iter().find(|(known, _)| *known == name) {
             return Ok(*function);
         }
-        let module = match self.loaded.get(unit) {
-            Some(module) => *module,
-            None => {
-                let code = unit.compile(&self.compiler, session.capability)?;
-                let module = session.load(&code)?;
-                self.loaded.insert(unit.clone(), module);
-                module
-            }
-        };
-        let function = session.function(module, name, shared_bytes)?;
-        self.functions.insert(key, function);
+        let function = session.function(loaded.module, name, shared_bytes)?;
+        loaded.functions.push((name, function));
         Ok(function)
     }
 }

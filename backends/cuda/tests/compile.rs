@@ -11,7 +11,7 @@ fn compile_for(capability: (i32, i32)) {
         Ok(compiler) => compiler,
         Err(error) => return eprintln!("not run: {}", error.text),
     };
-    for unit in samples() {
+    for unit in samples(capability) {
         let code = unit.compile(&compiler, capability).unwrap();
         assert!(code.starts_with(b"\x7fELF"), "{unit:?} gives no machine code");
     }

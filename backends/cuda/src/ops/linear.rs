@@ -3,6 +3,8 @@
 //!
 //! How large a tile is follows from the extents; an element's bits do not follow from the tile.
 
+use std::ffi::CStr;
+
 use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, Extents, Layout, View};
 
 use crate::core::{Core, Done, blocks, row_stride};
@@ -25,10 +27,18 @@ pub struct Tile {
     stages: usize,
 }
 
+/// The architecture whose warp groups take large results.
+const HOPPER: (i32, i32) = (9, 0);
+/// Shared memory of their blocks: three stages of both operands, and room to align them.
+const HOPPER_SHARED_BYTES: usize = 3 * 2 * 16_384 + 1024;
+const HOPPER_THREADS: usize = 256;
+
 const LARGE: Tile = Tile { rows: 128, columns: 128, warps: [2, 4], stages: 4 };
 const MIDDLE: Tile = Tile { rows: 64, columns: 64, warps: [2, 2], stages: 4 };
 /// For few rows, which read b once whatever the tile: many narrow blocks.
 const FLAT: Tile = Tile { rows: 16, columns: 32, warps: [1, 2], stages: 8 };
+/// Threads of a block without tensor cores.
+const WIDE_THREADS: usize = 256;
 /// Extents of tiles without tensor cores.
 const WIDE: [usize; 3] = [128, 64, 32];
 
@@ -100,6 +110,16 @@ pub struct Groups {
     pub c: usize,
 }
 
+/// How a product is run.
+struct Kernel {
+    unit: Unit,
+    name: &'static CStr,
+    /// Rows and columns of the result that a block takes.
+    tile: [usize; 2],
+    threads: usize,
+    shared_bytes: usize,
+}
+
 /// A product to run.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
@@ -156,25 +176,32 @@ impl Product {
         WIDE.iter().find(fits).copied().unwrap_or(WIDE[2])
     }
 
+    /// The kernel that runs it.
+    fn kernel(&self, capability: (i32, i32), multiprocessors: usize) -> Kernel {
+        if !self.by_tensor_cores() {
+            let extent = self.extent(multiprocessors);
+            let (unit, name, tile) = (self.wide_unit(extent), c"gemm_wide", [extent; 2]);
+            return Kernel { unit, name, tile, threads: WIDE_THREADS, shared_bytes: 0 };
+        }
+        let (tile, name) = (self.tile(multiprocessors), c"gemm");
+        let (unit, threads, shared_bytes) = match tile == LARGE && capability == HOPPER {
+            true => (self.hopper_unit(), HOPPER_THREADS, HOPPER_SHARED_BYTES),
+            false => {
+                let threads = 32 * tile.warps[0] * tile.warps[1];
+                (self.unit(tile), threads, tile.shared_bytes(self.layout))
+            }
+        };
+        Kernel { unit, name, tile: [tile.rows, tile.columns], threads, shared_bytes }
+    }
+
     /// Runs it.
     pub fn run(&self, core: &mut Core) -> Done {
         let Extents { m, n, .. } = self.extents;
         if m == 0 || n == 0 {
             return Ok(());
         }
-        let count = core.session.multiprocessors;
-        let (unit, kernel, [rows, columns], threads, shared_bytes) = match self.by_tensor_cores() {
-            true => {
-                let tile = self.tile(count);
-                let threads = 32 * tile.warps[0] * tile.warps[1];
-                let bytes = tile.shared_bytes(self.layout);
-                (self.unit(tile), c"gemm", [tile.rows, tile.columns], threads, bytes)
-            }
-            false => {
-                let extent = self.extent(count);
-                (self.wide_unit(extent), c"gemm_wide", [extent; 2], 256, 0)
-            }
-        };
+        let Kernel { unit, name, tile: [rows, columns], threads, shared_bytes } =
+            self.kernel(core.session.capability, core.session.multiprocessors);
         let (mut down, mut deep, mut plan) = (m.div_ceil(rows), 1, 0);
         if let Some(groups) = self.groups {
             (down, deep, plan) = match self.layout {
@@ -188,7 +215,7 @@ impl Product {
         }
         let blocks = [n.div_ceil(columns), down, deep];
         let grid = Grid { blocks, threads: [threads, 1], shared_bytes };
-        core.run(&unit, kernel, grid, self.args(plan))
+        core.run(&unit, name, grid, self.args(plan))
     }
 
     fn args(&self, plan: usize) -> Args {
@@ -231,6 +258,10 @@ impl Product {
         ])
     }
 
+    fn hopper_unit(&self) -> Unit {
+        Unit::new(Source::GemmHopper, self.dtype).with(&self.common())
+    }
+
     fn wide_unit(&self, extent: usize) -> Unit {
         let quant = match self.quant.map(|quant| quant.dtype) {
             None => 0,
@@ -243,8 +274,8 @@ impl Product {
     }
 }
 
-/// Kernels of every kind of product: what a test compiles.
-pub fn units() -> Vec<Unit> {
+/// Kernels of every kind of product on an architecture: what a test compiles.
+pub fn units(capability: (i32, i32)) -> Vec<Unit> {
     let matrix = Matrix { at: 0, stride: 0 };
     let extents = Extents { m: 0, n: 0, k: 0 };
     let groups = Groups { offsets: 0, count: 0, b: 0, c: 0 };
@@ -256,6 +287,9 @@ pub fn units() -> Vec<Unit> {
             let mut product =
                 Product { layout, dtype, a, b, c, out, bias, extents, accumulate, groups, quant };
             all.extend([LARGE, MIDDLE, FLAT].map(|tile| product.unit(tile)));
+            if capability == HOPPER {
+                all.push(product.hopper_unit());
+            }
             product.dtype = DType::F32;
             all.push(product.wide_unit(WIDE[1]));
             for dtype in [DType::F8e4m3, DType::I8, DType::I4] {
