@@ -9,6 +9,7 @@ mod checks;
 pub mod codes;
 mod core;
 pub mod ffi;
+mod graphs;
 pub mod memory;
 pub mod modules;
 pub mod needs;
@@ -26,6 +27,7 @@ use crate::core::Core;
 use crate::ffi::compiler::Compiler;
 pub use crate::ffi::library::Library;
 use crate::ffi::session::Session;
+use crate::graphs::Graphs;
 use crate::memory::{Buffers, Scratch, WAIT_MAX};
 use crate::modules::Modules;
 
@@ -36,6 +38,8 @@ const CAPABILITY_MIN: (i32, i32) = (8, 0);
 pub struct CudaBackend {
     info: DeviceInfo,
     core: Core,
+    /// Lists of operations that come again.
+    graphs: Graphs,
     /// The failure after which nothing is started any more.
     failed: Option<DeviceError>,
 }
@@ -69,7 +73,8 @@ impl CudaBackend {
         };
         let modules = Modules::new(compiler);
         let (buffers, scratch) = (Buffers::default(), Scratch::default());
-        Ok(CudaBackend { info, core: Core { session, modules, buffers, scratch }, failed: None })
+        let core = Core { session, modules, buffers, scratch };
+        Ok(CudaBackend { info, core, graphs: Graphs::default(), failed: None })
     }
 
     /// Runs something on the device, unless it has failed; keeps a failure that it does not
@@ -78,10 +83,19 @@ impl CudaBackend {
         &mut self,
         work: impl FnOnce(&mut Core) -> Result<T, DeviceError>,
     ) -> Result<T, DeviceError> {
+        self.guarded_with(|core, _| work(core))
+    }
+
+    /// The same with the remembered lists.
+    fn guarded_with<T>(
+        &mut self,
+        work: impl FnOnce(&mut Core, &mut Graphs) -> Result<T, DeviceError>,
+    ) -> Result<T, DeviceError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let done = self.core.session.enter().and_then(|()| work(&mut self.core));
+        let (core, graphs) = (&mut self.core, &mut self.graphs);
+        let done = core.session.enter().and_then(|()| work(core, graphs));
         done.inspect_err(|error| {
             let kinds =
                 [DeviceErrorKind::Lost, DeviceErrorKind::Hang, DeviceErrorKind::MemoryFault];
@@ -106,8 +120,9 @@ impl Backend for CudaBackend {
     }
 
     fn free(&mut self, buffer: BufferId) -> Result<(), DeviceError> {
-        self.guarded(|core| {
+        self.guarded_with(|core, graphs| {
             let address = core.buffers.remove(buffer)?;
+            graphs.forget(core, buffer);
             core.session.free(address)
         })
     }
@@ -158,6 +173,10 @@ impl Backend for CudaBackend {
             core.begin()?;
             ops::run(core, op)
         })
+    }
+
+    fn launch_all(&mut self, ops: &[Op]) -> Result<(), DeviceError> {
+        self.guarded_with(|core, graphs| graphs.launch(core, ops))
     }
 
     fn sums_in_place(&self) -> bool {
@@ -211,6 +230,7 @@ impl Drop for CudaBackend {
             && core.session.enter().is_ok()
             && core.session.synchronize(WAIT_MAX).is_ok();
         if ended {
+            self.graphs.close(core);
             core.scratch.close(&core.session);
             for address in core.buffers.drain() {
                 // Nothing can be done about a failure while closing.

@@ -102,9 +102,15 @@ fn unknown(buffer: BufferId) -> DeviceError {
 pub struct Scratch {
     blocks: Vec<(usize, usize)>,
     used: usize,
+    moved: u64,
 }
 
 impl Scratch {
+    /// Changes whenever room is taken from the device or given back.
+    pub fn moved(&self) -> u64 {
+        self.moved
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.blocks.iter().map(|(_, bytes)| bytes).sum()
@@ -120,6 +126,7 @@ impl Scratch {
         session.synchronize(WAIT_MAX)?;
         self.close(session);
         self.blocks.push((session.malloc(bytes)?, bytes));
+        self.moved += 1;
         Ok(())
     }
 
@@ -131,6 +138,7 @@ impl Scratch {
             let size = bytes.max(self.bytes() / 2).max(GROWTH_MIN);
             self.blocks.push((session.malloc(size)?, size));
             self.used = 0;
+            self.moved += 1;
         }
         let block = self.blocks.last().map_or(0, |(address, _)| *address);
         let address = block + self.used;

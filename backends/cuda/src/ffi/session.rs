@@ -22,6 +22,8 @@ const ATTRIBUTE_MINOR: c_int = 76;
 const FUNCTION_SHARED_BYTES: c_int = 8;
 /// Shared memory that needs no asking.
 const SHARED_BYTES_FREE: u32 = 48 << 10;
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`: other threads may allocate meanwhile.
+const RECORD_RELAXED: c_uint = 2;
 /// How long a wait looks without rest: most waits of a training step are shorter.
 const SPIN: Duration = Duration::from_millis(2);
 /// How long it rests between looks after that.
@@ -65,6 +67,12 @@ functions! {
     module_load = "cuModuleLoadData" (*mut Handle, *const c_void);
     module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
     function_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
+    record = "cuStreamBeginCapture_v2" (Handle, c_uint);
+    record_end = "cuStreamEndCapture" (Handle, *mut Handle);
+    graph_make = "cuGraphInstantiateWithFlags" (*mut Handle, Handle, u64);
+    graph_launch = "cuGraphLaunch" (Handle, Handle);
+    graph_drop = "cuGraphDestroy" (Handle);
+    graph_made_drop = "cuGraphExecDestroy" (Handle);
     launch = "cuLaunchKernel" (
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle,
         *mut *mut c_void, *mut *mut c_void
@@ -78,6 +86,10 @@ pub struct Function(usize);
 /// A compiled module on a device; valid as long as its session.
 #[derive(Clone, Copy, Debug)]
 pub struct Module(usize);
+
+/// A recorded list of kernels; valid as long as its session.
+#[derive(Debug)]
+pub struct Graph(usize);
 
 /// A kernel's arguments in order. Every integer is 64 bits wide, a pointer is an address, and a
 /// struct is its words.
@@ -351,6 +363,42 @@ impl Session {
             launch(handle, x, y, z, tx, ty, 1, shared, stream, arguments, std::ptr::null_mut())
         };
         self.check("cuLaunchKernel", code)
+    }
+
+    /// From now on the stream records what it is given instead of running it.
+    pub fn begin_recording(&self) -> Result<(), DeviceError> {
+        // SAFETY: the stream lives as long as the session.
+        let code = unsafe { (self.functions.record)(self.stream as Handle, RECORD_RELAXED) };
+        self.check("cuStreamBeginCapture", code)
+    }
+
+    /// Ends a recording; the stream runs again what it is given.
+    pub fn end_recording(&self) -> Result<Graph, DeviceError> {
+        let (mut graph, mut made): (Handle, Handle) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: the stream is recording, and the place is valid for one handle.
+        let code = unsafe { (self.functions.record_end)(self.stream as Handle, &mut graph) };
+        self.check("cuStreamEndCapture", code)?;
+        // SAFETY: the graph was just recorded, and the place is valid for one handle.
+        let code = unsafe { (self.functions.graph_make)(&mut made, graph, 0) };
+        // SAFETY: what was made of the graph does not need it any more.
+        unsafe { (self.functions.graph_drop)(graph) };
+        self.check("cuGraphInstantiate", code)?;
+        Ok(Graph(made as usize))
+    }
+
+    /// Starts a recorded list.
+    pub fn start(&self, graph: &Graph) -> Result<(), DeviceError> {
+        let launch = self.functions.graph_launch;
+        // SAFETY: the graph was made in this session and not dropped.
+        let code = unsafe { launch(graph.0 as Handle, self.stream as Handle) };
+        self.check("cuGraphLaunch", code)
+    }
+
+    /// Gives a recorded list back; the driver keeps what still runs.
+    pub fn drop_graph(&self, graph: Graph) {
+        // Nothing can be done about a failure while giving back.
+        // SAFETY: the graph was made in this session, and its handle ends here.
+        unsafe { (self.functions.graph_made_drop)(graph.0 as Handle) };
     }
 
     /// Waits until the stream is empty.
