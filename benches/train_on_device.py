@@ -20,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
+# Longest one of PyTorch's runs may take: compiling takes most of it.
+SECONDS_MAX = 60
 MODELS = {
     "llama-30m": {"batch": 8, "sequence": 256, "kind": "Llama", "config": {
         "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -73,7 +75,10 @@ def pontoon(program: str, name: str, dtype: str, device: str) -> dict:
 
 def other(name: str, mode: str, device: str) -> dict:
     command = [sys.executable, __file__, "--one", name, "--mode", mode, "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done within {SECONDS_MAX} s"}
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-300:]}
 
 
@@ -81,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--program", default=str(ROOT / "target/release/pontoon"))
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--beside", type=int, default=1, help="0 leaves PyTorch out")
     parser.add_argument("--case", action="append", help="MODEL/DTYPE; several times")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
@@ -89,17 +95,19 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(pytorch(arguments.one, arguments.mode, arguments.device)))
         return
+    modes = ["", "-compiled"] if arguments.beside else []
     cases = arguments.case or ["llama-30m/bf16", "llama-30m/f32", "qwen3-0.6b/bf16"]
     results = []
     for case in cases:
         name, dtype = case.split("/")
         result = {"case": case, "pontoon": pontoon(arguments.program, name, dtype, arguments.device)}
-        for mode in (dtype, dtype + "-compiled"):
-            result["pytorch-" + mode] = other(name, mode, arguments.device)
+        for mode in modes:
+            result["pytorch-" + dtype + mode] = other(name, dtype + mode, arguments.device)
         print(json.dumps(result), flush=True)
         results.append(result)
-    if arguments.out:
         report = {"date": time.strftime("%Y-%m-%d"), "device": arguments.device, "cases": results}
+        if arguments.out is None:
+            continue
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -26,10 +26,11 @@ const fn code(number: i32, meaning: &'static str, kind: DeviceErrorKind) -> Code
 }
 
 /// Every code that is told apart.
-pub const CODES: [Code; 24] = [
+pub const CODES: [Code; 25] = [
     code(1, "an argument is invalid", BadArgument),
     code(2, "device memory is used up", OutOfMemory),
     code(3, "the driver is not initialised", Lost),
+    code(4, "the driver is shutting down with the process", Lost),
     code(46, "the device is busy or unavailable", Lost),
     code(100, "no device is there", Unsupported),
     code(101, "there is no device of this number", BadArgument),
