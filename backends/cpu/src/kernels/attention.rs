@@ -20,6 +20,7 @@ use crate::gemm::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
 use crate::gemm::{Unit, is_dot, units};
 use crate::simd::micro::{LeftUnits, Start};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::words::Words;
 
 /// Query rows of one task: enough to share a packed key tile, few enough to balance threads.
 const QUERY_ROWS: usize = 128;
@@ -566,7 +567,7 @@ fn attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::Attention) -> Done
     let (q_row, k_row, v_row) = (row_stride(&op.q), row_stride(&op.k), row_stride(&op.v));
     let (out_row, lse_row) = (row_stride(&op.out), row_stride(&op.lse));
     let (outs, lses) = (Scattered::new(out), Scattered::new(lse));
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     context.pool.run(ranges.len() * heads, |task| {
         let (range, head) = (ranges[task / heads], task % heads);
         let k = &k[range.origin * k_row + head / group * head_stride(&op.k)..];
@@ -582,13 +583,21 @@ fn attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::Attention) -> Done
             v_width,
             scale: op.scale,
         };
+        let mut sums = tally.task();
+        let (is_summed, mut out_words) = (sums.wants_written(4), Words::default());
         work.run(|row, result, log_sum| {
             let at = range.row + row;
             let start = at * out_row + head * head_stride(&op.out);
             outs.store(start, result);
             lses.store(at * lse_row + head, &[log_sum]);
+            if is_summed {
+                out_words.add(result);
+            }
+            sums.add_written(5, log_sum.to_bits());
         });
+        sums.add_written(4, out_words.total());
     });
+    context.note(tally);
     Ok(())
 }
 
