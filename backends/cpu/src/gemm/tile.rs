@@ -4,18 +4,19 @@
 //! rows pass, and the tile's rows stay in the second level while the panels pass. Long chains are
 //! cut at `CHAIN_UNITS_MAX`, with the f32 sums kept in the thread's scratch between the cuts.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use pontoon_ops::sums::of_row;
+
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
-use super::verify::{self, SumDown, Watch, Work};
+use super::verify::{self, Asked, Flip, SumDown, Watch, Work};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
-use crate::words::{RowWords, Words};
+use crate::words::RowWords;
 
 /// Rows of a task's tile: a multiple of every set's register tile, small enough to share out
 /// evenly.
@@ -115,8 +116,8 @@ impl Blocks {
         };
         let columns_packed = columns.min(product.n.next_multiple_of(geometry.micro_columns));
         let stretches = units.div_ceil(CHAIN_UNITS_MAX).max(1);
-        let columns_at_once = if stretches == 1 { geometry.micro_columns } else { TILE_COLUMNS };
-        let sums_words = TILE_ROWS * columns_at_once;
+        let micro_words = geometry.micro_rows * geometry.micro_columns;
+        let sums_words = if stretches == 1 { micro_words } else { TILE_ROWS * TILE_COLUMNS };
         Self {
             rows,
             columns,
@@ -408,7 +409,7 @@ fn compute_as<C: Element>(
             let mut task = TileTask { region, tile, row: at.0, column: at.1, sums };
             match &seen {
                 Some(seen) => task.watched(isa, seen.tile(row, column)),
-                None => dispatch(isa, Tiling(&mut task)),
+                None => dispatch(isa, Tiling::<_, false> { task: &mut task, seen: &mut [] }),
             }
         }
     });
@@ -423,95 +424,47 @@ struct TileTask<'a, C> {
     sums: &'a mut [f32],
 }
 
-/// Computes a tile.
-struct Tiling<'t, 'a, C>(&'t mut TileTask<'a, C>);
-
-impl<C: Element> Kernel for Tiling<'_, '_, C> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let (task, width) = (self.0, 2 * S::LANES);
-        let Region { units, chain_units, .. } = *task.region;
-        let mut unit = 0;
-        loop {
-            let stretch = chain_units.min(units - unit);
-            for (index, column) in (0..task.tile.columns()).step_by(width).enumerate() {
-                let slot = if stretch < units { index * TILE_ROWS * width } else { 0 };
-                task.panel::<S, false>(simd, column, slot, unit..unit + stretch);
-            }
-            unit += stretch;
-            if unit >= units {
-                break;
-            }
-        }
-    }
-}
-
-/// Computes the sums of a tile's panel of columns over a stretch of the chain.
-struct PanelSums<'t, 'a, C> {
+/// Computes a tile; `WATCHED` says whether the sums of its columns are added to `seen`.
+struct Tiling<'t, 'a, C, const WATCHED: bool> {
     task: &'t mut TileTask<'a, C>,
-    column: usize,
-    slot: usize,
-    stretch: Range<usize>,
-}
-
-impl<C: Element> Kernel for PanelSums<'_, '_, C> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        self.task.panel::<S, true>(simd, self.column, self.slot, self.stretch);
-    }
-}
-
-/// Stores a panel's sums, and adds them up by column on the way.
-struct StorePanel<'t, 'a, C> {
-    task: &'t mut TileTask<'a, C>,
-    column: usize,
-    slot: usize,
-    /// The sums of the tile's columns.
     seen: &'t mut [f32],
 }
 
-impl<C: Element> Kernel for StorePanel<'_, '_, C> {
-    /// The word sums of C before, where it is added to, and after.
-    type Output = [u32; 2];
+impl<C: Element, const WATCHED: bool> Kernel for Tiling<'_, '_, C, WATCHED> {
+    type Output = ();
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> [u32; 2] {
-        let StorePanel { task, column, slot, seen } = self;
-        let (width, region) = (2 * S::LANES, task.region);
-        let (rows, columns) = (task.tile.rows(), width.min(task.tile.columns() - column));
-        let bias = region.bias.map(|bias| &bias[task.column + column..][..columns]);
-        let mut words = [Words::default(); 2];
-        let mut totals = [simd.zero(); 2];
-        for row in 0..rows {
-            let sums = &task.sums[slot + row * width..][..width];
-            totals[0] = simd.add(totals[0], simd.load(&sums[..S::LANES]));
-            totals[1] = simd.add(totals[1], simd.load(&sums[S::LANES..]));
-            let to = &mut task.tile.row(row)[column..][..columns];
-            if region.store == Store::Accumulate {
-                words[0].add(&*to);
-            }
-            super::write_row(simd, &sums[..columns], bias, region.store, to);
+    fn run<S: Simd>(self, simd: S) {
+        self.task.compute::<S, WATCHED>(simd, self.seen);
+    }
+}
+
+/// The word sum of a tile as it stands.
+struct TileWords<'t, 'a, C>(&'t mut Tile<'a, C>);
+
+impl<C: Element> Kernel for TileWords<'_, '_, C> {
+    type Output = u32;
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> u32 {
+        let mut sum = 0_u32;
+        for row in 0..self.0.rows() {
+            sum = sum.wrapping_add(of_row(bytemuck::cast_slice(self.0.row(row))));
         }
-        // Not in the loop above: a load that spans two stores waits for both.
-        for row in 0..rows {
-            words[1].add(&task.tile.row(row)[column..][..columns]);
-        }
-        let (left, right) = seen[column..][..columns].split_at_mut(S::LANES.min(columns));
-        simd.store(totals[0], left);
-        simd.store(totals[1], right);
-        words.map(Words::total)
+        sum
     }
 }
 
 impl<C: Element> TileTask<'_, C> {
-    /// Computes the tile and the sums of a check. What is summed runs in kernels of its own: the
-    /// inner loop is better compiled alone.
+    /// Computes the tile and the sums of a check. What is summed before and after runs in kernels
+    /// of its own: the inner loop is better compiled alone.
     fn watched(&mut self, isa: Isa, mut seen: SeenTile<'_>) {
-        let (region, geometry) = (self.region, isa.geometry());
-        let Some((watch, first)) = region.watch else { return };
+        let region = self.region;
+        let Some((watch, _)) = region.watch else { return };
+        if region.store == Store::Accumulate {
+            watch.before.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
+        }
         if let Some((sums, squares)) = &mut seen.left {
-            let (left, rows) = (region.left.at(self.row, 0, geometry.micro_rows), self.tile.rows());
+            let left = region.left.at(self.row, 0, isa.geometry().micro_rows);
+            let rows = self.tile.rows();
             if region.in_place {
                 let (data, stride) = (&left.bytes[left.start..], left.row_bytes);
                 watch.operand(isa, 0, RowWords { data, stride, rows, width: 4 * region.units });
@@ -519,77 +472,95 @@ impl<C: Element> TileTask<'_, C> {
             squares[0] = dispatch(isa, SumDown { left, rows, dot: region.dot, to: sums });
         }
         let seen = seen.columns.row(0);
-        let (width, units) = (geometry.micro_columns, region.units);
+        seen.fill(0.0);
+        dispatch(isa, Tiling::<_, true> { task: self, seen });
+        watch.stored.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
+    }
+
+    #[inline(always)]
+    fn compute<S: Simd, const WATCHED: bool>(&mut self, simd: S, seen: &mut [f32]) {
+        let (width, region) = (2 * S::LANES, self.region);
+        let units = region.units;
+        let micro_words = S::MICRO_ROWS * width;
         let mut unit = 0;
         loop {
-            let stretch = unit..units.min(unit + region.chain_units);
-            for (index, column) in (0..self.tile.columns()).step_by(width).enumerate() {
-                let slot = if stretch.len() < units { index * TILE_ROWS * width } else { 0 };
-                let stretch = stretch.clone();
-                let is_last = stretch.end == units;
-                dispatch(isa, PanelSums { task: self, column, slot, stretch });
-                if is_last {
-                    self.spoil(watch, first, (column, width), slot);
-                    let [before, stored] =
-                        dispatch(isa, StorePanel { task: self, column, slot, seen });
-                    watch.before.fetch_add(before, Ordering::Relaxed);
-                    watch.stored.fetch_add(stored, Ordering::Relaxed);
+            let stretch = region.chain_units.min(units - unit);
+            let start = if unit == 0 { Start::Zero } else { Start::Resume };
+            let is_last = unit + stretch == units;
+            let mut slot = 0;
+            for column in (0..self.tile.columns()).step_by(width) {
+                let panel = (self.column + column) / width * units * width;
+                let right = &region.right[panel + unit * width..][..stretch * width];
+                for row in (0..self.tile.rows()).step_by(S::MICRO_ROWS) {
+                    let rows = S::MICRO_ROWS.min(self.tile.rows() - row);
+                    let left = region.left.at(self.row + row, unit, S::MICRO_ROWS);
+                    let sums = &mut self.sums[slot..][..micro_words];
+                    let tile = MicroTile { left, right, units: stretch, sums, start };
+                    if S::BF16_DOT && region.dot {
+                        micro_tile::<S, true>(simd, rows, tile);
+                    } else {
+                        micro_tile::<S, false>(simd, rows, tile);
+                    }
+                    if is_last {
+                        if WATCHED {
+                            self.watch(simd, (row, rows), (column, slot), seen);
+                        }
+                        self.write(simd, row, rows, column, slot);
+                    }
+                    if stretch < units {
+                        slot += micro_words;
+                    }
                 }
             }
-            unit = stretch.end;
+            unit += stretch;
             if unit >= units {
                 break;
             }
         }
     }
 
-    /// Computes the sums of the columns from `column` on over a stretch of the chain, one register
-    /// tile after the other, from `slot` on. `APART` says that they stay there; otherwise they are
-    /// stored when the chain ends.
+    /// Adds the sums of one register tile to those of its columns, row by row.
     #[inline(always)]
-    fn panel<S: Simd, const APART: bool>(
+    fn watch<S: Simd>(
         &mut self,
         simd: S,
-        column: usize,
-        mut slot: usize,
-        stretch: Range<usize>,
+        (row, rows): (usize, usize),
+        (column, slot): (usize, usize),
+        seen: &mut [f32],
     ) {
-        let (width, region) = (2 * S::LANES, self.region);
-        let micro_words = S::MICRO_ROWS * width;
-        let start = if stretch.start == 0 { Start::Zero } else { Start::Resume };
-        let (is_whole, is_last) = (stretch.len() == region.units, stretch.end == region.units);
-        let panel = (self.column + column) / width * region.units * width;
-        let right = &region.right[panel + stretch.start * width..][..stretch.len() * width];
-        for row in (0..self.tile.rows()).step_by(S::MICRO_ROWS) {
-            let rows = S::MICRO_ROWS.min(self.tile.rows() - row);
-            let left = region.left.at(self.row + row, stretch.start, S::MICRO_ROWS);
-            let sums = &mut self.sums[slot..][..micro_words];
-            let tile = MicroTile { left, right, units: stretch.len(), sums, start };
-            if S::BF16_DOT && region.dot {
-                micro_tile::<S, true>(simd, rows, tile);
-            } else {
-                micro_tile::<S, false>(simd, rows, tile);
-            }
-            if !APART && is_last {
-                self.write(simd, (row, rows), column, slot);
-            }
-            if APART || !is_whole {
-                slot += micro_words;
-            }
+        let width = 2 * S::LANES;
+        if let Some((Watch { asked: Asked { flip: Some(flip), .. }, .. }, first)) =
+            self.region.watch
+        {
+            self.spoil(
+                *flip,
+                (first.0 + self.row + row, rows),
+                first.1 + self.column + column,
+                slot,
+                width,
+            );
         }
+        let to = &mut seen[column..];
+        let (left, right) = to.split_at_mut(S::LANES.min(to.len()));
+        let mut totals = [simd.load(left), simd.load(right)];
+        for sums in self.sums[slot..][..rows * width].chunks_exact(width) {
+            totals[0] = simd.add(totals[0], simd.load(&sums[..S::LANES]));
+            totals[1] = simd.add(totals[1], simd.load(&sums[S::LANES..]));
+        }
+        simd.store(totals[0], left);
+        simd.store(totals[1], right);
     }
 
-    /// Flips a bit of a sum where that is asked for and the sum is in this panel.
+    /// Flips a bit of a sum if it is in this register tile.
     fn spoil(
         &mut self,
-        watch: &Watch,
-        first: (usize, usize),
-        (column, width): (usize, usize),
+        flip: Flip,
+        (row, rows): (usize, usize),
+        column: usize,
         slot: usize,
+        width: usize,
     ) {
-        let Some(flip) = watch.asked.flip else { return };
-        let (row, column) = (first.0 + self.row, first.1 + self.column + column);
-        let is_here = (row..row + self.tile.rows()).contains(&flip.row)
+        let is_here = (row..row + rows).contains(&flip.row)
             && (column..column + width).contains(&flip.column);
         if is_here {
             let sum = &mut self.sums[slot + (flip.row - row) * width + flip.column - column];
@@ -599,7 +570,7 @@ impl<C: Element> TileTask<'_, C> {
 
     /// Rounds the sums of one register tile into C.
     #[inline(always)]
-    fn write<S: Simd>(&mut self, simd: S, (row, rows): (usize, usize), column: usize, slot: usize) {
+    fn write<S: Simd>(&mut self, simd: S, row: usize, rows: usize, column: usize, slot: usize) {
         let width = 2 * S::LANES;
         let columns = width.min(self.tile.columns() - column);
         let bias = self.region.bias.map(|bias| &bias[self.column + column..][..columns]);

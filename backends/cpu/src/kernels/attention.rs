@@ -10,6 +10,7 @@
 use std::cell::RefCell;
 
 use half::bf16;
+use pontoon_ops::sums::of_row;
 use pontoon_ops::{self as ops, DeviceError, KEY_TILE, View};
 
 use super::attention_cache::{Cached, CachedHead, ROWS_APART};
@@ -20,7 +21,6 @@ use crate::gemm::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
 use crate::gemm::{Unit, is_dot, units};
 use crate::simd::micro::{LeftUnits, Start};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
-use crate::words::Words;
 
 /// Query rows of one task: enough to share a packed key tile, few enough to balance threads.
 const QUERY_ROWS: usize = 128;
@@ -584,18 +584,17 @@ fn attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::Attention) -> Done
             scale: op.scale,
         };
         let mut sums = tally.task();
-        let (is_summed, mut out_words) = (sums.wants_written(4), Words::default());
+        let is_summed = sums.wants_written(4);
         work.run(|row, result, log_sum| {
             let at = range.row + row;
             let start = at * out_row + head * head_stride(&op.out);
             outs.store(start, result);
             lses.store(at * lse_row + head, &[log_sum]);
             if is_summed {
-                out_words.add(result);
+                sums.add_written(4, of_row(bytemuck::cast_slice(result)));
             }
             sums.add_written(5, log_sum.to_bits());
         });
-        sums.add_written(4, out_words.total());
     });
     context.note(tally);
     Ok(())

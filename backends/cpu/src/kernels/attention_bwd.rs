@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use half::bf16;
 use pontoon_ops as ops;
+use pontoon_ops::sums::of_row;
 
 use super::attention::{Divide, Rows, SumsRow, documents, grown, store_units};
 use super::product::{Product, all_finite, within};
@@ -22,7 +23,7 @@ use crate::gemm::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
 use crate::gemm::{Unit, is_dot, units};
 use crate::simd::micro::{LeftUnits, Start};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
-use crate::words::{RowWords, Words};
+use crate::words::RowWords;
 
 /// Rows and keys of a tile; the same, so that exactly the tiles on the diagonal are partly masked.
 const TILE: usize = 64;
@@ -144,7 +145,7 @@ fn finish<T: Unit>(
     (operand, told): (usize, &mut TaskSums<'_>),
     mut store: impl FnMut(usize, &[T]),
 ) {
-    let (is_summed, mut words) = (told.wants_written(operand), Words::default());
+    let is_summed = told.wants_written(operand);
     let to = grown(result, side.width);
     let to = &mut bytemuck::cast_slice_mut::<u32, T>(to)[..side.width];
     for row in 0..rows {
@@ -153,10 +154,9 @@ fn finish<T: Unit>(
         dispatch(isa, Divide { sums, divisor: 1.0, to: &mut *to });
         store(row, to);
         if is_summed {
-            words.add(&*to);
+            told.add_written(operand, of_row(bytemuck::cast_slice(to)));
         }
     }
-    told.add_written(operand, words.total());
 }
 
 /// The widths of a head's rows: of queries and keys, or of values.
