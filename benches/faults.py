@@ -230,7 +230,8 @@ def at_random(folder: Path, preset, sequence, steps, micro_batch, workers, every
               for name in ("plain", "run")]
     steps_ms = [line["step_ms"] for line in lines(folder / "run" / "metrics.jsonl")]
     return {
-        "settings": {"preset": preset, "steps": steps, "workers": workers, "rate": 0.05, "seed": 7},
+        "settings": {"preset": preset, "sequence": sequence, "steps": steps, "workers": workers,
+                     "rate": 0.05, "seed": 7},
         "equal": run["weights_blake3"] == plain["weights_blake3"],
         "equal_losses": losses[0] == losses[1],
         "weights_blake3": run["weights_blake3"],
@@ -382,7 +383,7 @@ def main():
         folder, steps = Path(folder), arguments.steps
         result = {
             "latency": lambda: latency(folder),
-            "hundred": lambda: at_random(folder, "qwen3-1m", 64, steps or 2000, 1, 3, 10),
+            "hundred": lambda: at_random(folder, "qwen3-1m", 256, steps or 2000, 1, 3, 10),
             "goodput": lambda: at_random(folder, "llama-30m", 128, steps or 400, 1, 2, 10),
             "overhead": lambda: overhead(folder),
             "clean": lambda: clean(folder, steps or 10_000),

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use half::bf16;
 use pontoon_cpu::gemm::{
-    Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm, gemm_checked,
+    Asked, Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm, gemm_checked,
 };
 use pontoon_cpu::pool::Pool;
 use pontoon_cpu::scratch::Scratch;
@@ -60,7 +60,7 @@ fn main() {
             let begun = Instant::now();
             match round % 2 {
                 0 => gemm(&pool, isa, &mut scratch, args),
-                _ => drop(gemm_checked(&pool, isa, &mut scratch, args, None)),
+                _ => drop(gemm_checked(&pool, isa, &mut scratch, args, Asked::default())),
             }
             times[round % 2].push(begun.elapsed().as_secs_f64() * 1e3);
         }

@@ -16,6 +16,7 @@ mod prepack;
 pub mod scratch;
 pub mod simd;
 mod soon;
+mod words;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -334,12 +335,15 @@ impl Backend for CpuBackend {
         let apart = self.set_apart(op)?;
         // Operands that were moved aside are summed where they came from.
         let left = if apart.is_some() { ask } else { Checks::left(op, ask) };
-        let mut read = [0; OPERANDS_MAX];
+        let (mut read, mut before) = ([0; OPERANDS_MAX], [0; OPERANDS_MAX]);
         fill(op, left.read, &mut read, |views| self.pass(views))?;
+        fill(op, left.changed, &mut before, |views| self.pass(views))?;
         let flip = self.flip.take_if(|_| op.name() == OpName::Matmul);
-        let checks = Checks { on: true, flip, ..Checks::default() };
+        let ask = if apart.is_some() { Ask::default() } else { ask };
+        let checks = Checks { on: true, ask, flip, ..Checks::default() };
         let Checks { mut sums, .. } = self.run_checked(apart.as_ref().unwrap_or(op), checks)?;
-        fill(op, left.written, &mut sums.written, |views| self.pass(views))?;
+        fill(op, left.written | left.changed, &mut sums.written, |views| self.pass(views))?;
+        sums.subtract(&before);
         for operand in (0..OPERANDS_MAX).filter(|operand| left.read >> operand & 1 == 1) {
             sums.read[operand] = read[operand];
         }

@@ -6,6 +6,7 @@
 //! is [`crate::digest`]. Read next: `backend.rs`, where an operation is launched with sums.
 
 use crate::backend::Backend;
+use crate::contract::Accumulate;
 use crate::error::DeviceError;
 use crate::op::{Op, Operand};
 use crate::view::View;
@@ -75,6 +76,9 @@ pub struct Ask {
     pub read: u32,
     /// As they are written.
     pub written: u32,
+    /// As they are changed: of what is written the sum is its change, which costs little where an
+    /// operation adds to a few rows of many.
+    pub changed: u32,
 }
 
 impl Ask {
@@ -89,8 +93,24 @@ impl Ask {
 pub struct Sums {
     /// What was read.
     pub read: [u32; OPERANDS_MAX],
-    /// What was written.
+    /// What was written, or by how much it changed.
     pub written: [u32; OPERANDS_MAX],
+}
+
+impl Sums {
+    /// Takes what was there before from what was written.
+    pub fn subtract(&mut self, before: &[u32; OPERANDS_MAX]) {
+        let pairs = self.written.iter_mut().zip(before);
+        pairs.for_each(|(sum, before)| *sum = sum.wrapping_sub(*before));
+    }
+}
+
+/// The operand that an operation adds to in a few rows of many, if it is such a one.
+pub fn adds_to_rows(op: &Op) -> Option<usize> {
+    match op {
+        Op::EmbedBwd(embed) if embed.accumulate == Accumulate::Add => Some(2),
+        _ => None,
+    }
 }
 
 /// The views that a mask asks for, with their places.
@@ -117,9 +137,12 @@ pub fn launch_in_passes<B: Backend + ?Sized>(
         places.iter().zip(found).for_each(|(place, sum)| to[*place] = sum);
         Ok::<(), DeviceError>(())
     };
+    let mut before = [0; OPERANDS_MAX];
     pass(backend, ask.read, &mut sums.read)?;
+    pass(backend, ask.changed, &mut before)?;
     backend.launch(op)?;
-    pass(backend, ask.written, &mut sums.written)?;
+    pass(backend, ask.written | ask.changed, &mut sums.written)?;
+    sums.subtract(&before);
     Ok(sums)
 }
 

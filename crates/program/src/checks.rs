@@ -6,7 +6,7 @@
 //! tensor's last use at the latest: the window that stays open is from the last use on, when nobody
 //! reads the tensor any more.
 
-use pontoon_ops::sums::{Ask, runs};
+use pontoon_ops::sums::{Ask, adds_to_rows, runs};
 use pontoon_ops::{BufferId, Op, OpName, View};
 
 use crate::program::{BufferKind, Program};
@@ -44,6 +44,8 @@ pub(crate) struct Step {
     pub read: Vec<(usize, usize)>,
     /// Operands whose sum as written becomes the slot's.
     pub written: Vec<(usize, usize)>,
+    /// Operands that are added to in some rows, with the slots whose sums go on with the change.
+    pub carried: Vec<(usize, usize)>,
     /// Summed in a pass after it: a part of the tensor was overwritten.
     pub after: Vec<usize>,
 }
@@ -78,8 +80,12 @@ impl Checks {
                 }
                 let writer = (index, op.name(), operand.name);
                 let slot = checks.slot(operand.view, writer);
-                checks.steps[index].ask.written |= 1 << place;
-                checks.steps[index].written.push((place, slot));
+                let step = &mut checks.steps[index];
+                match step.carried.iter().any(|(carried, _)| *carried == place) {
+                    true => step.ask.changed |= 1 << place,
+                    false => step.ask.written |= 1 << place,
+                }
+                step.written.push((place, slot));
                 let uses = uses(program, &touching, &operand.view, index);
                 checks.follow(program, slot, &uses);
             }
@@ -134,6 +140,11 @@ impl Checks {
         let operands = op.operands();
         let found = operands.iter().position(|o| o.access.reads() && same(&o.view));
         match found {
+            // A bit that flipped before stays flipped or shows in the change: the sum that goes on
+            // is then wrong where it is checked next.
+            Some(place) if adds_to_rows(op) == Some(place) => {
+                self.steps[index].carried.push((place, slot));
+            }
             Some(place) => {
                 self.steps[index].ask.read |= 1 << place;
                 self.steps[index].read.push((place, slot));

@@ -203,7 +203,11 @@ impl Executor {
                 return Err(self.changed(slot, index));
             }
         }
-        step.written.iter().for_each(|(operand, slot)| sums[*slot] = found.written[*operand]);
+        for &(operand, slot) in &step.written {
+            let carried = step.carried.iter().find(|(of, _)| *of == operand);
+            let before = carried.map_or(0, |(_, slot)| sums[*slot]);
+            sums[slot] = found.written[operand].wrapping_add(before);
+        }
         Ok(())
     }
 

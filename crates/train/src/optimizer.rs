@@ -142,7 +142,7 @@ impl Optimizer {
         for op in &self.ops {
             let place = op.operands().iter().position(|operand| operand.name == "grad");
             let place = place.expect("every update reads a gradient");
-            let ask = Ask { read: 1 << place, written: 0 };
+            let ask = Ask { read: 1 << place, ..Ask::default() };
             sum = sum.wrapping_add(backend.launch_summed(op, ask)?.read[place]);
         }
         match sum == wanted {

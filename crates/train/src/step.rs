@@ -308,8 +308,8 @@ impl TrainingState {
         let Some(sums) = &mut self.sums else {
             return Ok(backend.launch(&self.adds[buffer])?);
         };
-        let found =
-            backend.launch_summed(&self.adds[buffer], Ask { read: 0b11, written: 0b100 })?;
+        let found = backend
+            .launch_summed(&self.adds[buffer], Ask { read: 0b11, written: 0b100, changed: 0 })?;
         if found.read[..2] != sums[buffer..buffer + 2] {
             return Err(changed("a gradient", "it was added to another").into());
         }

@@ -3,7 +3,9 @@
 //! Each group is an ordinary product, so the bits rule carries over: a row's result does not depend
 //! on which rows share its group.
 
-use super::{Data, GemmArgs, Layout, Matrix, MatrixMut, Store, WrongColumn, gemm, gemm_checked};
+use super::{
+    Asked, Data, GemmArgs, Layout, Matrix, MatrixMut, Store, WrongColumn, gemm, gemm_checked,
+};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::Isa;
@@ -50,7 +52,7 @@ pub fn grouped_gemm_checked(
 ) -> Result<(), WrongColumn> {
     let mut wrong = Ok(());
     each_group(args, |one| {
-        if let Err(column) = gemm_checked(pool, isa, scratch, one, None) {
+        if let Err(column) = gemm_checked(pool, isa, scratch, one, Asked::default()) {
             wrong = Err(column);
         }
     });

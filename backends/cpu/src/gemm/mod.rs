@@ -27,7 +27,7 @@ mod verify;
 pub(crate) use gemv::VECTORS_MAX;
 pub use grouped::{GroupedGemmArgs, grouped_gemm, grouped_gemm_checked};
 pub use quant::{Integers, QuantArgs, quant_gemm};
-pub use verify::{Flip, ProductSums, WrongColumn};
+pub use verify::{Asked, Flip, ProductSums, WrongColumn};
 
 use verify::{Operands, Watch};
 
@@ -184,17 +184,17 @@ pub fn gemm(pool: &Pool, isa: Isa, scratch: &mut Scratch, args: GemmArgs<'_>) {
     run(pool, isa, scratch, args, None);
 }
 
-/// Computes one product, forms the word sums of its result and checks its arithmetic; `flip` spoils
-/// it on purpose. The bits are those of [`gemm`].
+/// Computes one product, forms the word sums of its result and of the operands that are asked for,
+/// and checks its arithmetic. The bits are those of [`gemm`].
 pub fn gemm_checked(
     pool: &Pool,
     isa: Isa,
     scratch: &mut Scratch,
     args: GemmArgs<'_>,
-    flip: Option<Flip>,
+    asked: Asked,
 ) -> Result<ProductSums, WrongColumn> {
     let GemmArgs { layout, m, k, a, b, .. } = args;
-    let mut watch = Watch { flip, ..Watch::default() };
+    let mut watch = Watch { asked, ..Watch::default() };
     run(pool, isa, scratch, args, Some(&mut watch));
     verify::confirm((pool, isa), scratch, &Operands { layout, m, k, a, b }, &watch)
 }

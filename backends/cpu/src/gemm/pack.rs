@@ -12,6 +12,7 @@ use super::Unit;
 use crate::simd::columns::{Columns, pack_columns};
 use crate::simd::micro::load_square;
 use crate::simd::{Kernel, Simd};
+use crate::words::RowWords;
 
 /// Where a stretch of an operand comes from.
 #[derive(Clone, Copy)]
@@ -30,6 +31,20 @@ pub(crate) struct Source<'a, T> {
     pub(crate) units: usize,
     /// Units are bf16 pairs.
     pub(crate) dot: bool,
+}
+
+impl<'a, T> Source<'a, T> {
+    /// Its words, where k is along a row of `width` elements.
+    pub(super) fn words_along(&self, width: usize) -> RowWords<'a, T> {
+        let data = &self.data[self.first * self.stride..];
+        RowWords { data, stride: self.stride, rows: self.count, width }
+    }
+
+    /// Its words, where k is across rows.
+    pub(super) fn words_across(&self) -> RowWords<'a, T> {
+        let data = &self.data[self.first..];
+        RowWords { data, stride: self.stride, rows: self.k, width: self.count }
+    }
 }
 
 /// `LANES` units of one row from unit `unit` on; zero past the end.

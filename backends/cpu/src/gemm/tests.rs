@@ -108,10 +108,10 @@ impl<T: Wrap, C: Wrap> Case<T, C> {
         &self,
         pool: &Pool,
         isa: Isa,
-        flip: Option<Flip>,
+        asked: Asked,
     ) -> (Vec<C>, Result<ProductSums, WrongColumn>) {
         let mut c = self.c.clone();
-        let sums = gemm_checked(pool, isa, &mut Scratch::new(), self.args(&mut c), flip);
+        let sums = gemm_checked(pool, isa, &mut Scratch::new(), self.args(&mut c), asked);
         (c, sums)
     }
 
@@ -458,15 +458,29 @@ fn check_checked<T: Wrap, C: Wrap>(seed: u64) {
             shapes.extend([(50, 300, 531), (200, 70, 300)]);
             for shape in shapes {
                 let case = Case::<T, C>::random(&mut random, layout, shape);
-                let (c, sums) = case.run_checked(&pool, isa, None);
+                let [a, b] = [random.below(2) == 1, random.below(2) == 1];
+                let asked = Asked { a, b, flip: None };
+                let (c, sums) = case.run_checked(&pool, isa, asked);
                 let what = format!("{} {layout:?} {shape:?} {:?}", isa.name(), case.store);
                 assert_eq!(c, case.run(&pool, isa), "{what}");
-                let (m, n, _) = shape;
+                let (m, n, k) = shape;
+                let (of_a, of_b) = match layout {
+                    Layout::Nt | Layout::Panels => ((m, k), (n, k)),
+                    Layout::Nn => ((m, k), (k, n)),
+                    Layout::Tn => ((k, m), (k, n)),
+                };
+                let is_empty = m == 0 || n == 0;
+                let told = |asked: bool, sum: u32| if asked && !is_empty { sum } else { 0 };
                 let before = match case.store {
                     Store::Overwrite => 0,
                     Store::Accumulate => words(&case.c, case.c_stride, (m, n)),
                 };
-                let want = ProductSums { before, stored: words(&c, case.c_stride, (m, n)) };
+                let want = ProductSums {
+                    a: told(a, words(&case.a, case.a_stride, of_a)),
+                    b: told(b, words(&case.b, case.b_stride, of_b)),
+                    before,
+                    stored: words(&c, case.c_stride, (m, n)),
+                };
                 assert_eq!(sums, Ok(want), "{what}");
             }
         }
@@ -474,7 +488,7 @@ fn check_checked<T: Wrap, C: Wrap>(seed: u64) {
 }
 
 #[test]
-fn a_checked_product_has_the_same_bits_and_tells_the_sums_of_its_result() {
+fn a_checked_product_has_the_same_bits_and_tells_the_sums_of_its_result_and_operands() {
     check_checked::<f32, f32>(81);
     check_checked::<bf16, bf16>(82);
     check_checked::<bf16, f32>(83);
@@ -486,13 +500,14 @@ fn flips_of_sign_and_exponent_bits_in_the_sums_of_a_product_are_found() {
     let (mut random, pool) = (Random(91), Pool::new(2));
     let isa = *Isa::available().last().expect("portable");
     let (mut flips, mut found) = (0, 0);
+    let asked = |flip| Asked { flip: Some(flip), ..Asked::default() };
     for layout in LAYOUTS {
         for shape in [(130, 300, 200), (64, 512, 512), (300, 64, 600)] {
             let case = Case::<bf16, bf16>::random(&mut random, layout, shape);
             for _ in 0..100 {
                 let bit = 23 + random.below(9) as u32;
                 let (row, column) = (random.below(shape.0), random.below(shape.1));
-                let (_, sums) = case.run_checked(&pool, isa, Some(Flip { row, column, bit }));
+                let (_, sums) = case.run_checked(&pool, isa, asked(Flip { row, column, bit }));
                 assert!(sums.is_ok() || sums == Err(WrongColumn(column)));
                 flips += 1;
                 found += usize::from(sums.is_err());
@@ -510,7 +525,7 @@ fn odd_but_honest_products_are_not_accused() {
         for layout in LAYOUTS {
             let mut case = Case::<bf16, f32>::random(&mut random, layout, (50, 70, 130));
             let honest = |case: &Case<bf16, f32>, what: &str| {
-                let (_, sums) = case.run_checked(&pool, isa, None);
+                let (_, sums) = case.run_checked(&pool, isa, Asked::default());
                 assert!(sums.is_ok(), "{} {layout:?}: {what}", isa.name());
             };
             // All errors of rounding go the same way.

@@ -9,13 +9,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use pontoon_ops::sums::of_row;
 
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
-use super::verify::{self, Flip, SumDown, Watch, Work};
+use super::verify::{self, Asked, Flip, SumDown, Watch, Work};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
+use crate::words::RowWords;
 
 /// Rows of a task's tile: a multiple of every set's register tile, small enough to share out
 /// evenly.
@@ -157,18 +158,20 @@ pub(super) fn run<T: Unit>(
         weights,
     ]);
     let mut work = Work::new([w0, w1, w2, w3, w4]);
-    if watch.is_some() && product.layout == Layout::Tn {
-        verify::sum_left_rows((pool, isa), product, &mut work);
+    if let (Some(watch), Layout::Tn) = (&watch, product.layout) {
+        verify::sum_left_rows((pool, isa), product, &mut work, watch);
     }
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
     super::fill_bias(product.bias, bias);
     let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
     for column in (0..n).step_by(blocks.columns) {
         let columns = blocks.columns.min(n - column);
-        let right = pack_right(pool, isa, product, (column, columns), right);
+        let telling = watch.as_deref();
+        let right = pack_right((pool, isa), product, (column, columns), right, telling);
         for row in (0..product.m).step_by(blocks.rows) {
             let rows = blocks.rows.min(product.m - row);
-            let left = pack_left(pool, isa, product, &blocks, (row, rows), left);
+            let telling = telling.filter(|_| column == 0);
+            let left = pack_left((pool, isa), product, &blocks, (row, rows), left, telling);
             let grid = Grid {
                 rows,
                 columns,
@@ -179,6 +182,7 @@ pub(super) fn run<T: Unit>(
             let region = Region {
                 left,
                 right,
+                in_place: blocks.left == LeftForm::InPlace,
                 units: product.units,
                 chain_units: blocks.chain_units,
                 dot: product.dot,
@@ -204,11 +208,11 @@ pub(super) fn run<T: Unit>(
 
 /// Packs columns `first..first + count` of B into panels, where they are not kept in panels.
 fn pack_right<'r, T: Unit>(
-    pool: &Pool,
-    isa: Isa,
+    (pool, isa): (&Pool, Isa),
     product: &'r Product<'_, T>,
     (first, count): (usize, usize),
     to: &'r mut [u32],
+    watch: Option<&Watch>,
 ) -> &'r [u32] {
     let width = isa.geometry().micro_columns;
     let panel_words = product.units * width;
@@ -232,22 +236,27 @@ fn pack_right<'r, T: Unit>(
             units: product.units,
             dot: product.dot,
         };
-        match product.layout {
-            Layout::Nt | Layout::Panels => dispatch(isa, PackRowsAsColumns { from, to }),
-            Layout::Nn | Layout::Tn => dispatch(isa, PackColumns { from, width, panel_words, to }),
+        let along = matches!(product.layout, Layout::Nt | Layout::Panels);
+        if let Some(watch) = watch {
+            let words = if along { from.words_along(product.k) } else { from.words_across() };
+            watch.operand(isa, 1, words);
+        }
+        match along {
+            true => dispatch(isa, PackRowsAsColumns { from, to }),
+            false => dispatch(isa, PackColumns { from, width, panel_words, to }),
         }
     });
     to
 }
 
-/// Brings rows `first..first + count` of A (columns, in TN) into units.
+/// Brings rows `first..first + count` of A (columns, in TN) into units; what is converted is told.
 fn pack_left<'a, T: Unit>(
-    pool: &Pool,
-    isa: Isa,
+    (pool, isa): (&Pool, Isa),
     product: &Product<'a, T>,
     blocks: &Blocks,
     (first, count): (usize, usize),
     to: &'a mut [u32],
+    watch: Option<&Watch>,
 ) -> Left<'a> {
     let (units, stride) = (product.units, product.a_stride);
     let source = |offset: usize, most: usize| Source {
@@ -269,6 +278,9 @@ fn pack_left<'a, T: Unit>(
             let parts = Parts::new(&mut to[..count * units], TILE_ROWS * units);
             pool.run(parts.count(), |task| {
                 let from = source(task * TILE_ROWS, TILE_ROWS);
+                if let Some(watch) = watch {
+                    watch.operand(isa, 0, from.words_along(product.k));
+                }
                 dispatch(isa, PackRows { from, row_words: units, to: parts.take(task) });
             });
             Left::Rows { bytes: bytemuck::cast_slice(to), row_bytes: units * 4 }
@@ -293,6 +305,8 @@ fn pack_left<'a, T: Unit>(
 struct Region<'a> {
     left: Left<'a>,
     right: &'a [u32],
+    /// The left operand is the caller's memory.
+    in_place: bool,
     units: usize,
     chain_units: usize,
     dot: bool,
@@ -451,6 +465,10 @@ impl<C: Element> TileTask<'_, C> {
         if let Some((sums, squares)) = &mut seen.left {
             let left = region.left.at(self.row, 0, isa.geometry().micro_rows);
             let rows = self.tile.rows();
+            if region.in_place {
+                let (data, stride) = (&left.bytes[left.start..], left.row_bytes);
+                watch.operand(isa, 0, RowWords { data, stride, rows, width: 4 * region.units });
+            }
             squares[0] = dispatch(isa, SumDown { left, rows, dot: region.dot, to: sums });
         }
         let seen = seen.columns.row(0);
@@ -511,7 +529,9 @@ impl<C: Element> TileTask<'_, C> {
         seen: &mut [f32],
     ) {
         let width = 2 * S::LANES;
-        if let Some((Watch { flip: Some(flip), .. }, first)) = self.region.watch {
+        if let Some((Watch { asked: Asked { flip: Some(flip), .. }, .. }, first)) =
+            self.region.watch
+        {
             self.spoil(
                 *flip,
                 (first.0 + self.row + row, rows),

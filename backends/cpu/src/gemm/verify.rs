@@ -11,6 +11,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use bytemuck::Pod;
+
 use super::pack::{Source, row_units};
 use super::tile::TILE_ROWS;
 use super::{DataMut, GemmArgs, Layout, Matrix, MatrixMut, Product, Store, Unit};
@@ -19,6 +21,7 @@ use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::micro::{LeftUnits, PAIRED_ONES, load_units, sum_strip};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::words::RowWords;
 
 /// A flipped bit in a product's f32 sums before they are stored, to try the check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,12 +34,27 @@ pub struct Flip {
     pub bit: u32,
 }
 
-/// The word sums of a checked product's result.
+/// What is asked of a checked product besides whether it adds up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// The word sum of A as it is read.
+    pub a: bool,
+    /// The word sum of B as it is read.
+    pub b: bool,
+    /// Spoils the product on purpose.
+    pub flip: Option<Flip>,
+}
+
+/// The word sums of a checked product: of the operands that were asked for, and of the result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ProductSums {
-    /// Before, where it is added to.
+    /// Of A.
+    pub a: u32,
+    /// Of B.
+    pub b: u32,
+    /// Of C before, where it is added to.
     pub before: u32,
-    /// After.
+    /// Of C after.
     pub stored: u32,
 }
 
@@ -47,13 +65,24 @@ pub struct WrongColumn(pub usize);
 /// What a product tells while it is computed.
 #[derive(Default)]
 pub(crate) struct Watch {
+    pub(super) asked: Asked,
+    /// Of the words of A and B, where they are asked for.
+    pub(super) operands: [AtomicU32; 2],
     /// Of the words of C that were there before, where they are added to.
     pub(super) before: AtomicU32,
     /// Of the words that were stored.
     pub(super) stored: AtomicU32,
-    pub(super) flip: Option<Flip>,
     /// Columns whose two sums are too far apart, with their sums within each row of tiles.
     pub(super) suspects: Vec<(usize, Vec<u32>)>,
+}
+
+impl Watch {
+    /// Adds up words of A (0) or B (1) on their way, if they are asked for.
+    pub(super) fn operand<T: Pod>(&self, isa: Isa, place: usize, rows: RowWords<'_, T>) {
+        if [self.asked.a, self.asked.b][place] {
+            self.operands[place].fetch_add(dispatch(isa, rows), Ordering::Relaxed);
+        }
+    }
 }
 
 /// Rows of the weights' three parts: together they are an f32 to the last bit.
@@ -255,6 +284,7 @@ pub(super) fn sum_left_rows<T: Unit>(
     (pool, isa): (&Pool, Isa),
     product: &Product<'_, T>,
     work: &mut Work<'_>,
+    watch: &Watch,
 ) {
     let (k, m) = (product.k, product.m);
     work.left.fill(0.0);
@@ -277,6 +307,7 @@ pub(super) fn sum_left_rows<T: Unit>(
             units: m,
             dot: product.dot,
         };
+        watch.operand(isa, 0, from.words_along(m));
         of_parts.take(task)[0] = dispatch(isa, SumRows { from, sums });
     });
     work.squares[0] = squares.iter().sum();
@@ -485,5 +516,6 @@ pub(super) fn confirm(
         }
     }
     let load = |of: &AtomicU32| of.load(Ordering::Relaxed);
-    Ok(ProductSums { before: load(&watch.before), stored: load(&watch.stored) })
+    let [a, b] = [0, 1].map(|place| load(&watch.operands[place]));
+    Ok(ProductSums { a, b, before: load(&watch.before), stored: load(&watch.stored) })
 }

@@ -10,6 +10,7 @@
 use std::cell::RefCell;
 
 use half::bf16;
+use pontoon_ops::sums::of_row;
 use pontoon_ops::{self as ops, DeviceError, KEY_TILE, View};
 
 use super::attention_cache::{Cached, CachedHead, ROWS_APART};
@@ -566,7 +567,7 @@ fn attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::Attention) -> Done
     let (q_row, k_row, v_row) = (row_stride(&op.q), row_stride(&op.k), row_stride(&op.v));
     let (out_row, lse_row) = (row_stride(&op.out), row_stride(&op.lse));
     let (outs, lses) = (Scattered::new(out), Scattered::new(lse));
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     context.pool.run(ranges.len() * heads, |task| {
         let (range, head) = (ranges[task / heads], task % heads);
         let k = &k[range.origin * k_row + head / group * head_stride(&op.k)..];
@@ -582,13 +583,20 @@ fn attention_as<T: Unit>(context: &mut Context<'_>, op: &ops::Attention) -> Done
             v_width,
             scale: op.scale,
         };
+        let mut sums = tally.task();
+        let is_summed = sums.wants_written(4);
         work.run(|row, result, log_sum| {
             let at = range.row + row;
             let start = at * out_row + head * head_stride(&op.out);
             outs.store(start, result);
             lses.store(at * lse_row + head, &[log_sum]);
+            if is_summed {
+                sums.add_written(4, of_row(bytemuck::cast_slice(result)));
+            }
+            sums.add_written(5, log_sum.to_bits());
         });
     });
+    context.note(tally);
     Ok(())
 }
 

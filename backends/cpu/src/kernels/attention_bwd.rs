@@ -12,15 +12,18 @@ use std::ops::Range;
 
 use half::bf16;
 use pontoon_ops as ops;
+use pontoon_ops::sums::of_row;
 
 use super::attention::{Divide, Rows, SumsRow, documents, grown, store_units};
 use super::product::{Product, all_finite, within};
+use super::watched::TaskSums;
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Scattered;
 use crate::gemm::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
 use crate::gemm::{Unit, is_dot, units};
 use crate::simd::micro::{LeftUnits, Start};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::words::RowWords;
 
 /// Rows and keys of a tile; the same, so that exactly the tiles on the diagonal are partly masked.
 const TILE: usize = 64;
@@ -82,56 +85,67 @@ fn attention_bwd_as<T: Unit>(context: &mut Context<'_>, op: &ops::AttentionBwd) 
     let dv = Scattered::new(context.operands.write::<T>(&op.dv)?);
     let (heads, kv_heads) = (op.q.dim(1), op.k.dim(1));
     let documents = documents(starts, op.q.dim(0))?;
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     let (qk, v_side) = (Side::new::<T>(isa, op.q.dim(2)), Side::new::<T>(isa, op.v.dim(2)));
     context.pool.run(documents.len() * kv_heads, |task| {
         let ((start, rows), kv_head) = (documents[task / kv_heads], task % kv_heads);
         MEMORY.with_borrow_mut(|memory| {
+            let mut told = tally.task();
             let mut document = Document { isa, rows, qk, v: v_side, scale: op.scale, memory };
             let keys = head_rows(k, &op.k, start, kv_head);
-            document.begin(keys, head_rows(v, &op.v, start, kv_head));
+            document.begin([keys, head_rows(v, &op.v, start, kv_head)], &mut told);
             let group = heads / kv_heads;
             for head in kv_head * group..(kv_head + 1) * group {
-                document.load_query(
-                    head_rows(q, &op.q, start, head),
-                    head_rows(dout, &op.dout, start, head),
-                    head_rows(out, &op.out, start, head),
-                );
+                let of_head = [(q, &op.q), (dout, &op.dout), (out, &op.out)];
+                let of_head = of_head.map(|(data, view)| head_rows(data, view, start, head));
+                document.load_query(of_head, &mut told);
                 let to = floats(&mut document.memory.lse, rows.next_multiple_of(TILE));
                 for (row, to) in to.iter_mut().take(rows).enumerate() {
                     *to = lse[place(&op.lse, start + row, head)];
+                    told.add_read(LSE, to.to_bits());
                 }
                 document.run::<T>();
                 let sums = bytemuck::cast_slice(&document.memory.dq);
                 let result = &mut document.memory.result;
-                finish((isa, rows, qk), sums, result, |row, values: &[T]| {
+                finish((isa, rows, qk), sums, result, (DQ, &mut told), |row, values: &[T]| {
                     dq.store(place(&op.dq, start + row, head), values);
                 });
             }
             let Memory { dk: k_sums, dv: v_sums, result, .. } = document.memory;
-            finish((isa, rows, qk), bytemuck::cast_slice(k_sums), result, |row, values: &[T]| {
-                dk.store(place(&op.dk, start + row, kv_head), values);
-            });
-            finish(
-                (isa, rows, v_side),
-                bytemuck::cast_slice(v_sums),
-                result,
-                |row, values: &[T]| {
-                    dv.store(place(&op.dv, start + row, kv_head), values);
-                },
-            );
+            let sides = [(DK, &dk, &op.dk, k_sums, qk), (DV, &dv, &op.dv, v_sums, v_side)];
+            for (operand, to, view, sums, side) in sides {
+                let sums = bytemuck::cast_slice(sums);
+                let told = (operand, &mut told);
+                finish((isa, rows, side), sums, result, told, |row, values: &[T]| {
+                    to.store(place(view, start + row, kv_head), values);
+                });
+            }
         });
     });
+    context.note(tally);
     Ok(())
 }
 
-/// Rounds sums that lie tile after tile and hands out their rows.
+/// The places of operands that are summed on their way.
+const Q: usize = 0;
+const K: usize = 1;
+const V: usize = 2;
+const OUT: usize = 4;
+const LSE: usize = 5;
+const DOUT: usize = 6;
+const DQ: usize = 7;
+const DK: usize = 8;
+const DV: usize = 9;
+
+/// Rounds sums that lie tile after tile, hands out their rows and tells what was in them.
 fn finish<T: Unit>(
     (isa, rows, side): (Isa, usize, Side),
     sums: &[f32],
     result: &mut Vec<u32>,
+    (operand, told): (usize, &mut TaskSums<'_>),
     mut store: impl FnMut(usize, &[T]),
 ) {
+    let is_summed = told.wants_written(operand);
     let to = grown(result, side.width);
     let to = &mut bytemuck::cast_slice_mut::<u32, T>(to)[..side.width];
     for row in 0..rows {
@@ -139,6 +153,9 @@ fn finish<T: Unit>(
         let sums = SumsRow { sums, step: TILE * side.panel_width, row: row % TILE };
         dispatch(isa, Divide { sums, divisor: 1.0, to: &mut *to });
         store(row, to);
+        if is_summed {
+            told.add_written(operand, of_row(bytemuck::cast_slice(to)));
+        }
     }
 }
 
@@ -205,8 +222,10 @@ impl Document<'_> {
     }
 
     /// Packs keys and values, and clears their gradients.
-    fn begin<T: Unit>(&mut self, k: Rows<'_, T>, v: Rows<'_, T>) {
+    fn begin<T: Unit>(&mut self, [k, v]: [Rows<'_, T>; 2], told: &mut TaskSums<'_>) {
         let (isa, rows, tiles) = (self.isa, self.rows, self.tiles());
+        told.read_rows(K, words(k, rows, self.qk));
+        told.read_rows(V, words(v, rows, self.v));
         let memory = &mut *self.memory;
         for (from, side, to) in [(k, self.qk, &mut memory.k_rows), (v, self.v, &mut memory.v_rows)]
         {
@@ -221,8 +240,11 @@ impl Document<'_> {
     }
 
     /// Packs one query head, and sums `dout * out` per row.
-    fn load_query<T: Unit>(&mut self, q: Rows<'_, T>, dout: Rows<'_, T>, out: Rows<'_, T>) {
+    fn load_query<T: Unit>(&mut self, [q, dout, out]: [Rows<'_, T>; 3], told: &mut TaskSums<'_>) {
         let (isa, rows, tiles) = (self.isa, self.rows, self.tiles());
+        told.read_rows(Q, words(q, rows, self.qk));
+        told.read_rows(DOUT, words(dout, rows, self.v));
+        told.read_rows(OUT, words(out, rows, self.v));
         let memory = &mut *self.memory;
         let turned = grown(&mut memory.q_turned, tiles * self.qk.turned_words());
         let columns = grown(&mut memory.q_columns, tiles * self.qk.columns_words());
@@ -279,6 +301,11 @@ impl Document<'_> {
             }
         }
     }
+}
+
+/// The words of a head's rows.
+fn words<T>(rows: Rows<'_, T>, count: usize, side: Side) -> RowWords<'_, T> {
+    RowWords { data: rows.data, stride: rows.stride, rows: count, width: side.width }
 }
 
 fn of_tile(words: &[u32], tile: usize, tile_words: usize) -> &[u32] {

@@ -6,6 +6,7 @@ use super::{Context, Done, row_stride, rows_per_task, with_float};
 use crate::ffi::{Grid, Parts, Tiles};
 use crate::prepack::read_row;
 use crate::simd::{Element, Kernel, Simd, dispatch};
+use crate::words::RowWords;
 
 pub(super) fn embed(context: &mut Context<'_>, op: &ops::Embed) -> Done {
     with_float!(op.table.dtype, T => embed_as::<T>(context, op))
@@ -74,8 +75,9 @@ fn embed_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::EmbedBwd) -> Do
     };
     let tiles = Tiles::new(dtable, grid);
     let (isa, overwrite) = (context.isa, op.accumulate == Accumulate::Overwrite);
+    let tally = context.tally();
     context.pool.run(columns.div_ceil(tile_columns), |task| {
-        let mut tile = tiles.take(0, task);
+        let (mut tile, mut sums) = (tiles.take(0, task), tally.task());
         if overwrite {
             (0..vocabulary).for_each(|row| tile.row(row).fill(0.0));
         }
@@ -85,9 +87,16 @@ fn embed_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::EmbedBwd) -> Do
             };
             let width = tile.columns();
             let from = &dy[row * stride + task * tile_columns..][..width];
-            dispatch(isa, AddRow { from, to: tile.row(id) });
+            let to = tile.row(id);
+            let before = sums.wants_changed(2).then(|| dispatch(isa, RowWords::one(&*to)));
+            dispatch(isa, AddRow { from, to: &mut *to });
+            if let Some(before) = before {
+                let after = dispatch(isa, RowWords::one(&*to));
+                sums.add_written(2, after.wrapping_sub(before));
+            }
         }
     });
+    context.note(tally);
     Ok(())
 }
 
@@ -148,11 +157,14 @@ fn rope_as<T: Element>(context: &mut Context<'_>, op: &ops::Rope) -> Done {
     let y_row = if rows > 1 { op.y.stride(0) } else { y.len().max(1) };
     let per_task = rows_per_task(rows, heads * width);
     let parts = Parts::new(y, y_row * per_task);
+    let tally = context.tally();
     let (isa, sign) = (context.isa, if op.direction == Direction::Forward { 1.0 } else { -1.0 });
     context.pool.run(rows.div_ceil(per_task), |task| {
-        let y = parts.take(task);
+        let (y, mut sums) = (parts.take(task), tally.task());
         for row in 0..per_task.min(rows - task * per_task) {
             let at = task * per_task + row;
+            let heads_of = |data, stride| RowWords { data, stride, rows: heads, width };
+            sums.read_rows(0, heads_of(&x[at * op.x.stride(0)..], op.x.stride(1)));
             let position = usize::try_from(positions[at * position_step]).ok();
             for head in 0..heads {
                 let y = &mut y[row * y_row + head * op.y.stride(1)..][..width];
@@ -168,7 +180,9 @@ fn rope_as<T: Element>(context: &mut Context<'_>, op: &ops::Rope) -> Done {
                     RopeStyle::Interleaved => rotate_pairs(&mut work),
                 }
             }
+            sums.written_rows(4, heads_of(&y[row * y_row..], op.y.stride(1)));
         }
     });
+    context.note(tally);
     Ok(())
 }

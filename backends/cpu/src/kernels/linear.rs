@@ -65,9 +65,12 @@ pub(super) fn matmul(context: &mut Context<'_>, op: &ops::Matmul) -> Done {
         c: MatrixMut { data: data_mut(&context.operands, &op.c)?, row_stride: row_stride(&op.c) },
         store: store(op.accumulate),
     };
-    let sums = context.product((OpName::Matmul, "c"), args)?;
+    let asked = [0, 1].map(|place| context.checks.ask.read >> place & 1 == 1);
+    let sums = context.product((OpName::Matmul, "c"), args, asked)?;
     let c = 2 + usize::from(op.bias.is_some());
-    context.checks.read(c, sums.before);
+    for (place, sum) in [(0, sums.a), (1, sums.b), (c, sums.before)] {
+        context.checks.read(place, sum);
+    }
     context.checks.written(c, sums.stored);
     Ok(())
 }

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use pontoon_ops::{self as ops, Accumulate, DType, DeviceError, IGNORED, OpName, View};
 
 use super::linear::{data, quant_bytes};
-use super::sums::WordSum;
 use super::watched::changed;
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Parts;
@@ -18,6 +17,7 @@ use crate::gemm::{
 };
 use crate::memory::Operands;
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
+use crate::words::RowWords;
 
 /// Logits held at a time: 16 MB, so that a chunk's second pass finds part of it in cache.
 const CHUNK_LOGITS: usize = 4 << 20;
@@ -172,7 +172,7 @@ fn logits_of(
             let layout = if panels { Layout::Panels } else { Layout::Nt };
             let store = Store::Overwrite;
             let args = GemmArgs { layout, m, n, k, a: x, b, bias, c, store };
-            Ok(context.product((head.op, "the logits"), args)?.stored)
+            Ok(context.product((head.op, "the logits"), args, [false; 2])?.stored)
         }
         HeadData::Integers { integers, bytes: weight, scales, block } => {
             let args = QuantArgs { m, n, k, x, integers, weight, scales, block, panels, bias, c };
@@ -400,7 +400,7 @@ fn backward<T: Storage>(
         let outputs = (T::data_mut(to), row_stride(gradients.dx), &mut *dhead, store);
         let rows_of_x = x.from(first * row_stride(head.x));
         let found = products(context, head, (T::data(dlogits), rows_of_x, weight), count, outputs)?;
-        if context.checks.on && words(context, dlogits, vocabulary) != passing.dlogits {
+        if context.checks.on && found[1].a != passing.dlogits {
             return Err(changed(head.op, "a logit's gradient"));
         }
         tally.add(first == 0, found)?;
@@ -408,17 +408,6 @@ fn backward<T: Storage>(
     *context.work = work;
     tally.note(context, gradients);
     Ok(())
-}
-
-/// The word sum of rows [`padded_row`] apart.
-fn words<T: Element>(context: &Context<'_>, rows: &[T], vocabulary: usize) -> u32 {
-    let sum = AtomicU32::new(0);
-    let (isa, stride) = (context.isa, padded_row(vocabulary));
-    context.pool.run(rows.len() / stride, |row| {
-        let row = &rows[row * stride..][..vocabulary];
-        sum.fetch_add(dispatch(isa, WordSum(bytemuck::cast_slice(row))), Ordering::Relaxed);
-    });
-    sum.into_inner()
 }
 
 /// The word sums of the operation's operands over its chunks.
@@ -471,7 +460,7 @@ fn products(
         c: MatrixMut { data: dx, row_stride: dx_stride },
         store: Store::Overwrite,
     };
-    let of_input = context.product((head.op, "dx"), input)?;
+    let of_input = context.product((head.op, "dx"), input, [false; 2])?;
     let parameter = GemmArgs {
         layout: Layout::Tn,
         m: vocabulary,
@@ -483,7 +472,7 @@ fn products(
         c: MatrixMut { data: DataMut::F32(dhead), row_stride: width },
         store,
     };
-    Ok([of_input, context.product((head.op, "dhead"), parameter)?])
+    Ok([of_input, context.product((head.op, "dhead"), parameter, [true, false])?])
 }
 
 /// A chunk of rows whose logits stand in memory.
@@ -509,7 +498,7 @@ impl Chunk<'_> {
         let (on, isa) = (context.checks.on, context.isa);
         let sum = |place: usize, bytes: &[u8]| {
             if on {
-                let words = dispatch(isa, WordSum(bytes));
+                let words = dispatch(isa, RowWords::one(bytes));
                 sums[place].fetch_add(words, Ordering::Relaxed);
             }
         };

@@ -72,14 +72,16 @@ fn adamw_as<C: Element>(context: &mut Context<'_>, op: &ops::AdamW) -> Done {
     let weights = Parts::new(weight, len);
     let (ms, vs) = (Parts::new(m, len), Parts::new(v, len));
     let computes = compute.map(|compute| Parts::new(compute, len));
-    let isa = context.isa;
+    let (isa, tally) = (context.isa, context.tally());
     context.pool.run(weights.count(), |task| {
         let weight = weights.take(task);
         let grad = &grad[task * len..][..weight.len()];
+        tally.task().read([(1, grad)]);
         let (m, v) = (ms.take(task), vs.take(task));
         let compute = computes.as_ref().map(|computes| computes.take(task));
         dispatch(isa, Adam { weight, grad, m, v, compute, hyper });
     });
+    context.note(tally);
     Ok(())
 }
 

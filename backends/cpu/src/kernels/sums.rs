@@ -1,29 +1,19 @@
 //! Word sums of operands, formed in place by all threads.
 //!
-//! What a sum is stands in `pontoon_ops::sums`. Products form their own: see `gemm/verify.rs`.
+//! For what no kernel sums itself: see `watched.rs`.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use pontoon_ops::sums::{Runs, of_row, runs};
+use pontoon_ops::sums::{Runs, runs};
 use pontoon_ops::{DeviceError, View};
 
 use crate::memory::Buffers;
 use crate::pool::Pool;
-use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::simd::{Isa, dispatch};
+use crate::words::RowWords;
 
 /// Bytes that one task sums: enough to be worth waking a thread for.
 const TASK_BYTES: usize = 128 << 10;
-
-/// The sum of bytes, with the chosen instruction set.
-pub(crate) struct WordSum<'a>(pub(crate) &'a [u8]);
-
-impl Kernel for WordSum<'_> {
-    type Output = u32;
-    #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> u32 {
-        of_row(self.0)
-    }
-}
 
 /// A part of a view: runs `first..end`, or a stretch of the only one.
 struct Task<'a> {
@@ -68,11 +58,8 @@ pub(crate) fn sums(
     let totals: Vec<AtomicU32> = views.iter().map(|_| AtomicU32::new(0)).collect();
     pool.run(parts.len(), |index| {
         let Task { view, bytes, runs } = &parts[index];
-        let mut sum = 0_u32;
-        for run in 0..runs.count {
-            let row = &bytes[run * runs.step..][..runs.bytes];
-            sum = sum.wrapping_add(dispatch(isa, WordSum(row)));
-        }
+        let rows = RowWords { data: bytes, stride: runs.step, rows: runs.count, width: runs.bytes };
+        let sum = dispatch(isa, rows);
         totals[*view].fetch_add(sum, Ordering::Relaxed);
     });
     Ok(totals.into_iter().map(AtomicU32::into_inner).collect())

@@ -6,22 +6,24 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::Pod;
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked};
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, adds_to_rows, asked};
 use pontoon_ops::{DeviceError, DeviceErrorKind, Op, OpName, View};
 
 use super::Context;
-use super::sums::WordSum;
 use crate::gemm::{
-    Flip, GemmArgs, GroupedGemmArgs, ProductSums, WrongColumn, gemm, gemm_checked, grouped_gemm,
-    grouped_gemm_checked,
+    Asked, Flip, GemmArgs, GroupedGemmArgs, ProductSums, WrongColumn, gemm, gemm_checked,
+    grouped_gemm, grouped_gemm_checked,
 };
 use crate::simd::{Isa, dispatch};
+use crate::words::RowWords;
 
 /// What is checked while an operation runs, and what came of it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Checks {
     /// Whether products are checked.
     pub on: bool,
+    /// The sums that are asked for; a kernel need not form others.
+    pub ask: Ask,
     /// Spoils the next product on purpose.
     pub flip: Option<Flip>,
     /// The sums that the kernel formed itself.
@@ -42,20 +44,24 @@ impl Checks {
     /// The operands whose sums are asked for and not formed by the operation's kernel.
     pub fn left(op: &Op, ask: Ask) -> Ask {
         let formed = formed_by(op);
-        Ask { read: ask.read & !formed.read, written: ask.written & !formed.written }
+        Ask {
+            read: ask.read & !formed.read,
+            written: ask.written & !formed.written,
+            changed: ask.changed & !formed.changed,
+        }
     }
 }
 
 /// Sums that the tasks of one operation form row by row.
 pub(crate) struct Tally {
     isa: Isa,
-    on: bool,
+    ask: Ask,
     read: [AtomicU32; ROW_OPERANDS],
     written: [AtomicU32; ROW_OPERANDS],
 }
 
 /// Most operands of an operation whose rows are summed by its own kernel.
-const ROW_OPERANDS: usize = 8;
+const ROW_OPERANDS: usize = 10;
 
 impl Tally {
     /// The sums of one task.
@@ -72,32 +78,66 @@ pub(crate) struct TaskSums<'a> {
 }
 
 impl TaskSums<'_> {
+    /// Whether an operand is to be summed as it is written.
+    #[inline]
+    pub fn wants_written(&self, operand: usize) -> bool {
+        self.tally.ask.written >> operand & 1 == 1
+    }
+
+    /// Whether it is to be told how an operand changes.
+    #[inline]
+    pub fn wants_changed(&self, operand: usize) -> bool {
+        self.tally.ask.changed >> operand & 1 == 1
+    }
+
+    /// Adds what was summed elsewhere of an operand as it was read.
+    #[inline]
+    pub fn add_read(&mut self, operand: usize, sum: u32) {
+        self.read[operand] = self.read[operand].wrapping_add(sum);
+    }
+
+    /// Adds what was summed elsewhere of an operand as it was written.
+    #[inline]
+    pub fn add_written(&mut self, operand: usize, sum: u32) {
+        self.written[operand] = self.written[operand].wrapping_add(sum);
+    }
+
     /// Takes in rows as they are read.
     #[inline]
     pub fn read<T: Pod, const COUNT: usize>(&mut self, rows: [(usize, &[T]); COUNT]) {
-        if self.tally.on {
-            for (operand, row) in rows {
-                let sum = dispatch(self.tally.isa, WordSum(bytemuck::cast_slice(row)));
-                self.read[operand] = self.read[operand].wrapping_add(sum);
-            }
+        for (operand, row) in rows {
+            self.read_rows(operand, RowWords::one(row));
+        }
+    }
+
+    /// Takes in several rows of an operand as they are read.
+    #[inline]
+    pub fn read_rows<T: Pod>(&mut self, operand: usize, rows: RowWords<'_, T>) {
+        if self.tally.ask.read >> operand & 1 == 1 {
+            self.add_read(operand, dispatch(self.tally.isa, rows));
         }
     }
 
     /// Takes in rows as they are written.
     #[inline]
     pub fn written<T: Pod, const COUNT: usize>(&mut self, rows: [(usize, &[T]); COUNT]) {
-        if self.tally.on {
-            for (operand, row) in rows {
-                let sum = dispatch(self.tally.isa, WordSum(bytemuck::cast_slice(row)));
-                self.written[operand] = self.written[operand].wrapping_add(sum);
-            }
+        for (operand, row) in rows {
+            self.written_rows(operand, RowWords::one(row));
+        }
+    }
+
+    /// Takes in several rows of an operand as they are written.
+    #[inline]
+    pub fn written_rows<T: Pod>(&mut self, operand: usize, rows: RowWords<'_, T>) {
+        if self.wants_written(operand) {
+            self.add_written(operand, dispatch(self.tally.isa, rows));
         }
     }
 }
 
 impl Drop for TaskSums<'_> {
     fn drop(&mut self) {
-        if self.tally.on {
+        if !self.tally.ask.is_empty() {
             for operand in 0..ROW_OPERANDS {
                 self.tally.read[operand].fetch_add(self.read[operand], Ordering::Relaxed);
                 self.tally.written[operand].fetch_add(self.written[operand], Ordering::Relaxed);
@@ -111,7 +151,7 @@ impl Context<'_> {
     pub(crate) fn tally(&self) -> Tally {
         Tally {
             isa: self.isa,
-            on: self.checks.on,
+            ask: self.checks.ask,
             read: Default::default(),
             written: Default::default(),
         }
@@ -129,46 +169,58 @@ impl Context<'_> {
 
 /// The operands that the kernel of an operation sums itself.
 fn formed_by(op: &Op) -> Ask {
+    let formed = |read, written| Ask { read, written, changed: 0 };
     match op {
         Op::Matmul(product) => {
             let c = 2 + usize::from(product.bias.is_some());
             let reads = op.operands()[c].access.reads();
-            Ask { read: if reads { 1 << c } else { 0 }, written: 1 << c }
+            // Nothing is read for a result of no elements.
+            let factors = if product.c.elements() == 0 { 0 } else { 0b11 };
+            formed(factors | if reads { 1 << c } else { 0 }, 1 << c)
         }
         Op::CrossEntropyBwd(_) | Op::TokenLogProbBwd(_) => {
             let dhead = op.operands().len() - 1;
             let reads = op.operands()[dhead].access.reads();
-            let before = if reads { 1 << dhead } else { 0 };
-            Ask { read: before, written: 0b11 << (dhead - 1) }
+            formed(if reads { 1 << dhead } else { 0 }, 0b11 << (dhead - 1))
         }
-        Op::SwiGlu(_) => Ask { read: 0b011, written: 0b100 },
-        Op::SwiGluBwd(_) => Ask { read: 0b00_111, written: 0b11_000 },
-        Op::RmsNorm(_) => Ask { read: 0b0001, written: 0b0100 },
-        Op::AddRmsNorm(_) => Ask { read: 0b00_0011, written: 0b01_1000 },
-        Op::RmsNormBwd(_) => Ask { read: 0b00_0011, written: 0b01_0000 },
+        Op::SwiGlu(_) => formed(0b011, 0b100),
+        Op::SwiGluBwd(_) => formed(0b00_111, 0b11_000),
+        Op::RmsNorm(_) => formed(0b0001, 0b0100),
+        Op::AddRmsNorm(_) => formed(0b00_0011, 0b01_1000),
+        Op::RmsNormBwd(_) => formed(0b00_0011, 0b01_0000),
         // What may be absent has its place after it filled up by the next.
         Op::AddRmsNormBwd(op) => match op.dsum {
-            Some(_) => Ask { read: 0b000_0111, written: 0b010_0000 },
-            None => Ask { read: 0b00_0011, written: 0b01_0000 },
+            Some(_) => formed(0b000_0111, 0b010_0000),
+            None => formed(0b00_0011, 0b01_0000),
         },
-        Op::Add(_) if super::handles_in_place(op) => Ask { read: 0b11, written: 0b100 },
+        Op::AdamW(_) => formed(0b10, 0),
+        Op::Rope(_) => formed(0b1, 0b1_0000),
+        Op::Attention(_) => formed(0, 0b11_0000),
+        Op::AttentionBwd(_) => formed(0b111_0111, 0b11_1000_0000),
+        Op::EmbedBwd(_) => {
+            let changed = adds_to_rows(op).map_or(0, |place| 1 << place);
+            Ask { changed, ..Ask::default() }
+        }
+        Op::Add(_) if super::handles_in_place(op) => formed(0b11, 0b100),
         _ => Ask::default(),
     }
 }
 
 impl Context<'_> {
-    /// Computes a product, checked where that is asked for; the sums mean nothing otherwise.
+    /// Computes a product, checked where that is asked for; the sums mean nothing otherwise, and
+    /// those of A and B only where they are asked for.
     pub(crate) fn product(
         &mut self,
         (op, result): (OpName, &str),
         args: GemmArgs<'_>,
+        [a, b]: [bool; 2],
     ) -> Result<ProductSums, DeviceError> {
         if !self.checks.on {
             gemm(self.pool, self.isa, self.gemm_scratch, args);
             return Ok(ProductSums::default());
         }
-        let flip = self.checks.flip.take();
-        let sums = gemm_checked(self.pool, self.isa, self.gemm_scratch, args, flip);
+        let asked = Asked { a, b, flip: self.checks.flip.take() };
+        let sums = gemm_checked(self.pool, self.isa, self.gemm_scratch, args, asked);
         sums.map_err(|column| wrong(op, result, column))
     }
 
