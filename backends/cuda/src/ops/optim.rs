@@ -114,7 +114,7 @@ pub fn muon(core: &mut Core, op: &ops::Muon) -> Done {
     let dims = op.weight.dims();
     let (rows, columns) = (dims[dims.len() - 2], dims[dims.len() - 1]);
     let size = rows * columns;
-    let stack = if size == 0 { 0 } else { op.weight.elements() / size };
+    let stack = op.weight.elements().checked_div(size).unwrap_or(0);
     let hyper = core.at(&op.hyper)?;
     let [weight, grad, momentum] = [&op.weight, &op.grad, &op.momentum].map(|view| core.at(view));
     let (weight, grad, momentum) = (weight?, grad?, momentum?);
