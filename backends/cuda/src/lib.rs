@@ -18,7 +18,7 @@ mod ops;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pontoon_ops::sums::{Ask, Sums, asked};
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked};
 use pontoon_ops::{
     Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
 };
@@ -196,19 +196,27 @@ impl Backend for CudaBackend {
         self.guarded(|core| {
             core.begin()?;
             let operands = op.operands();
-            let (read, read_views): (Vec<usize>, Vec<View>) = asked(&operands, ask.read).unzip();
-            let (written, written_views): (Vec<usize>, Vec<View>) =
-                asked(&operands, ask.written).unzip();
-            let at = checks::room_for_sums(core, read.len() + written.len())?;
-            checks::start_sums(core, &read_views, at)?;
+            let lists = [ask.read, ask.changed, ask.written | ask.changed].map(|mask| {
+                let list: (Vec<usize>, Vec<View>) = asked(&operands, mask).unzip();
+                list
+            });
+            let [(read, _), (changed, _), (written, _)] = &lists;
+            let count = read.len() + changed.len() + written.len();
+            let at = checks::room_for_sums(core, count)?;
+            checks::start_sums(core, &lists[0].1, at)?;
+            checks::start_sums(core, &lists[1].1, at + 4 * read.len())?;
             ops::run(core, op)?;
-            checks::start_sums(core, &written_views, at + 4 * read.len())?;
+            checks::start_sums(core, &lists[2].1, at + 4 * (read.len() + changed.len()))?;
             let mut sums = Sums::default();
-            if read.len() + written.len() > 0 {
-                let found = checks::read_sums(core, at, read.len() + written.len())?;
-                let (before, after) = found.split_at(read.len());
-                read.iter().zip(before).for_each(|(place, sum)| sums.read[*place] = *sum);
-                written.iter().zip(after).for_each(|(place, sum)| sums.written[*place] = *sum);
+            if count > 0 {
+                let found = checks::read_sums(core, at, count)?;
+                let (reads, rest) = found.split_at(read.len());
+                let (befores, writes) = rest.split_at(changed.len());
+                let mut before = [0; OPERANDS_MAX];
+                read.iter().zip(reads).for_each(|(place, sum)| sums.read[*place] = *sum);
+                changed.iter().zip(befores).for_each(|(place, sum)| before[*place] = *sum);
+                written.iter().zip(writes).for_each(|(place, sum)| sums.written[*place] = *sum);
+                sums.subtract(&before);
             }
             Ok(sums)
         })

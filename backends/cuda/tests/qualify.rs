@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pontoon_cuda::{CudaBackend, Library};
-use pontoon_ops::{Backend, BufferId, DType, DeviceError, OpName, Support, View, digest, sums};
+use pontoon_ops::{
+    Accumulate, Backend, BufferId, DType, DeviceError, EmbedBwd, OpName, Support, View, digest,
+    sums,
+};
 use pontoon_qualify::cases::{self, Case};
 use pontoon_qualify::conformance::{Finding, check};
 use pontoon_qualify::{gradient, invariance};
@@ -154,6 +157,34 @@ fn sums_and_digests_of_device_memory_are_those_of_its_bytes() {
             assert_eq!(found, sums::of_view(&mut backend, view).unwrap(), "{view:?}");
         }
         backend.free(buffer).unwrap();
+    }
+}
+
+#[test]
+fn an_operation_launched_with_sums_gives_those_of_passes_around_it() {
+    let Some(mut backend) = device() else { return };
+    for accumulate in [Accumulate::Overwrite, Accumulate::Add] {
+        let mut view = |dtype: DType, shape: [usize; 2], fill: u8| {
+            let bytes = dtype.bytes(shape[0] * shape[1]);
+            let buffer = backend.alloc(bytes).unwrap();
+            let content: Vec<u8> = (0..bytes).map(|i| (i % 4 * 16) as u8 & fill).collect();
+            backend.upload(buffer, 0, &content).unwrap();
+            View::contiguous(buffer, dtype, shape)
+        };
+        let (ids, dy) = (view(DType::I32, [6, 1], 0), view(DType::F32, [6, 40], 0xff));
+        let (ids, dtable) = (ids.reshape([6]), view(DType::F32, [9, 40], 0xff));
+        let op = EmbedBwd { ids, dy, dtable, accumulate }.into();
+        let (written, changed) = if accumulate == Accumulate::Add { (0, 4) } else { (4, 0) };
+        let ask = sums::Ask { read: 3, written, changed };
+        let first = backend.launch_summed(&op, ask).unwrap();
+        let mut content = vec![0; 4 * 9 * 40];
+        backend.download(dtable.buffer, 0, &mut content).unwrap();
+        let second = sums::launch_in_passes(&mut backend, &op, ask).unwrap();
+        assert_eq!(first.read, second.read);
+        if accumulate == Accumulate::Overwrite {
+            assert_eq!(first.written, second.written);
+            assert_eq!(first.written[2], sums::of_row(&content));
+        }
     }
 }
 
