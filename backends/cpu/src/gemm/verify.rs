@@ -319,7 +319,7 @@ pub(super) fn sum_left_rows<T: Unit>(
 }
 
 /// Adds up A's sums over all rows of tiles and writes them as rows of units.
-pub(super) fn weigh<T>(product: &Product<'_, T>, work: &mut Work<'_>) {
+fn weigh<T>(product: &Product<'_, T>, work: &mut Work<'_>) {
     let (elements, units) = (elements(product), product.units);
     if units == 0 {
         return;
@@ -404,7 +404,8 @@ impl Weighted<'_> {
     }
 }
 
-/// Computes what the sums of columns `first..first + count` should be from their packed panels.
+/// Computes what the sums of columns `first..first + count` should be from their packed panels; the
+/// first ones come first.
 pub(super) fn expect<T>(
     (pool, isa): (&Pool, Isa),
     product: &Product<'_, T>,
@@ -412,6 +413,9 @@ pub(super) fn expect<T>(
     (first, count): (usize, usize),
     work: &mut Work<'_>,
 ) {
+    if first == 0 {
+        weigh(product, work);
+    }
     let width = isa.geometry().micro_columns;
     let (sums, squares) = work.expected.split_at_mut(product.n);
     let (sums, squares) = (&mut sums[first..][..count], &mut squares[first..][..count]);

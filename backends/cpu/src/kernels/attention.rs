@@ -14,7 +14,7 @@ use pontoon_ops::sums::of_row;
 use pontoon_ops::{self as ops, DeviceError, KEY_TILE, View};
 
 use super::attention_cache::{Cached, CachedHead, ROWS_APART};
-use super::product::{Product, all_finite, within};
+use super::product::{Divide, Product, SumsRow, all_finite, within};
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Scattered;
 use crate::gemm::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
@@ -463,39 +463,6 @@ pub(super) fn store_units<S: Simd, const DOT: bool>(
     } else {
         let row: &mut [f32] = bytemuck::cast_slice_mut(row);
         simd.store(value, &mut row[at..][..S::LANES]);
-    }
-}
-
-/// One row of sums that lie panel after panel.
-#[derive(Clone, Copy)]
-pub(super) struct SumsRow<'a> {
-    pub sums: &'a [f32],
-    /// Floats from one panel to the next.
-    pub step: usize,
-    pub row: usize,
-}
-
-/// Rounds a row of sums over a divisor to the storage type.
-pub(super) struct Divide<'a, T> {
-    pub sums: SumsRow<'a>,
-    pub divisor: f32,
-    pub to: &'a mut [T],
-}
-
-impl<T: Unit> Kernel for Divide<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let width = 2 * S::LANES;
-        let divisor = simd.splat(self.divisor);
-        for (index, to) in self.to.chunks_mut(S::LANES).enumerate() {
-            let at = index * S::LANES;
-            let from = at / width * self.sums.step + self.sums.row * width + at % width;
-            let sum = simd.load(&self.sums.sums[from..][..S::LANES]);
-            // Adding zero makes a negative zero positive: whether a sum of zeros has a sign may
-            // depend on keys that the row does not see.
-            T::store(simd, simd.add(simd.div(sum, divisor), simd.zero()), to);
-        }
     }
 }
 

@@ -14,8 +14,8 @@ use half::bf16;
 use pontoon_ops as ops;
 use pontoon_ops::sums::of_row;
 
-use super::attention::{Divide, Rows, SumsRow, documents, grown, store_units};
-use super::product::{Product, all_finite, within};
+use super::attention::{Rows, documents, grown, store_units};
+use super::product::{Divide, Product, SumsRow, all_finite, within};
 use super::watched::TaskSums;
 use super::{Context, Done, row_stride, with_float};
 use crate::ffi::Scattered;

@@ -7,8 +7,9 @@
 
 use std::ops::Range;
 
-use crate::simd::Simd;
+use crate::gemm::Unit;
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
+use crate::simd::{Kernel, Simd};
 
 /// Rows of units times panels, added to sums.
 pub(super) struct Product<'a> {
@@ -135,4 +136,37 @@ pub(super) fn within<S: Simd>(
     let position = simd.load(&POSITIONS[at..]);
     let value = simd.select_gt(simd.splat(range.end as f32), position, value, other);
     simd.select_gt(position, simd.splat(range.start as f32 - 0.5), value, other)
+}
+
+/// One row of sums that lie panel after panel.
+#[derive(Clone, Copy)]
+pub(super) struct SumsRow<'a> {
+    pub sums: &'a [f32],
+    /// Floats from one panel to the next.
+    pub step: usize,
+    pub row: usize,
+}
+
+/// Rounds a row of sums over a divisor to the storage type.
+pub(super) struct Divide<'a, T> {
+    pub sums: SumsRow<'a>,
+    pub divisor: f32,
+    pub to: &'a mut [T],
+}
+
+impl<T: Unit> Kernel for Divide<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = 2 * S::LANES;
+        let divisor = simd.splat(self.divisor);
+        for (index, to) in self.to.chunks_mut(S::LANES).enumerate() {
+            let at = index * S::LANES;
+            let from = at / width * self.sums.step + self.sums.row * width + at % width;
+            let sum = simd.load(&self.sums.sums[from..][..S::LANES]);
+            // Adding zero makes a negative zero positive: whether a sum of zeros has a sign may
+            // depend on keys that the row does not see.
+            T::store(simd, simd.add(simd.div(sum, divisor), simd.zero()), to);
+        }
+    }
 }
