@@ -28,8 +28,6 @@ const FORGETTING: f64 = 0.9;
 const SAVE_PAUSE: Duration = Duration::from_millis(200);
 /// But never beyond this, so that a disk or store that is back is used soon; a try costs a copy.
 const SAVE_PAUSE_MAX: Duration = Duration::from_secs(10);
-/// Nor beyond this when the run waits for nothing but its last snapshot.
-const LAST_SAVE_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 impl Supervisor {
     /// Begins once every worker has loaded or is out, with those that have the newest state.
@@ -475,7 +473,6 @@ impl Supervisor {
         let doublings = 2_u32.saturating_pow(self.save_failures - 1);
         let mut pause = SAVE_PAUSE.saturating_mul(doublings).min(SAVE_PAUSE_MAX);
         if self.phase == Phase::Finishing {
-            pause = pause.min(LAST_SAVE_PAUSE_MAX);
             pause = pause.min(self.save_until.saturating_sub(self.now));
             self.save_given_up = pause.is_zero();
         }
