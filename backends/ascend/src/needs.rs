@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
+use pontoon_ops::waivers::{Waiver, published};
 use pontoon_ops::{Op, OpName};
 
 use crate::ffi::table::Operator::{
@@ -115,15 +116,6 @@ pub enum When {
     Alone,
 }
 
-/// One entry of `waivers.toml`.
-#[derive(Debug)]
-pub struct Waiver {
-    /// Operations by name.
-    pub ops: Vec<String>,
-    /// Why.
-    pub reason: String,
-}
-
 /// The published waiver for a condition.
 pub fn waiver(when: When) -> &'static Waiver {
     let name = match when {
@@ -139,22 +131,7 @@ pub fn waiver(when: When) -> &'static Waiver {
 /// Every published waiver, by its condition.
 pub fn waivers() -> &'static BTreeMap<String, Waiver> {
     static WAIVERS: OnceLock<BTreeMap<String, Waiver>> = OnceLock::new();
-    WAIVERS.get_or_init(|| published().expect("the file is part of the crate"))
-}
-
-fn published() -> Result<BTreeMap<String, Waiver>, String> {
-    let table: toml::Table = PUBLISHED.parse().map_err(|error| format!("waivers.toml: {error}"))?;
-    let entries = table.get("waiver").and_then(toml::Value::as_array).cloned().unwrap_or_default();
-    let text = |value: Option<&toml::Value>| {
-        let text = value.and_then(toml::Value::as_str).map(str::to_owned);
-        text.ok_or_else(|| "waivers.toml: an entry lacks a text".to_owned())
-    };
-    let one = |entry: &toml::Value| {
-        let ops = entry.get("ops").and_then(toml::Value::as_array).cloned().unwrap_or_default();
-        let ops = ops.iter().map(|op| text(Some(op))).collect::<Result<_, _>>()?;
-        Ok((text(entry.get("when"))?, Waiver { ops, reason: text(entry.get("reason"))? }))
-    };
-    entries.iter().map(one).collect()
+    WAIVERS.get_or_init(|| published(PUBLISHED).expect("the file is part of the crate"))
 }
 
 /// The operations a device cannot do: `has` tells which operators its library has.

@@ -27,14 +27,14 @@ use pontoon_ops::{
     Operand, Support, View, digest,
 };
 
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums};
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, fill};
 
 use crate::gemm::Flip;
 use crate::gemm::panels::Shares;
 use crate::gemm::stretch::rows_of_task;
 use crate::group::Rendezvous;
 use crate::kernels::Context;
-use crate::kernels::watched::{Checks, fill};
+use crate::kernels::watched::Checks;
 use crate::memory::{Buffers, Operands};
 use crate::pool::Pool;
 use crate::prepack::reads_panels;
@@ -335,14 +335,16 @@ impl Backend for CpuBackend {
         let apart = self.set_apart(op)?;
         // Operands that were moved aside are summed where they came from.
         let left = if apart.is_some() { ask } else { Checks::left(op, ask) };
+        let operands = op.operands();
         let (mut read, mut before) = ([0; OPERANDS_MAX], [0; OPERANDS_MAX]);
-        fill(op, left.read, &mut read, |views| self.pass(views))?;
-        fill(op, left.changed, &mut before, |views| self.pass(views))?;
+        fill(&operands, left.read, &mut read, |views| self.pass(views))?;
+        fill(&operands, left.changed, &mut before, |views| self.pass(views))?;
         let flip = self.flip.take_if(|_| op.name() == OpName::Matmul);
         let ask = if apart.is_some() { Ask::default() } else { ask };
         let checks = Checks { on: true, ask, flip, ..Checks::default() };
         let Checks { mut sums, .. } = self.run_checked(apart.as_ref().unwrap_or(op), checks)?;
-        fill(op, left.written | left.changed, &mut sums.written, |views| self.pass(views))?;
+        let written = left.written | left.changed;
+        fill(&operands, written, &mut sums.written, |views| self.pass(views))?;
         sums.subtract(&before);
         for operand in (0..OPERANDS_MAX).filter(|operand| left.read >> operand & 1 == 1) {
             sums.read[operand] = read[operand];

@@ -13,6 +13,7 @@ use pontoon_cpu::peak::{PeakType, measure_bandwidth, measure_peak};
 use pontoon_cpu::simd::Isa;
 use pontoon_cpu::{CpuBackend, CpuOptions};
 use pontoon_cuda::CudaBackend;
+use pontoon_ops::waivers::Waiver;
 use pontoon_ops::{Accumulate, Backend, Copy, DType, DeviceInfo, Layout, Matmul, Op, View};
 
 /// Longest one measurement may take on a device that works.
@@ -140,20 +141,15 @@ pub fn supported() -> Vec<[String; 2]> {
 /// What devices of a kind refuse, and when, beyond what they refuse here: `(when, operations,
 /// reason)`.
 pub fn waivers(name: &str) -> Result<Vec<(String, String, String)>> {
-    let row = |when: &String, ops: &[String], reason: &String| {
-        (when.clone(), ops.join(", "), reason.clone())
+    let published = match parse(name)? {
+        Name::Cpu(_) => return Ok(Vec::new()),
+        Name::Ascend { .. } | Name::EmulatedAscend { .. } => pontoon_ascend::needs::waivers(),
+        Name::Cuda { .. } => pontoon_cuda::needs::waivers(),
     };
-    Ok(match parse(name)? {
-        Name::Cpu(_) => Vec::new(),
-        Name::Ascend { .. } | Name::EmulatedAscend { .. } => {
-            let published = pontoon_ascend::needs::waivers().iter();
-            published.map(|(when, one)| row(when, &one.ops, &one.reason)).collect()
-        }
-        Name::Cuda { .. } => {
-            let published = pontoon_cuda::needs::waivers().iter();
-            published.map(|(when, one)| row(when, &one.ops, &one.reason)).collect()
-        }
-    })
+    let row = |(when, waiver): (&String, &Waiver)| {
+        (when.clone(), waiver.ops.join(", "), waiver.reason.clone())
+    };
+    Ok(published.iter().map(row).collect())
 }
 
 /// Names with commas between them, where a comma may also stand before an option of a name.

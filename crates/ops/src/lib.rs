@@ -19,6 +19,7 @@ pub mod philox;
 pub mod sums;
 pub mod tolerance;
 pub mod view;
+pub mod waivers;
 
 pub use backend::{Backend, DeviceInfo, Support};
 pub use contract::*;

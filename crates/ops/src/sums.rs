@@ -119,6 +119,21 @@ pub fn asked(operands: &[Operand], mask: u32) -> impl Iterator<Item = (usize, Vi
     operands.iter().enumerate().filter(wanted).map(|(place, operand)| (place, operand.view))
 }
 
+/// Sums the operands that a mask asks for in one pass, and puts the sums in their places.
+pub fn fill(
+    operands: &[Operand],
+    mask: u32,
+    to: &mut [u32; OPERANDS_MAX],
+    pass: impl FnOnce(&[View]) -> Result<Vec<u32>, DeviceError>,
+) -> Result<(), DeviceError> {
+    if mask == 0 {
+        return Ok(());
+    }
+    let (places, views): (Vec<usize>, Vec<View>) = asked(operands, mask).unzip();
+    places.iter().zip(pass(&views)?).for_each(|(place, sum)| to[*place] = sum);
+    Ok(())
+}
+
 /// Launches an operation with a pass over its operands before it and one after it: for devices that
 /// cannot sum while they compute.
 pub fn launch_in_passes<B: Backend + ?Sized>(
@@ -127,21 +142,12 @@ pub fn launch_in_passes<B: Backend + ?Sized>(
     ask: Ask,
 ) -> Result<Sums, DeviceError> {
     let operands = op.operands();
-    let mut sums = Sums::default();
-    let pass = |backend: &mut B, mask: u32, to: &mut [u32; OPERANDS_MAX]| {
-        if mask == 0 {
-            return Ok(());
-        }
-        let (places, views): (Vec<usize>, Vec<View>) = asked(&operands, mask).unzip();
-        let found = backend.sums(&views)?;
-        places.iter().zip(found).for_each(|(place, sum)| to[*place] = sum);
-        Ok::<(), DeviceError>(())
-    };
-    let mut before = [0; OPERANDS_MAX];
-    pass(backend, ask.read, &mut sums.read)?;
-    pass(backend, ask.changed, &mut before)?;
+    let (mut sums, mut before) = (Sums::default(), [0; OPERANDS_MAX]);
+    fill(&operands, ask.read, &mut sums.read, |views| backend.sums(views))?;
+    fill(&operands, ask.changed, &mut before, |views| backend.sums(views))?;
     backend.launch(op)?;
-    pass(backend, ask.written | ask.changed, &mut sums.written)?;
+    let written = ask.written | ask.changed;
+    fill(&operands, written, &mut sums.written, |views| backend.sums(views))?;
     sums.subtract(&before);
     Ok(sums)
 }

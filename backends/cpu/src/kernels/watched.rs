@@ -6,8 +6,8 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::Pod;
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, adds_to_rows, asked};
-use pontoon_ops::{DeviceError, DeviceErrorKind, Op, OpName, View};
+use pontoon_ops::sums::{Ask, Sums, adds_to_rows};
+use pontoon_ops::{DeviceError, DeviceErrorKind, Op, OpName};
 
 use super::Context;
 use crate::gemm::{
@@ -248,20 +248,4 @@ fn wrong(op: OpName, result: &str, WrongColumn(column): WrongColumn) -> DeviceEr
 pub(crate) fn changed(op: OpName, what: &str) -> DeviceError {
     let text = format!("{op:?}: {what} changed in memory while it ran");
     DeviceError::new(DeviceErrorKind::Corrupt, text)
-}
-
-/// Puts the sums of a pass where they belong.
-pub(crate) fn fill(
-    op: &Op,
-    mask: u32,
-    to: &mut [u32; OPERANDS_MAX],
-    mut pass: impl FnMut(&[View]) -> Result<Vec<u32>, DeviceError>,
-) -> Result<(), DeviceError> {
-    if mask == 0 {
-        return Ok(());
-    }
-    let operands = op.operands();
-    let (places, views): (Vec<usize>, Vec<View>) = asked(&operands, mask).unzip();
-    places.iter().zip(pass(&views)?).for_each(|(place, sum)| to[*place] = sum);
-    Ok(())
 }
