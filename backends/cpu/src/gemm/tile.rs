@@ -234,13 +234,13 @@ fn pack_right<'r, T: Unit>(
             dot: product.dot,
         };
         let along = matches!(product.layout, Layout::Nt | Layout::Panels);
-        if let Some(watch) = watch {
-            let words = if along { from.words_along(product.k) } else { from.words_across() };
-            watch.operand(isa, 1, words);
-        }
         match along {
             true => dispatch(isa, PackRowsAsColumns { from, to }),
             false => dispatch(isa, PackColumns { from, width, panel_words, to }),
+        }
+        if let Some(watch) = watch {
+            let words = if along { from.words_along(product.k) } else { from.words_across() };
+            watch.operand(isa, 1, words);
         }
     });
     to
@@ -275,10 +275,10 @@ fn pack_left<'a, T: Unit>(
             let parts = Parts::new(&mut to[..count * units], TILE_ROWS * units);
             pool.run(parts.count(), |task| {
                 let from = source(task * TILE_ROWS, TILE_ROWS);
+                dispatch(isa, PackRows { from, row_words: units, to: parts.take(task) });
                 if let Some(watch) = watch {
                     watch.operand(isa, 0, from.words_along(product.k));
                 }
-                dispatch(isa, PackRows { from, row_words: units, to: parts.take(task) });
             });
             Left::Rows { bytes: bytemuck::cast_slice(to), row_bytes: units * 4 }
         }
@@ -462,11 +462,11 @@ impl<C: Element> TileTask<'_, C> {
         if let Some((sums, squares)) = &mut seen.left {
             let left = region.left.at(self.row, 0, isa.geometry().micro_rows);
             let rows = self.tile.rows();
+            squares[0] = dispatch(isa, SumDown { left, rows, dot: region.dot, to: sums });
             if region.in_place {
                 let (data, stride) = (&left.bytes[left.start..], left.row_bytes);
                 watch.operand(isa, 0, RowWords { data, stride, rows, width: 4 * region.units });
             }
-            squares[0] = dispatch(isa, SumDown { left, rows, dot: region.dot, to: sums });
         }
         let seen = seen.columns.row(0);
         seen.fill(0.0);

@@ -307,8 +307,8 @@ pub(super) fn sum_left_rows<T: Unit>(
             units: m,
             dot: product.dot,
         };
-        watch.operand(isa, 0, from.words_along(m));
         of_parts.take(task)[0] = dispatch(isa, SumRows { from, sums });
+        watch.operand(isa, 0, from.words_along(m));
     });
     work.squares[0] = squares.iter().sum();
     let units = product.units;

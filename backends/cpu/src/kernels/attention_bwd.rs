@@ -224,8 +224,6 @@ impl Document<'_> {
     /// Packs keys and values, and clears their gradients.
     fn begin<T: Unit>(&mut self, [k, v]: [Rows<'_, T>; 2], told: &mut TaskSums<'_>) {
         let (isa, rows, tiles) = (self.isa, self.rows, self.tiles());
-        told.read_rows(K, words(k, rows, self.qk));
-        told.read_rows(V, words(v, rows, self.v));
         let memory = &mut *self.memory;
         for (from, side, to) in [(k, self.qk, &mut memory.k_rows), (v, self.v, &mut memory.v_rows)]
         {
@@ -235,6 +233,8 @@ impl Document<'_> {
         }
         let columns = grown(&mut memory.k_columns, tiles * self.qk.columns_words());
         pack_tiles(isa, k, (rows, self.qk), &mut [], columns);
+        told.read_rows(K, words(k, rows, self.qk));
+        told.read_rows(V, words(v, rows, self.v));
         floats(&mut memory.dk, tiles * self.qk.sums_len()).fill(0.0);
         floats(&mut memory.dv, tiles * self.v.sums_len()).fill(0.0);
     }
@@ -242,9 +242,6 @@ impl Document<'_> {
     /// Packs one query head, and sums `dout * out` per row.
     fn load_query<T: Unit>(&mut self, [q, dout, out]: [Rows<'_, T>; 3], told: &mut TaskSums<'_>) {
         let (isa, rows, tiles) = (self.isa, self.rows, self.tiles());
-        told.read_rows(Q, words(q, rows, self.qk));
-        told.read_rows(DOUT, words(dout, rows, self.v));
-        told.read_rows(OUT, words(out, rows, self.v));
         let memory = &mut *self.memory;
         let turned = grown(&mut memory.q_turned, tiles * self.qk.turned_words());
         let columns = grown(&mut memory.q_columns, tiles * self.qk.columns_words());
@@ -259,6 +256,9 @@ impl Document<'_> {
             let b = &out.data[row * out.stride..][..self.v.width];
             *delta = dispatch(isa, RowDot { a, b });
         }
+        told.read_rows(Q, words(q, rows, self.qk));
+        told.read_rows(DOUT, words(dout, rows, self.v));
+        told.read_rows(OUT, words(out, rows, self.v));
     }
 
     /// All tiles of one query head.

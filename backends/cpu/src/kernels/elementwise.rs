@@ -404,8 +404,8 @@ fn swiglu_as<T: Element>(context: &mut Context<'_>, op: &ops::SwiGlu) -> Done {
             let gate = &gate[at * strides[0]..][..width];
             let up = &up[at * strides[1]..][..width];
             let y = &mut y[row * strides[2]..][..width];
-            sums.read([(0, gate), (1, up)]);
             dispatch(isa, Gate { gate, up, y: &mut *y });
+            sums.read([(0, gate), (1, up)]);
             sums.written([(2, &*y)]);
         }
     });
@@ -470,8 +470,9 @@ fn swiglu_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::SwiGluBwd) -> 
                 dgate: &mut dgate[row * dgate_s..][..width],
                 dup: &mut dup[row * dup_s..][..width],
             };
-            sums.read([(0, one_row.dy), (1, one_row.gate), (2, one_row.up)]);
+            let read = [(0, one_row.dy), (1, one_row.gate), (2, one_row.up)];
             dispatch(isa, one_row);
+            sums.read(read);
             let row_of = |of: usize| row * of..row * of + width;
             sums.written([(3, &dgate[row_of(dgate_s)]), (4, &dup[row_of(dup_s)])]);
         }

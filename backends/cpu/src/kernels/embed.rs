@@ -163,8 +163,6 @@ fn rope_as<T: Element>(context: &mut Context<'_>, op: &ops::Rope) -> Done {
         let (y, mut sums) = (parts.take(task), tally.task());
         for row in 0..per_task.min(rows - task * per_task) {
             let at = task * per_task + row;
-            let heads_of = |data, stride| RowWords { data, stride, rows: heads, width };
-            sums.read_rows(0, heads_of(&x[at * op.x.stride(0)..], op.x.stride(1)));
             let position = usize::try_from(positions[at * position_step]).ok();
             for head in 0..heads {
                 let y = &mut y[row * y_row + head * op.y.stride(1)..][..width];
@@ -180,6 +178,8 @@ fn rope_as<T: Element>(context: &mut Context<'_>, op: &ops::Rope) -> Done {
                     RopeStyle::Interleaved => rotate_pairs(&mut work),
                 }
             }
+            let heads_of = |data, stride| RowWords { data, stride, rows: heads, width };
+            sums.read_rows(0, heads_of(&x[at * op.x.stride(0)..], op.x.stride(1)));
             sums.written_rows(4, heads_of(&y[row * y_row..], op.y.stride(1)));
         }
     });

@@ -75,8 +75,8 @@ fn rms_norm_as<T: Element>(context: &mut Context<'_>, op: &ops::RmsNorm) -> Done
         for (row, rstd) in rstd.iter_mut().enumerate() {
             let x = &x[(task * per_task + row) * x_stride..][..width];
             let y = &mut y[row * y_stride..][..width];
-            sums.read([(0, x)]);
             *rstd = dispatch(isa, NormRow { x, weight, eps, y: &mut *y });
+            sums.read([(0, x)]);
             sums.written([(2, &*y)]);
         }
     });
@@ -110,10 +110,10 @@ fn add_rms_norm_as<T: Element>(context: &mut Context<'_>, op: &ops::AddRmsNorm) 
             let a = &x[at * x_s..][..width];
             let b = &residual[at * residual_s..][..width];
             let sum = &mut sum[row * sum_s..][..width];
-            of_task.read([(0, a), (1, b)]);
             dispatch(isa, SumRow { a, b, y: &mut *sum });
             let y = &mut y[row * y_s..][..width];
             *rstd = dispatch(isa, NormRow { x: sum, weight, eps, y: &mut *y });
+            of_task.read([(0, a), (1, b)]);
             of_task.written([(3, &*sum), (4, &*y)]);
         }
     });
@@ -227,11 +227,12 @@ fn backward<T: Element>(context: &mut Context<'_>, op: &Bwd<'_>) -> Done {
                 dx: &mut dx[row * dx_s..][..width],
                 dweight: &mut partial[row / ROW_BLOCK * width..][..width],
             };
-            sums.read([(0, one_row.dy), (of_x, one_row.x)]);
-            if let Some(dsum) = one_row.dsum {
+            let (read, dsum) = ([(0, one_row.dy), (of_x, one_row.x)], one_row.dsum);
+            dispatch(isa, one_row);
+            sums.read(read);
+            if let Some(dsum) = dsum {
                 sums.read([(1, dsum)]);
             }
-            dispatch(isa, one_row);
             sums.written([(of_dx, &dx[row * dx_s..][..width])]);
         }
     });

@@ -76,10 +76,10 @@ fn adamw_as<C: Element>(context: &mut Context<'_>, op: &ops::AdamW) -> Done {
     context.pool.run(weights.count(), |task| {
         let weight = weights.take(task);
         let grad = &grad[task * len..][..weight.len()];
-        tally.task().read([(1, grad)]);
         let (m, v) = (ms.take(task), vs.take(task));
         let compute = computes.as_ref().map(|computes| computes.take(task));
         dispatch(isa, Adam { weight, grad, m, v, compute, hyper });
+        tally.task().read([(1, grad)]);
     });
     context.note(tally);
     Ok(())
