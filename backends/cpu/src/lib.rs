@@ -27,7 +27,8 @@ use pontoon_ops::{
     Operand, Support, View, digest,
 };
 
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, fill};
+use pontoon_ops::digest::Digest;
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, digest_read, digest_written, fill};
 
 use crate::gemm::Flip;
 use crate::gemm::panels::Shares;
@@ -39,8 +40,9 @@ use crate::memory::{Buffers, Operands};
 use crate::pool::Pool;
 use crate::prepack::reads_panels;
 use crate::scratch::Scratch;
-use crate::simd::{ISA_VARIABLE, Isa};
+use crate::simd::{ISA_VARIABLE, Isa, dispatch};
 use crate::soon::Ranges;
+use crate::words::Digesting;
 
 /// How to open the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -287,7 +289,9 @@ impl Backend for CpuBackend {
             self.buffers.part(buffer, byte_offset, bytes)?.chunks(digest::BLOCK).collect();
         let digests: Vec<AtomicU64> = blocks.iter().map(|_| AtomicU64::new(0)).collect();
         self.pool.run(blocks.len(), |index| {
-            digests[index].store(digest::Digest::of(blocks[index]), Ordering::Relaxed);
+            let mut digest = Digest::default();
+            dispatch(self.isa, Digesting { digest: &mut digest, bytes: blocks[index] });
+            digests[index].store(digest.finish(), Ordering::Relaxed);
         });
         let digests: Vec<u64> = digests.into_iter().map(AtomicU64::into_inner).collect();
         Ok(digest::of_digests(&digests))
@@ -336,9 +340,10 @@ impl Backend for CpuBackend {
         // Operands that were moved aside are summed where they came from.
         let left = if apart.is_some() { ask } else { Checks::left(op, ask) };
         let operands = op.operands();
-        let (mut read, mut before) = ([0; OPERANDS_MAX], [0; OPERANDS_MAX]);
-        fill(&operands, left.read, &mut read, |views| self.pass(views))?;
+        let (mut passed, mut before) = (Sums::default(), [0; OPERANDS_MAX]);
+        fill(&operands, left.read, &mut passed.read, |views| self.pass(views))?;
         fill(&operands, left.changed, &mut before, |views| self.pass(views))?;
+        digest_read(self, &operands, left.digested, &mut passed)?;
         let flip = self.flip.take_if(|_| op.name() == OpName::Matmul);
         let ask = if apart.is_some() { Ask::default() } else { ask };
         let checks = Checks { on: true, ask, flip, ..Checks::default() };
@@ -346,8 +351,14 @@ impl Backend for CpuBackend {
         let written = left.written | left.changed;
         fill(&operands, written, &mut sums.written, |views| self.pass(views))?;
         sums.subtract(&before);
-        for operand in (0..OPERANDS_MAX).filter(|operand| left.read >> operand & 1 == 1) {
-            sums.read[operand] = read[operand];
+        digest_written(self, &operands, left.digested, &mut sums)?;
+        for operand in 0..OPERANDS_MAX {
+            if left.read >> operand & 1 == 1 {
+                sums.read[operand] = passed.read[operand];
+            }
+            if left.digested >> operand & 1 == 1 {
+                sums.digest_read[operand] = passed.digest_read[operand];
+            }
         }
         Ok(sums)
     }

@@ -1,9 +1,10 @@
-//! Word sums while data passes: what a sum is stands in `pontoon_ops::sums`.
+//! Word sums and digests while data passes: what they are stands in `pontoon_ops::{sums, digest}`.
 //!
 //! Whoever has a tensor in hand adds it up here: kernels their rows, products their operands, and
 //! `kernels/sums.rs` what nobody else summed.
 
 use bytemuck::Pod;
+use pontoon_ops::digest::Digest;
 use pontoon_ops::sums::of_row;
 
 use crate::simd::{Kernel, Simd};
@@ -35,5 +36,19 @@ impl<T: Pod> Kernel for RowWords<'_, T> {
             sum = sum.wrapping_add(of_row(bytemuck::cast_slice(row)));
         }
         sum
+    }
+}
+
+/// Takes bytes into a digest, with the chosen instruction set.
+pub(crate) struct Digesting<'a> {
+    pub digest: &'a mut Digest,
+    pub bytes: &'a [u8],
+}
+
+impl Kernel for Digesting<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.digest.update(self.bytes);
     }
 }

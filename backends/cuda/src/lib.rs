@@ -18,7 +18,7 @@ mod ops;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked};
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked, digest_read, digest_written};
 use pontoon_ops::{
     Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
 };
@@ -193,9 +193,11 @@ impl Backend for CudaBackend {
     }
 
     fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
-        self.guarded(|core| {
+        let operands = op.operands();
+        let mut digests = Sums::default();
+        digest_read(self, &operands, ask.digested, &mut digests)?;
+        let sums = self.guarded(|core| {
             core.begin()?;
-            let operands = op.operands();
             let lists = [ask.read, ask.changed, ask.written | ask.changed].map(|mask| {
                 let list: (Vec<usize>, Vec<View>) = asked(&operands, mask).unzip();
                 list
@@ -219,7 +221,10 @@ impl Backend for CudaBackend {
                 sums.subtract(&before);
             }
             Ok(sums)
-        })
+        })?;
+        digest_written(self, &operands, ask.digested, &mut digests)?;
+        let Sums { read, written, .. } = sums;
+        Ok(Sums { read, written, ..digests })
     }
 
     fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {

@@ -175,7 +175,7 @@ fn an_operation_launched_with_sums_gives_those_of_passes_around_it() {
         let (ids, dtable) = (ids.reshape([6]), view(DType::F32, [9, 40], 0xff));
         let op = EmbedBwd { ids, dy, dtable, accumulate }.into();
         let (written, changed) = if accumulate == Accumulate::Add { (0, 4) } else { (4, 0) };
-        let ask = sums::Ask { read: 3, written, changed };
+        let ask = sums::Ask { read: 3, written, changed, digested: 0 };
         let first = backend.launch_summed(&op, ask).unwrap();
         let mut content = vec![0; 4 * 9 * 40];
         backend.download(dtable.buffer, 0, &mut content).unwrap();

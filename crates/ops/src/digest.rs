@@ -65,7 +65,9 @@ impl Digest {
     }
 
     /// Adds a piece. All pieces but the last should be multiples of 64 bytes, or the digest
-    /// depends on how the bytes were cut.
+    /// depends on how the bytes were cut. Inlined, so that a device's code can have it compiled for
+    /// its own instructions.
+    #[inline(always)]
     pub fn update(&mut self, bytes: &[u8]) {
         self.bytes += bytes.len() as u64;
         let mut blocks = bytes.chunks_exact(8 * LANES);

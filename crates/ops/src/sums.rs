@@ -79,6 +79,9 @@ pub struct Ask {
     /// As they are changed: of what is written the sum is its change, which costs little where an
     /// operation adds to a few rows of many.
     pub changed: u32,
+    /// Contiguous operands whose digests are asked for, as [`Backend::digest`] defines them: as they
+    /// are read and as they are written.
+    pub digested: u32,
 }
 
 impl Ask {
@@ -95,6 +98,10 @@ pub struct Sums {
     pub read: [u32; OPERANDS_MAX],
     /// What was written, or by how much it changed.
     pub written: [u32; OPERANDS_MAX],
+    /// Digests of what was read.
+    pub digest_read: [u64; OPERANDS_MAX],
+    /// Digests of what was written.
+    pub digest_written: [u64; OPERANDS_MAX],
 }
 
 impl Sums {
@@ -145,11 +152,46 @@ pub fn launch_in_passes<B: Backend + ?Sized>(
     let (mut sums, mut before) = (Sums::default(), [0; OPERANDS_MAX]);
     fill(&operands, ask.read, &mut sums.read, |views| backend.sums(views))?;
     fill(&operands, ask.changed, &mut before, |views| backend.sums(views))?;
+    digest_read(backend, &operands, ask.digested, &mut sums)?;
     backend.launch(op)?;
     let written = ask.written | ask.changed;
     fill(&operands, written, &mut sums.written, |views| backend.sums(views))?;
+    digest_written(backend, &operands, ask.digested, &mut sums)?;
     sums.subtract(&before);
     Ok(sums)
+}
+
+/// Digests what an operation will read of the operands that a mask asks for.
+pub fn digest_read<B: Backend + ?Sized>(
+    backend: &mut B,
+    operands: &[Operand],
+    mask: u32,
+    to: &mut Sums,
+) -> Result<(), DeviceError> {
+    let read = |place: &usize| operands[*place].access.reads();
+    asked(operands, mask).filter(|(place, _)| read(place)).try_for_each(|(place, view)| {
+        to.digest_read[place] = digest_of(backend, &view)?;
+        Ok(())
+    })
+}
+
+/// Digests what an operation wrote of the operands that a mask asks for.
+pub fn digest_written<B: Backend + ?Sized>(
+    backend: &mut B,
+    operands: &[Operand],
+    mask: u32,
+    to: &mut Sums,
+) -> Result<(), DeviceError> {
+    let written = |place: &usize| operands[*place].access.writes();
+    asked(operands, mask).filter(|(place, _)| written(place)).try_for_each(|(place, view)| {
+        to.digest_written[place] = digest_of(backend, &view)?;
+        Ok(())
+    })
+}
+
+/// The digest of a contiguous view.
+pub fn digest_of<B: Backend + ?Sized>(backend: &mut B, view: &View) -> Result<u64, DeviceError> {
+    backend.digest(view.buffer, view.byte_offset, view.dtype.bytes(view.elements()))
 }
 
 /// The sum of a view by way of the host. Views without runs have the sum 0.

@@ -7,6 +7,7 @@ pub mod arithmetic;
 mod balance;
 pub mod config;
 pub mod data;
+mod digests;
 mod error;
 pub mod eval;
 mod gradient_tree;

@@ -5,7 +5,7 @@
 
 use pontoon_fleet::protocol::Rates;
 use pontoon_models::{HostWeights, Model};
-use pontoon_ops::sums::Ask;
+use pontoon_ops::sums::{Ask, asked};
 use pontoon_ops::{
     AdamW, Backend, BufferId, DType, DeviceError, DeviceErrorKind, Muon, Op, SumSquares, View,
     hyper,
@@ -14,6 +14,7 @@ use pontoon_program::{Class, Memory, ProgramError};
 
 use crate::balance::Balance;
 use crate::config::{OptimizerName, TrainSection};
+use crate::digests::Told;
 use crate::error::TrainError;
 use crate::schedule::learning_rate;
 
@@ -100,14 +101,25 @@ impl Optimizer {
         Ok(f64::from(sum[0]).sqrt())
     }
 
+    /// Where the operations begin that digest the state they write.
+    pub(crate) fn digested(&self) -> Vec<(BufferId, usize)> {
+        let of = |op: &Op| {
+            let operands = op.operands();
+            asked(&operands, digested(op)).map(|(_, view)| place(&view)).collect::<Vec<_>>()
+        };
+        self.ops.iter().flat_map(of).collect()
+    }
+
     /// Applies the gradient, and the counts behind it, as step `step` (the first is 1). A gradient
-    /// that is not the one of the word sum given is a `Corrupt`; then the state is spoilt.
+    /// that is not the one of the word sum given is a `Corrupt`; then the state is spoilt. `told`
+    /// gets the digests of the state, where they are asked for.
     pub(crate) fn apply(
         &mut self,
         backend: &mut dyn Backend,
         step: u64,
         gradient_norm: f64,
         gradient_sum: Option<u32>,
+        told: Option<&mut Told>,
     ) -> Result<Rates, TrainError> {
         let train = &self.train;
         let lr = learning_rate(train, step);
@@ -134,27 +146,63 @@ impl Optimizer {
         }
         let balanced = self.balance.as_mut().map(|balance| balance.apply(backend)).transpose()?;
         let rates = Rates { lr, imbalance: balanced.map(|of| of.imbalance) };
-        let Some(wanted) = gradient_sum else {
+        if gradient_sum.is_none() && told.is_none() {
             backend.launch_all(&self.ops)?;
             return Ok(rates);
-        };
-        let mut sum = balanced.map_or(0, |of| of.words);
-        for op in &self.ops {
-            let place = op.operands().iter().position(|operand| operand.name == "grad");
-            let place = place.expect("every update reads a gradient");
-            let ask = Ask { read: 1 << place, ..Ask::default() };
-            sum = sum.wrapping_add(backend.launch_summed(op, ask)?.read[place]);
         }
-        match sum == wanted {
+        let sum = self.launch(backend, gradient_sum.is_some(), told)?;
+        let sum = sum.wrapping_add(balanced.map_or(0, |of| of.words));
+        match gradient_sum.is_none_or(|wanted| wanted == sum) {
             true => Ok(rates),
             false => Err(changed("the gradient", "it was applied").into()),
         }
+    }
+
+    /// Launches the update; gives the word sum of the gradient, if it is asked for.
+    fn launch(
+        &self,
+        backend: &mut dyn Backend,
+        sums_gradient: bool,
+        mut told: Option<&mut Told>,
+    ) -> Result<u32, DeviceError> {
+        let mut sum = 0_u32;
+        for op in &self.ops {
+            let operands = op.operands();
+            let gradient = operands.iter().position(|operand| operand.name == "grad");
+            let gradient = gradient.expect("every update reads a gradient");
+            let ask = Ask {
+                read: if sums_gradient { 1 << gradient } else { 0 },
+                digested: if told.is_some() { digested(op) } else { 0 },
+                ..Ask::default()
+            };
+            let found = backend.launch_summed(op, ask)?;
+            sum = sum.wrapping_add(found.read[gradient]);
+            let Some(told) = &mut told else { continue };
+            for (index, view) in asked(&operands, ask.digested) {
+                told.written.insert(place(&view), found.digest_written[index]);
+                if operands[index].access.reads() {
+                    told.read.insert(place(&view), found.digest_read[index]);
+                }
+            }
+        }
+        Ok(sum)
     }
 
     /// The buffer of the f32 weights.
     pub(crate) fn masters(&self) -> BufferId {
         self.masters
     }
+}
+
+/// The operands of an update that it digests: it works on the ranges that digests are formed over.
+fn digested(op: &Op) -> u32 {
+    let Op::AdamW(_) = op else { return 0 };
+    let written = op.operands().into_iter().enumerate().filter(|(_, of)| of.access.writes());
+    written.fold(0, |mask, (place, _)| mask | 1 << place)
+}
+
+fn place(view: &View) -> (BufferId, usize) {
+    (view.buffer, view.byte_offset)
 }
 
 /// A tensor in memory that is no longer what it was.

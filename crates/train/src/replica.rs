@@ -22,6 +22,7 @@ use pontoon_program::{Class, TensorSlice};
 
 use crate::config::RunConfig;
 use crate::data::Batch;
+use crate::digests::Part;
 use crate::error::TrainError;
 use crate::optimizer::changed;
 use crate::run_files::{classes_of, restore_moments, restore_weights, samples};
@@ -69,11 +70,31 @@ pub struct TrainingReplica<'a> {
     /// The micro-batches of a step, and the step.
     batches: (u64, Vec<Batch>),
     piece: Vec<u8>,
+    /// What it published last and still has in the first gradient buffer.
+    held: Option<Held>,
     norm: f64,
     passed_over: Vec<(u64, String)>,
     /// The class that wrote the snapshot it loaded, and all that took part before.
     written_by: Option<String>,
     classes: Vec<String>,
+}
+
+/// A subtree's gradient that stands in the first gradient buffer as it was published.
+#[derive(Clone, Copy)]
+struct Held {
+    step: u64,
+    node: Node,
+    digest: u64,
+}
+
+impl Held {
+    /// Its index among a step's nodes, if it need not be read back to be added to the others: see
+    /// [`TrainingState::sum`].
+    fn place_among(&self, nodes: &[Node]) -> Option<usize> {
+        let index = nodes.iter().position(|node| *node == self.node)?;
+        let first_pair = index == 1 && nodes[0].count == nodes[1].count;
+        (index == 0 || first_pair).then_some(index)
+    }
 }
 
 impl<'a> TrainingReplica<'a> {
@@ -96,6 +117,7 @@ impl<'a> TrainingReplica<'a> {
             data,
             state: None,
             piece: vec![0; PIECE],
+            held: None,
             norm: 0.0,
             passed_over: Vec::new(),
             written_by: None,
@@ -116,13 +138,7 @@ impl<'a> TrainingReplica<'a> {
     }
 
     fn digest_state(&mut self) -> Result<StateDigest, TrainError> {
-        let (state, weights) = loaded(&mut self.state).state_buffers();
-        let mut digest = |buffers: &[(BufferId, usize)]| {
-            let of = |&(buffer, bytes): &(BufferId, usize)| self.backend.digest(buffer, 0, bytes);
-            let digests = buffers.iter().map(of).collect::<Result<Vec<u64>, DeviceError>>()?;
-            Ok::<u64, TrainError>(of_digests(&digests))
-        };
-        Ok([digest(&state)?, digest(&weights)?])
+        Ok(loaded(&mut self.state).digest(&mut self.backend)?)
     }
 
     fn first_state(&mut self, from: Source) -> Result<(u64, Option<StateDigest>), TrainError> {
@@ -163,21 +179,23 @@ impl<'a> TrainingReplica<'a> {
         let mut weights = HostWeights::zeros(&self.model);
         let mut position = self.layout.area(Area::Join);
         let state = loaded(&mut self.state);
-        let (buffers, _) = state.state_buffers();
-        for (index, (buffer, bytes)) in buffers.into_iter().enumerate() {
-            let whole = match index {
-                0 => Some(&mut weights.trainable),
-                3 => Some(&mut weights.frozen),
+        let [masters, frozen] = [state.masters(), state.frozen()];
+        for &Part { buffer, byte_offset, bytes } in state.state_parts() {
+            let values = match Some(buffer) {
+                of if of == masters => Some(&mut weights.trainable),
+                of if of == frozen => Some(&mut weights.frozen),
                 _ => None,
             };
-            match whole {
+            match values {
                 Some(values) => {
                     let place = bytemuck::cast_slice_mut(values);
+                    let place = &mut place[byte_offset..][..bytes];
                     self.run.exchange.read(position, place).map_err(TrainError::Exchange)?;
                 }
                 None => {
                     let (exchange, piece) = (&self.run.exchange, &mut self.piece);
-                    upload(&mut self.backend, (buffer, bytes), exchange, position, piece, |_| ())?;
+                    let to = (buffer, byte_offset, bytes);
+                    upload(&mut self.backend, to, exchange, position, piece, |_| ())?;
                 }
             }
             position += bytes as u64;
@@ -194,6 +212,7 @@ impl<'a> TrainingReplica<'a> {
         publish: Publish,
     ) -> Result<Computed, TrainError> {
         self.fill(step);
+        self.held = None;
         let begun = self.run.clock.now();
         let bytes = self.layout.gradient as usize;
         let leaves = node.first as usize..(node.first + node.count) as usize;
@@ -220,7 +239,9 @@ impl<'a> TrainingReplica<'a> {
                 if state.gradient_sum().is_some_and(|sum| sum != words) {
                     return Err(changed("the gradient", "it was published").into());
                 }
-                digest.finish()
+                let digest = digest.finish();
+                self.held = Some(Held { step, node, digest });
+                digest
             }
         };
         let seconds = self.run.clock.now().duration_since(begun).as_secs_f64();
@@ -257,24 +278,26 @@ impl<'a> TrainingReplica<'a> {
         Ok(Apart { published: digest.finish(), error, tensor })
     }
 
-    fn sum_up(&mut self, nodes: &[Node]) -> Result<Combined, TrainError> {
+    fn sum_up(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, TrainError> {
         let bytes = self.layout.gradient as usize;
-        let before = self.digest_state()?;
         let state = loaded(&mut self.state);
+        let before = state.digest_before(&mut self.backend)?;
         let counts: Vec<u32> = nodes.iter().map(|node| node.count).collect();
-        let mut read = Vec::with_capacity(nodes.len());
+        let held = self.held.take().filter(|held| held.step == step);
+        let place = held.and_then(|held| held.place_among(nodes));
+        let mut read = vec![held.map_or(0, |held| held.digest); nodes.len()];
         let (exchange, piece) = (&self.run.exchange, &mut self.piece);
         let mut fill = |backend: &mut dyn Backend, index: usize, buffer: BufferId| {
             let (mut digest, mut words) = (Blocks::default(), 0_u32);
             let slot = self.layout.slot(nodes[index].first);
-            upload(backend, (buffer, bytes), exchange, slot, piece, |piece| {
+            upload(backend, (buffer, 0, bytes), exchange, slot, piece, |piece| {
                 digest.push(piece);
                 words = words.wrapping_add(of_row(piece));
             })?;
-            read.push(digest.finish());
+            read[index] = digest.finish();
             Ok(words)
         };
-        state.sum(&mut self.backend, &counts, &mut fill)?;
+        state.sum(&mut self.backend, &counts, place, &mut fill)?;
         let sum = (state.gradient_buffer(0), bytes);
         self.norm = state.gradient_norm(&mut self.backend)?;
         // One that computes alone has nobody to compare its sum with.
@@ -286,18 +309,22 @@ impl<'a> TrainingReplica<'a> {
     }
 
     fn copy_out(&mut self, area: Area) -> Result<u64, TrainError> {
-        let (buffers, _) = loaded(&mut self.state).state_buffers();
         let mut position = self.layout.area(area);
         let mut digests = Vec::new();
-        for (buffer, bytes) in buffers {
+        for &Part { buffer, byte_offset, bytes } in loaded(&mut self.state).state_parts() {
             let mut digest = Blocks::default();
-            pieces(&mut self.backend, (buffer, bytes), &mut self.piece, |at, piece| {
-                digest.push(piece);
-                let place = position + at as u64;
-                self.run.exchange.write(place, piece).map_err(TrainError::Exchange)
-            })?;
+            ranges(
+                &mut self.backend,
+                (buffer, byte_offset, bytes),
+                &mut self.piece,
+                |_, piece| {
+                    digest.push(piece);
+                    self.run.exchange.write(position, piece).map_err(TrainError::Exchange)?;
+                    position += piece.len() as u64;
+                    Ok(())
+                },
+            )?;
             digests.push(digest.finish());
-            position += bytes as u64;
         }
         Ok(of_digests(&digests))
     }
@@ -351,14 +378,13 @@ impl Replica for TrainingReplica<'_> {
         self.digest_state().map_err(fault)
     }
 
-    fn combine(&mut self, _step: u64, nodes: &[Node]) -> Result<Combined, Fault> {
-        self.sum_up(nodes).map_err(fault)
+    fn combine(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, Fault> {
+        self.sum_up(step, nodes).map_err(fault)
     }
 
     fn apply(&mut self, step: u64) -> Result<(Rates, StateDigest), Fault> {
         let state = loaded(&mut self.state);
-        let rates = state.apply(&mut self.backend, step, self.norm).map_err(fault)?;
-        Ok((rates, self.digest_state().map_err(fault)?))
+        state.apply(&mut self.backend, step, self.norm).map_err(fault)
     }
 
     fn export(&mut self, area: Area) -> Result<u64, Fault> {
@@ -447,10 +473,10 @@ impl Distance {
     }
 }
 
-/// Fills a buffer from the exchange; `show` sees every piece.
+/// Fills a part of a buffer from the exchange; `show` sees every piece.
 fn upload(
     backend: &mut dyn Backend,
-    (buffer, bytes): (BufferId, usize),
+    (buffer, from, bytes): (BufferId, usize, usize),
     exchange: &Exchange,
     position: u64,
     piece: &mut [u8],
@@ -460,7 +486,7 @@ fn upload(
         let piece = &mut piece[..PIECE.min(bytes - at)];
         exchange.read(position + at as u64, piece).map_err(TrainError::Exchange)?;
         show(piece);
-        backend.upload(buffer, at, piece)?;
+        backend.upload(buffer, from + at, piece)?;
     }
     Ok(())
 }

@@ -6,17 +6,18 @@
 
 use std::time::Duration;
 
-use pontoon_fleet::protocol::Rates;
+use pontoon_fleet::protocol::{Rates, StateDigest};
 use pontoon_fleet::snapshot::{Bytes, ElementType, TensorRef};
 use pontoon_fleet::world::Clock;
 use pontoon_models::{BatchShape, HostWeights, Model};
 use pontoon_ops::cost::cost;
 use pontoon_ops::sums::Ask;
-use pontoon_ops::{Add, Backend, BufferId, DType, Op, OpName, View};
+use pontoon_ops::{Add, Backend, BufferId, DType, DeviceError, Op, OpName, View};
 use pontoon_program::{Executor, Memory, Program};
 
 use crate::config::{RunConfig, TrainSection};
 use crate::data::Batch;
+use crate::digests::{Part, StateParts, Told};
 use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
 use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, changed, download};
@@ -34,9 +35,6 @@ pub(crate) type FillBuffer<'a> =
 
 /// A step whose computation is found wrong this often is given up.
 const TRIES: usize = 3;
-
-/// Buffers and their bytes.
-pub(crate) type BufferSizes = Vec<(BufferId, usize)>;
 
 /// A model in training on a device.
 #[derive(Debug)]
@@ -56,6 +54,7 @@ pub struct TrainingState {
     sums: Option<Vec<u32>>,
     /// What was found wrong and computed again.
     found: Vec<String>,
+    parts: StateParts,
 }
 
 /// Whether products and tensors in memory are checked.
@@ -128,6 +127,7 @@ impl TrainingState {
         let scoring = Executor::load_with(backend, &mut memory, &scoring, &[], arena)?;
         assert!(scoring.plan().arena_bytes <= leaves[0].plan().arena_bytes);
         let elements = model.table.trainable_elements();
+        let parts = state_parts(model, &memory, &optimizer);
         let mut state = TrainingState {
             adds: adds(&memory, leaves.len(), model.table.gradient_elements()),
             memory,
@@ -141,6 +141,7 @@ impl TrainingState {
             model_flops,
             sums: None,
             found: Vec::new(),
+            parts,
         };
         let checking = if config.fleet.checks { Checking::On } else { Checking::Off };
         state.check(backend, checking);
@@ -211,7 +212,9 @@ impl TrainingState {
         let loss = finite("the loss", loss)?;
         let norm = self.optimizer.gradient_norm(backend)?;
         let gradient_norm = finite("the gradient's norm", norm)?;
-        let Rates { lr, imbalance } = self.apply(backend, step, gradient_norm)?;
+        let sum = self.gradient_sum();
+        let rates = self.optimizer.apply(backend, step, gradient_norm, sum, None)?;
+        let Rates { lr, imbalance } = rates;
         Ok(StepResult { loss, gradient_norm, lr, imbalance })
     }
 
@@ -308,8 +311,10 @@ impl TrainingState {
         let Some(sums) = &mut self.sums else {
             return Ok(backend.launch(&self.adds[buffer])?);
         };
-        let found = backend
-            .launch_summed(&self.adds[buffer], Ask { read: 0b11, written: 0b100, changed: 0 })?;
+        let found = backend.launch_summed(
+            &self.adds[buffer],
+            Ask { read: 0b11, written: 0b100, ..Ask::default() },
+        )?;
         if found.read[..2] != sums[buffer..buffer + 2] {
             return Err(changed("a gradient", "it was added to another").into());
         }
@@ -323,18 +328,24 @@ impl TrainingState {
     }
 
     /// Sums subtrees, given in order with the number of their leaves, into the first gradient
-    /// buffer; `fill` writes the subtree of an index into a buffer.
+    /// buffer; `fill` writes the subtree of an index into a buffer. `held` is the index of the one
+    /// that stands in the first buffer already: 0, or 1 where the first two have equally many leaves
+    /// and are added to each other, whose order makes no difference.
     pub(crate) fn sum(
         &mut self,
         backend: &mut dyn Backend,
         counts: &[u32],
+        held: Option<usize>,
         fill: &mut FillBuffer<'_>,
     ) -> Result<(), TrainError> {
         let mut stack: Vec<u32> = Vec::new();
         for (index, &count) in counts.iter().enumerate() {
-            let sum = fill(backend, index, self.gradient_buffer(stack.len()))?;
-            if let Some(sums) = &mut self.sums {
-                sums[stack.len()] = sum;
+            let place = if held == Some(1) && index < 2 { 1 - index } else { stack.len() };
+            if held != Some(index) {
+                let sum = fill(backend, index, self.gradient_buffer(place))?;
+                if let Some(sums) = &mut self.sums {
+                    sums[place] = sum;
+                }
             }
             stack.push(count);
             while let [.., left, right] = stack[..]
@@ -358,23 +369,46 @@ impl TrainingState {
         self.optimizer.gradient_norm(backend)
     }
 
-    /// Applies the sum.
+    /// Applies the sum; gives the digests of the state after it. A state that is not what was
+    /// digested last is a `Corrupt`.
     pub(crate) fn apply(
         &mut self,
         backend: &mut dyn Backend,
         step: u64,
         norm: f64,
-    ) -> Result<Rates, TrainError> {
-        self.optimizer.apply(backend, step, norm, self.gradient_sum())
+    ) -> Result<(Rates, StateDigest), TrainError> {
+        let (sum, mut told) = (self.gradient_sum(), Told::default());
+        let rates = self.optimizer.apply(backend, step, norm, sum, Some(&mut told))?;
+        Ok((rates, self.parts.after(backend, &told)?))
     }
 
-    /// The buffers of the state that outlives a step, in the order in which it is copied, and
-    /// the weights that are computed with.
-    pub(crate) fn state_buffers(&self) -> (BufferSizes, BufferSizes) {
-        let of = |name: &str| self.memory.get(name).into_iter();
-        let masters = (self.optimizer.masters(), 4 * self.elements);
-        let state = [masters].into_iter().chain(of(FIRST)).chain(of(SECOND)).chain(of("frozen"));
-        (state.collect(), of("weights").collect())
+    /// The digests of the whole state.
+    pub(crate) fn digest(&mut self, backend: &mut dyn Backend) -> Result<StateDigest, DeviceError> {
+        self.parts.digest(backend)
+    }
+
+    /// The digests before a step is applied: of the weights as they are, of what only the update
+    /// reads as they were told last.
+    pub(crate) fn digest_before(
+        &mut self,
+        backend: &mut dyn Backend,
+    ) -> Result<StateDigest, DeviceError> {
+        self.parts.before(backend)
+    }
+
+    /// The parts of the state that outlives a step, in the order in which it is copied and digested.
+    pub(crate) fn state_parts(&self) -> &[Part] {
+        self.parts.state()
+    }
+
+    /// The buffer of the f32 weights.
+    pub(crate) fn masters(&self) -> Option<BufferId> {
+        Some(self.optimizer.masters())
+    }
+
+    /// The buffer of what is not trained, if there is any.
+    pub(crate) fn frozen(&self) -> Option<BufferId> {
+        self.memory.get("frozen").map(|(buffer, _)| buffer)
     }
 
     /// Replaces the f32 weights, and those that are computed with.
@@ -464,6 +498,16 @@ pub fn tensor_refs<'a>(
 fn gradient(memory: &Memory, index: usize) -> (BufferId, usize) {
     let found = memory.get(&format!("gradients.{index}"));
     found.expect("every leaf's program has a gradient")
+}
+
+/// The state that outlives a step in the order in which it is copied, and the weights that are
+/// computed with.
+fn state_parts(model: &Model, memory: &Memory, optimizer: &Optimizer) -> StateParts {
+    let of = |name: &str| memory.get(name).into_iter();
+    let masters = (optimizer.masters(), 4 * model.table.trainable_elements());
+    let state = [masters].into_iter().chain(of(FIRST)).chain(of(SECOND)).chain(of("frozen"));
+    let (state, weights): (Vec<_>, Vec<_>) = (state.collect(), of("weights").collect());
+    StateParts::new(&model.table, &state, &weights, &optimizer.digested())
 }
 
 fn adds(memory: &Memory, count: usize, elements: usize) -> Vec<Op> {

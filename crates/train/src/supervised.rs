@@ -29,6 +29,7 @@ use serde_json::{Value, json};
 
 use crate::config::{HangSetting, NonFiniteName, RunConfig};
 use crate::data::Batch;
+use crate::digests::{TRAINABLE_BUFFERS, ranges};
 use crate::error::TrainError;
 use crate::replica::layout;
 use crate::requests::Requests;
@@ -242,13 +243,16 @@ impl Saver<'_> {
         Ok(SnapshotReader::new(self.disk, self.snapshots).outline(step)?.weights_blake3)
     }
 
-    /// The digests of the buffers of a state in the exchange.
+    /// The digests of the parts of a state in the exchange.
     fn digests(&self, mut position: u64) -> std::io::Result<Vec<u64>> {
         let table = &self.model.table;
-        let trainable = 4 * table.trainable_elements();
+        let trainable = ranges(table).into_iter().map(|range| range.len());
+        // Frozen tensors that a model has not are no part either.
+        let frozen = Some(table.frozen_elements()).filter(|elements| *elements > 0);
+        let parts = (0..TRAINABLE_BUFFERS).flat_map(|_| trainable.clone()).chain(frozen);
         let mut block = vec![0; BLOCK];
         let mut digests = Vec::new();
-        for bytes in [trainable, trainable, trainable, 4 * table.frozen_elements()] {
+        for bytes in parts.map(|elements| 4 * elements) {
             let mut check = Blocks::default();
             for at in (0..bytes).step_by(BLOCK) {
                 let block = &mut block[..BLOCK.min(bytes - at)];
@@ -256,10 +260,7 @@ impl Saver<'_> {
                 check.push(block);
                 position += block.len() as u64;
             }
-            // Frozen tensors that a model has not are no buffer either.
-            if bytes > 0 {
-                digests.push(check.finish());
-            }
+            digests.push(check.finish());
         }
         Ok(digests)
     }

@@ -1,5 +1,9 @@
 //! Optimisers and reductions in fixed order.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pontoon_ops::digest::{BLOCK, Digest, of_digests};
+use pontoon_ops::sums::Sums;
 use pontoon_ops::{
     self as ops, Accumulate, MUON_COEFFICIENTS, MUON_EPS, MUON_RMS, MUON_STEPS, SUM_BLOCK, View,
     hyper,
@@ -8,7 +12,8 @@ use pontoon_ops::{
 use super::{Context, Done, TASK_ELEMENTS, with_float};
 use crate::ffi::{PARTS_MAX, Parts};
 use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
-use crate::simd::{Element, Kernel, Simd, dispatch};
+use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
+use crate::words::Digesting;
 
 /// One task's share of an AdamW step.
 struct Adam<'a, C> {
@@ -68,7 +73,14 @@ fn adamw_as<C: Element>(context: &mut Context<'_>, op: &ops::AdamW) -> Done {
     let m = context.operands.write::<f32>(&op.m)?;
     let v = context.operands.write::<f32>(&op.v)?;
     let compute = op.compute.map(|view| context.operands.write::<C>(&view)).transpose()?;
-    let len = TASK_ELEMENTS.max(weight.len().div_ceil(PARTS_MAX)).next_multiple_of(64);
+    let elements = weight.len();
+    let digests = (context.checks.ask.digested != 0).then(|| StateDigests::new::<C>(elements));
+    // Whoever digests has whole blocks.
+    let (least, step) = match digests {
+        Some(_) => (0, BLOCK / size_of::<C>()),
+        None => (TASK_ELEMENTS, 64),
+    };
+    let len = least.max(elements.div_ceil(PARTS_MAX)).next_multiple_of(step).max(step);
     let weights = Parts::new(weight, len);
     let (ms, vs) = (Parts::new(m, len), Parts::new(v, len));
     let computes = compute.map(|compute| Parts::new(compute, len));
@@ -78,11 +90,97 @@ fn adamw_as<C: Element>(context: &mut Context<'_>, op: &ops::AdamW) -> Done {
         let grad = &grad[task * len..][..weight.len()];
         let (m, v) = (ms.take(task), vs.take(task));
         let compute = computes.as_ref().map(|computes| computes.take(task));
-        dispatch(isa, Adam { weight, grad, m, v, compute, hyper });
+        let update = Adam { weight, grad, m, v, compute, hyper };
+        match &digests {
+            Some(digests) => update.digested(isa, task * len, digests),
+            None => dispatch(isa, update),
+        }
         tally.task().read([(1, grad)]);
     });
     context.note(tally);
+    if let Some(digests) = digests {
+        digests.tell(&mut context.checks.sums, op.compute.is_some());
+    }
     Ok(())
+}
+
+/// Elements that are digested, updated and digested again while they are in the nearest cache.
+const PIECE: usize = 1024;
+
+/// Digests of the state's blocks, formed on the way so that memory is read no second time: of
+/// weights and moments as read, then of the same and of what is computed with as written.
+struct StateDigests([Vec<AtomicU64>; 7]);
+
+impl StateDigests {
+    fn new<C>(elements: usize) -> StateDigests {
+        StateDigests(std::array::from_fn(|of| {
+            let blocks = (elements * bytes_of::<C>(of)).div_ceil(BLOCK);
+            (0..blocks).map(|_| AtomicU64::new(0)).collect()
+        }))
+    }
+
+    /// Puts the whole digests in their places: operands 0, 2 and 3 as read; the same and operand 4,
+    /// if it is there, as written.
+    fn tell(self, sums: &mut Sums, computes: bool) {
+        let of_blocks = |blocks: Vec<AtomicU64>| {
+            of_digests(&blocks.into_iter().map(AtomicU64::into_inner).collect::<Vec<u64>>())
+        };
+        let [weight, m, v, new_weight, new_m, new_v, compute] = self.0.map(of_blocks);
+        for (place, read, written) in [(0, weight, new_weight), (2, m, new_m), (3, v, new_v)] {
+            (sums.digest_read[place], sums.digest_written[place]) = (read, written);
+        }
+        if computes {
+            sums.digest_written[4] = compute;
+        }
+    }
+}
+
+/// Bytes of an element that is digested.
+fn bytes_of<C>(of: usize) -> usize {
+    if of == 6 { size_of::<C>() } else { size_of::<f32>() }
+}
+
+impl<C: Element> Adam<'_, C> {
+    /// The update and the digests of the blocks that begin at element `first`.
+    fn digested(self, isa: Isa, first: usize, to: &StateDigests) {
+        let Adam { weight, grad, m, v, mut compute, hyper } = self;
+        let mut digests: [Digest; 7] = Default::default();
+        let len = weight.len();
+        for start in (0..len).step_by(PIECE) {
+            let range = start..len.min(start + PIECE);
+            let (before, after) = digests.split_at_mut(3);
+            let state = [&weight[range.clone()], &m[range.clone()], &v[range.clone()]];
+            digest_all(isa, before, state.map(bytemuck::cast_slice));
+            let piece = Adam {
+                weight: &mut weight[range.clone()],
+                grad: &grad[range.clone()],
+                m: &mut m[range.clone()],
+                v: &mut v[range.clone()],
+                compute: compute.as_mut().map(|compute| &mut compute[range.clone()]),
+                hyper,
+            };
+            dispatch(isa, piece);
+            let state = [&weight[range.clone()], &m[range.clone()], &v[range.clone()]];
+            digest_all(isa, after, state.map(bytemuck::cast_slice));
+            if let Some(compute) = &compute {
+                digest_all(isa, &mut after[3..], [bytemuck::cast_slice(&compute[range.clone()])]);
+            }
+            for (of, digest) in digests.iter_mut().enumerate() {
+                let end = (first + range.end) * bytes_of::<C>(of);
+                if end.is_multiple_of(BLOCK) || range.end == len {
+                    let whole = std::mem::take(digest).finish();
+                    to.0[of][(end - 1) / BLOCK].store(whole, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+}
+
+/// Takes a piece of each operand into its digest.
+fn digest_all<const COUNT: usize>(isa: Isa, digests: &mut [Digest], pieces: [&[u8]; COUNT]) {
+    for (digest, bytes) in digests.iter_mut().zip(pieces) {
+        dispatch(isa, Digesting { digest, bytes });
+    }
 }
 
 pub(super) fn muon(context: &mut Context<'_>, op: &ops::Muon) -> Done {

@@ -48,6 +48,7 @@ impl Checks {
             read: ask.read & !formed.read,
             written: ask.written & !formed.written,
             changed: ask.changed & !formed.changed,
+            digested: ask.digested & !formed.digested,
         }
     }
 }
@@ -169,7 +170,7 @@ impl Context<'_> {
 
 /// The operands that the kernel of an operation sums itself.
 fn formed_by(op: &Op) -> Ask {
-    let formed = |read, written| Ask { read, written, changed: 0 };
+    let formed = |read, written| Ask { read, written, ..Ask::default() };
     match op {
         Op::Matmul(product) => {
             let c = 2 + usize::from(product.bias.is_some());
@@ -193,7 +194,10 @@ fn formed_by(op: &Op) -> Ask {
             Some(_) => formed(0b000_0111, 0b010_0000),
             None => formed(0b00_0011, 0b01_0000),
         },
-        Op::AdamW(_) => formed(0b10, 0),
+        Op::AdamW(op) => {
+            let state = if op.compute.is_some() { 0b1_1101 } else { 0b1101 };
+            Ask { digested: state, ..formed(0b10, 0) }
+        }
         Op::Rope(_) => formed(0b1, 0b1_0000),
         Op::Attention(_) => formed(0, 0b11_0000),
         Op::AttentionBwd(_) => formed(0b111_0111, 0b11_1000_0000),
