@@ -9,14 +9,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use pontoon_ops::sums::of_row;
 
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
-use super::verify::{self, Asked, Flip, SumDown, Watch, Work};
+use super::verify::{self, Flip, SumDown, Watch, Work};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
-use crate::words::RowWords;
 
 /// Rows of a task's tile: a multiple of every set's register tile, small enough to share out
 /// evenly.
@@ -462,10 +461,12 @@ impl<C: Element> TileTask<'_, C> {
         if let Some((sums, squares)) = &mut seen.left {
             let left = region.left.at(self.row, 0, isa.geometry().micro_rows);
             let rows = self.tile.rows();
-            squares[0] = dispatch(isa, SumDown { left, rows, dot: region.dot, to: sums });
-            if region.in_place {
-                let (data, stride) = (&left.bytes[left.start..], left.row_bytes);
-                watch.operand(isa, 0, RowWords { data, stride, rows, width: 4 * region.units });
+            let sum = SumDown { left, rows, dot: region.dot, to: sums };
+            let (of_squares, words) = dispatch(isa, sum);
+            squares[0] = of_squares;
+            // What was converted was told from where it came.
+            if region.in_place && watch.asked.a {
+                watch.operands[0].fetch_add(words, Ordering::Relaxed);
             }
         }
         let seen = seen.columns.row(0);
@@ -479,6 +480,7 @@ impl<C: Element> TileTask<'_, C> {
         let (width, region) = (2 * S::LANES, self.region);
         let units = region.units;
         let micro_words = S::MICRO_ROWS * width;
+        let flip = region.watch.and_then(|(watch, first)| Some((watch.asked.flip?, first)));
         let mut unit = 0;
         loop {
             let stretch = region.chain_units.min(units - unit);
@@ -499,10 +501,11 @@ impl<C: Element> TileTask<'_, C> {
                         micro_tile::<S, false>(simd, rows, tile);
                     }
                     if is_last {
-                        if WATCHED {
-                            self.watch(simd, (row, rows), (column, slot), seen);
+                        if let Some(flip) = flip.filter(|_| WATCHED) {
+                            self.spoil(flip, (row, rows), (column, slot), width);
                         }
-                        self.write(simd, row, rows, column, slot);
+                        let seen = if WATCHED { &mut seen[column..] } else { &mut [] };
+                        self.write::<S, WATCHED>(simd, (row, rows), (column, slot), seen);
                     }
                     if stretch < units {
                         slot += micro_words;
@@ -516,47 +519,15 @@ impl<C: Element> TileTask<'_, C> {
         }
     }
 
-    /// Adds the sums of one register tile to those of its columns, row by row.
-    #[inline(always)]
-    fn watch<S: Simd>(
-        &mut self,
-        simd: S,
-        (row, rows): (usize, usize),
-        (column, slot): (usize, usize),
-        seen: &mut [f32],
-    ) {
-        let width = 2 * S::LANES;
-        if let Some((Watch { asked: Asked { flip: Some(flip), .. }, .. }, first)) =
-            self.region.watch
-        {
-            self.spoil(
-                *flip,
-                (first.0 + self.row + row, rows),
-                first.1 + self.column + column,
-                slot,
-                width,
-            );
-        }
-        let to = &mut seen[column..];
-        let (left, right) = to.split_at_mut(S::LANES.min(to.len()));
-        let mut totals = [simd.load(left), simd.load(right)];
-        for sums in self.sums[slot..][..rows * width].chunks_exact(width) {
-            totals[0] = simd.add(totals[0], simd.load(&sums[..S::LANES]));
-            totals[1] = simd.add(totals[1], simd.load(&sums[S::LANES..]));
-        }
-        simd.store(totals[0], left);
-        simd.store(totals[1], right);
-    }
-
-    /// Flips a bit of a sum if it is in this register tile.
+    /// Flips a bit of a sum if it is in this register tile; `first` is the region's place in C.
     fn spoil(
         &mut self,
-        flip: Flip,
+        (flip, first): (Flip, (usize, usize)),
         (row, rows): (usize, usize),
-        column: usize,
-        slot: usize,
+        (column, slot): (usize, usize),
         width: usize,
     ) {
+        let (row, column) = (first.0 + self.row + row, first.1 + self.column + column);
         let is_here = (row..row + rows).contains(&flip.row)
             && (column..column + width).contains(&flip.column);
         if is_here {
@@ -565,16 +536,39 @@ impl<C: Element> TileTask<'_, C> {
         }
     }
 
-    /// Rounds the sums of one register tile into C.
+    /// Rounds the sums of one register tile into C; `WATCHED` says to add them to those of their
+    /// columns, even rows and odd ones in a chain each.
     #[inline(always)]
-    fn write<S: Simd>(&mut self, simd: S, row: usize, rows: usize, column: usize, slot: usize) {
+    fn write<S: Simd, const WATCHED: bool>(
+        &mut self,
+        simd: S,
+        (row, rows): (usize, usize),
+        (column, slot): (usize, usize),
+        seen: &mut [f32],
+    ) {
         let width = 2 * S::LANES;
         let columns = width.min(self.tile.columns() - column);
         let bias = self.region.bias.map(|bias| &bias[self.column + column..][..columns]);
+        let mut chains = [[simd.zero(); 2]; 2];
         for index in 0..rows {
-            let sums = &self.sums[slot + index * width..][..columns];
+            let sums = &self.sums[slot + index * width..][..width];
             let to = &mut self.tile.row(row + index)[column..][..columns];
-            super::write_row(simd, sums, bias, self.region.store, to);
+            super::write_row(simd, &sums[..columns], bias, self.region.store, to);
+            if WATCHED {
+                // The chain of this row comes first.
+                let [mine, other] = chains;
+                let left = simd.add(mine[0], simd.load(&sums[..S::LANES]));
+                let right = simd.add(mine[1], simd.load(&sums[S::LANES..]));
+                chains = [other, [left, right]];
+            }
+        }
+        if WATCHED {
+            // Of an even number of rows the even ones' chain is first again.
+            let (left, right) = seen.split_at_mut(S::LANES.min(seen.len()));
+            for (half, to) in [left, right].into_iter().enumerate() {
+                let sum = simd.add(chains[0][half], chains[1][half]);
+                simd.store(simd.add(simd.load(to), sum), to);
+            }
         }
     }
 }

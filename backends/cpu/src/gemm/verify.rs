@@ -19,7 +19,7 @@ use super::{DataMut, GemmArgs, Layout, Matrix, MatrixMut, Product, Store, Unit};
 use crate::ffi::{PARTS_MAX, Parts};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::micro::{LeftUnits, PAIRED_ONES, load_units, sum_strip};
+use crate::simd::micro::{Column, LeftUnits, PAIRED_ONES, load_units, sum_strip};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 use crate::words::RowWords;
 
@@ -139,7 +139,8 @@ pub(super) fn elements<T>(product: &Product<'_, T>) -> usize {
 }
 
 /// Sums rows of units down the rows: one sum for each element of the chain. Pairs give the sums of
-/// even elements in the first half of `to`, those of odd ones in the second. Returns the squares.
+/// even elements in the first half of `to`, those of odd ones in the second. Returns the sum of
+/// squares and that of raw words.
 pub(super) struct SumDown<'a, 'b> {
     pub left: LeftUnits<'a>,
     pub rows: usize,
@@ -149,9 +150,9 @@ pub(super) struct SumDown<'a, 'b> {
 }
 
 impl Kernel for SumDown<'_, '_> {
-    type Output = f32;
+    type Output = (f32, u32);
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> f32 {
+    fn run<S: Simd>(self, simd: S) -> (f32, u32) {
         let SumDown { left, rows, dot, to } = self;
         if S::BF16_DOT && dot {
             sum_down::<S, true>(simd, left, rows, to)
@@ -167,46 +168,47 @@ fn sum_down<S: Simd, const DOT: bool>(
     left: LeftUnits<'_>,
     rows: usize,
     to: &mut [f32],
-) -> f32 {
+) -> (f32, u32) {
     let units = if DOT { to.len() / 2 } else { to.len() };
     let (even, odd) = to.split_at_mut(units);
-    let mut squares = [simd.zero(); STRIP];
+    let (mut squares, mut words) = ([simd.zero(); STRIP], [simd.zero(); STRIP]);
     let mut unit = 0;
     while unit + STRIP * S::LANES <= units {
-        let mut sums = [[simd.zero(); 2]; STRIP];
-        sum_strip::<S, DOT, STRIP>(simd, (left, rows), unit, &mut sums, &mut squares);
-        for sums in sums {
-            simd.store(sums[0], &mut even[unit..]);
+        let mut columns = [Column::new(simd.zero()); STRIP];
+        for (index, column) in columns.iter_mut().enumerate() {
+            (column.squares, column.words) = (squares[index], words[index]);
+        }
+        sum_strip::<S, DOT, STRIP>(simd, (left, rows), unit, &mut columns);
+        for (index, column) in columns.into_iter().enumerate() {
+            simd.store(column.sums[0], &mut even[unit..]);
             if DOT {
-                simd.store(sums[1], &mut odd[unit..]);
+                simd.store(column.sums[1], &mut odd[unit..]);
             }
+            (squares[index], words[index]) = (column.squares, column.words);
             unit += S::LANES;
         }
     }
-    let [first, second] = PAIRED_ONES.map(|ones| simd.splat(f32::from_bits(ones)));
+    let first = simd.splat(f32::from_bits(PAIRED_ONES[0]));
+    let second = simd.splat(f32::from_bits(PAIRED_ONES[1]));
     while unit < units {
-        let mut sums = [simd.zero(); 2];
+        let mut column = Column::new(simd.zero());
         for row in 0..rows {
             let start = left.start + row * left.row_bytes + 4 * unit;
             let bytes = &left.bytes[start..][..4 * (units - unit).min(S::LANES)];
-            let value = load_units(simd, bytes, 0);
-            if DOT {
-                sums[0] = simd.dot_pairs(sums[0], value, first);
-                sums[1] = simd.dot_pairs(sums[1], value, second);
-                squares[0] = simd.dot_pairs(squares[0], value, value);
-            } else {
-                sums[0] = simd.add(sums[0], value);
-                squares[0] = simd.fma(value, value, squares[0]);
-            }
+            column.add::<S, DOT>(simd, load_units(simd, bytes, 0), [first, second]);
         }
         let end = units.min(unit + S::LANES);
-        simd.store(sums[0], &mut even[unit..end]);
+        simd.store(column.sums[0], &mut even[unit..end]);
         if DOT {
-            simd.store(sums[1], &mut odd[unit..end]);
+            simd.store(column.sums[1], &mut odd[unit..end]);
         }
+        squares[0] = simd.add(squares[0], column.squares);
+        words[0] = simd.add_words(words[0], column.words);
         unit += S::LANES;
     }
-    simd.reduce_sum(all::<S>(simd, squares))
+    let [a, b, c, d] = words;
+    let words = simd.add_words(simd.add_words(a, b), simd.add_words(c, d));
+    (simd.reduce_sum(all::<S>(simd, squares)), simd.reduce_words(words))
 }
 
 /// The sum of each row of a left operand whose rows are the chain's elements (the transposed one),
@@ -488,6 +490,13 @@ pub(super) struct Operands<'a> {
     pub b: Matrix<'a>,
 }
 
+/// Adds up a register tile's rows as the tile loop does: even and odd ones in a chain each.
+fn chains(rows: impl Iterator<Item = f32>) -> f32 {
+    let mut chains = [0.0_f32; 2];
+    rows.enumerate().for_each(|(row, value)| chains[row % 2] += value);
+    chains[0] + chains[1]
+}
+
 /// Computes the suspected columns once more; gives the first that has other sums than before.
 pub(super) fn confirm(
     (pool, isa): (&Pool, Isa),
@@ -512,9 +521,11 @@ pub(super) fn confirm(
         };
         // The result is the f32 sums themselves; a column's tiles add them in this order.
         super::gemm(pool, isa, scratch, args);
-        let again = result
-            .chunks(TILE_ROWS)
-            .map(|rows| rows.iter().fold(0.0_f32, |sum, value| sum + value).to_bits());
+        let micro_rows = isa.geometry().micro_rows;
+        let again = result.chunks(TILE_ROWS).map(|rows| {
+            let of_tile = |rows: &[f32]| chains(rows.iter().copied());
+            rows.chunks(micro_rows).map(of_tile).fold(0.0, |sum, part| sum + part).to_bits()
+        });
         if !again.eq(parts.iter().copied()) {
             return Err(WrongColumn(*column));
         }

@@ -212,6 +212,19 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn add_words(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
+        }
+    }
+    #[inline(always)]
+    fn reduce_words(self, a: __m256) -> u32 {
+        let mut lanes = [0.0_f32; 8];
+        self.store(a, &mut lanes);
+        lanes.iter().fold(0, |sum: u32, lane| sum.wrapping_add(lane.to_bits()))
+    }
+    #[inline(always)]
     fn reduce_max(self, a: __m256) -> f32 {
         // SAFETY: see above.
         unsafe {

@@ -294,6 +294,18 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         }
     }
     #[inline(always)]
+    fn add_words(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the first impl block.
+        unsafe {
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)))
+        }
+    }
+    #[inline(always)]
+    fn reduce_words(self, a: __m512) -> u32 {
+        // SAFETY: see the first impl block.
+        unsafe { _mm512_reduce_add_epi32(_mm512_castps_si512(a)).cast_unsigned() }
+    }
+    #[inline(always)]
     fn reduce_max(self, a: __m512) -> f32 {
         // SAFETY: see the first impl block.
         unsafe { _mm512_reduce_max_ps(a) }

@@ -172,15 +172,49 @@ pub(crate) fn load_units<S: Simd>(simd: S, bytes: &[u8], unit: usize) -> S::F32 
 /// A one in the lower and in the upper half of a pair of bf16.
 pub(crate) const PAIRED_ONES: [u32; 2] = [0x3f80, 0x3f80 << 16];
 
-/// Adds `VECTORS` vectors of units from `unit` on of each row, and their squares: of pairs, even
-/// elements to the first sum and odd ones to the second.
+/// What is added up of a column of vectors: of pairs, even elements to the first sum and odd ones
+/// to the second; squares; and raw words.
+#[derive(Clone, Copy)]
+pub(crate) struct Column<V> {
+    pub(crate) sums: [V; 2],
+    pub(crate) squares: V,
+    pub(crate) words: V,
+}
+
+impl<V: Copy> Column<V> {
+    /// Nothing yet.
+    #[inline(always)]
+    pub(crate) fn new(zero: V) -> Self {
+        Column { sums: [zero; 2], squares: zero, words: zero }
+    }
+
+    /// Adds a vector of units.
+    #[inline(always)]
+    pub(crate) fn add<S: Simd<F32 = V>, const DOT: bool>(
+        &mut self,
+        simd: S,
+        value: V,
+        ones: [V; 2],
+    ) {
+        self.words = simd.add_words(self.words, value);
+        if DOT {
+            self.sums[0] = simd.dot_pairs(self.sums[0], value, ones[0]);
+            self.sums[1] = simd.dot_pairs(self.sums[1], value, ones[1]);
+            self.squares = simd.dot_pairs(self.squares, value, value);
+        } else {
+            self.sums[0] = simd.add(self.sums[0], value);
+            self.squares = simd.fma(value, value, self.squares);
+        }
+    }
+}
+
+/// Adds `VECTORS` vectors of units from `unit` on of each row to their columns.
 #[inline(always)]
 pub(crate) fn sum_strip<S: Simd, const DOT: bool, const VECTORS: usize>(
     simd: S,
     (left, rows): (LeftUnits<'_>, usize),
     unit: usize,
-    sums: &mut [[S::F32; 2]; VECTORS],
-    squares: &mut [S::F32; VECTORS],
+    columns: &mut [Column<S::F32>; VECTORS],
 ) {
     if rows == 0 {
         return;
@@ -188,24 +222,18 @@ pub(crate) fn sum_strip<S: Simd, const DOT: bool, const VECTORS: usize>(
     let start = left.start + 4 * unit;
     let end = start + (rows - 1) * left.row_bytes + 4 * VECTORS * S::LANES;
     assert!(end <= left.bytes.len(), "rows end at {end} of {}", left.bytes.len());
-    let [first, second] = PAIRED_ONES.map(|ones| simd.splat(f32::from_bits(ones)));
-    let (mut totals, mut total_squares) = (*sums, *squares);
+    let first = simd.splat(f32::from_bits(PAIRED_ONES[0]));
+    let second = simd.splat(f32::from_bits(PAIRED_ONES[1]));
+    let mut totals = *columns;
     for row in 0..rows {
-        for (vector, (sums, squares)) in totals.iter_mut().zip(&mut total_squares).enumerate() {
+        for (vector, column) in totals.iter_mut().enumerate() {
             let at = start + row * left.row_bytes + 4 * vector * S::LANES;
             // SAFETY: the last row's last vector was checked above.
             let value = unsafe { simd.load_raw(left.bytes.as_ptr().add(at)) };
-            if DOT {
-                sums[0] = simd.dot_pairs(sums[0], value, first);
-                sums[1] = simd.dot_pairs(sums[1], value, second);
-                *squares = simd.dot_pairs(*squares, value, value);
-            } else {
-                sums[0] = simd.add(sums[0], value);
-                *squares = simd.fma(value, value, *squares);
-            }
+            column.add::<S, DOT>(simd, value, [first, second]);
         }
     }
-    (*sums, *squares) = (totals, total_squares);
+    *columns = totals;
 }
 
 /// Rows that lie a multiple of this apart compete for the same places of the first-level cache: a

@@ -148,6 +148,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Sum of all lanes, always along the same tree: halves are added until one lane is left.
     fn reduce_sum(self, a: Self::F32) -> f32;
+    /// Adds raw lanes as 32-bit integers, modulo 2^32.
+    fn add_words(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// Sum of all raw lanes as 32-bit integers, modulo 2^32.
+    fn reduce_words(self, a: Self::F32) -> u32;
     /// Largest lane; NaN lanes may or may not be passed over.
     fn reduce_max(self, a: Self::F32) -> f32;
 

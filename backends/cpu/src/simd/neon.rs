@@ -215,6 +215,19 @@ impl Simd for Neon {
         (a[0] + a[2]) + (a[1] + a[3])
     }
     #[inline(always)]
+    fn add_words(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
+        // SAFETY: see the first impl block.
+        unsafe {
+            let sum = vaddq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b));
+            vreinterpretq_f32_u32(sum)
+        }
+    }
+    #[inline(always)]
+    fn reduce_words(self, a: float32x4_t) -> u32 {
+        let lanes = self.array(a);
+        lanes.iter().fold(0, |sum: u32, lane| sum.wrapping_add(lane.to_bits()))
+    }
+    #[inline(always)]
     fn reduce_max(self, a: float32x4_t) -> f32 {
         self.array(a).into_iter().fold(f32::NEG_INFINITY, f32::max)
     }

@@ -132,6 +132,14 @@ impl Simd for Portable {
         (b[0] + b[2]) + (b[1] + b[3])
     }
     #[inline(always)]
+    fn add_words(self, a: V, b: V) -> V {
+        map(a, b, |a, b| f32::from_bits(a.to_bits().wrapping_add(b.to_bits())))
+    }
+    #[inline(always)]
+    fn reduce_words(self, a: V) -> u32 {
+        a.iter().fold(0, |sum: u32, lane| sum.wrapping_add(lane.to_bits()))
+    }
+    #[inline(always)]
     fn reduce_max(self, a: V) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
