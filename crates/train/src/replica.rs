@@ -26,7 +26,7 @@ use crate::digests::Part;
 use crate::error::TrainError;
 use crate::optimizer::changed;
 use crate::run_files::{classes_of, restore_moments, restore_weights, samples};
-use crate::step::TrainingState;
+use crate::step::{TakePiece, TrainingState};
 use crate::trainer::{Data, model_of};
 
 /// Bytes moved at a time: a piece is a digest's block and stays in the cache from copy to digest.
@@ -195,7 +195,7 @@ impl<'a> TrainingReplica<'a> {
                 None => {
                     let (exchange, piece) = (&self.run.exchange, &mut self.piece);
                     let to = (buffer, byte_offset, bytes);
-                    upload(&mut self.backend, to, exchange, position, piece, |_| ())?;
+                    upload(&mut self.backend, to, exchange, position, piece)?;
                 }
             }
             position += bytes as u64;
@@ -286,18 +286,18 @@ impl<'a> TrainingReplica<'a> {
         let held = self.held.take().filter(|held| held.step == step);
         let place = held.and_then(|held| held.place_among(nodes));
         let mut read = vec![held.map_or(0, |held| held.digest); nodes.len()];
-        let (exchange, piece) = (&self.run.exchange, &mut self.piece);
-        let mut fill = |backend: &mut dyn Backend, index: usize, buffer: BufferId| {
-            let (mut digest, mut words) = (Blocks::default(), 0_u32);
-            let slot = self.layout.slot(nodes[index].first);
-            upload(backend, (buffer, 0, bytes), exchange, slot, piece, |piece| {
+        let mut show = |index: usize, take: &mut TakePiece<'_>| {
+            let (mut digest, slot) = (Blocks::default(), self.layout.slot(nodes[index].first));
+            for at in (0..bytes).step_by(PIECE) {
+                let piece = &mut self.piece[..PIECE.min(bytes - at)];
+                self.run.exchange.read(slot + at as u64, piece).map_err(TrainError::Exchange)?;
                 digest.push(piece);
-                words = words.wrapping_add(of_row(piece));
-            })?;
+                take(at, piece)?;
+            }
             read[index] = digest.finish();
-            Ok(words)
+            Ok(())
         };
-        state.sum(&mut self.backend, &counts, place, &mut fill)?;
+        state.sum(&mut self.backend, &counts, place, &mut show)?;
         let sum = (state.gradient_buffer(0), bytes);
         self.norm = state.gradient_norm(&mut self.backend)?;
         // One that computes alone has nobody to compare its sum with.
@@ -473,19 +473,17 @@ impl Distance {
     }
 }
 
-/// Fills a part of a buffer from the exchange; `show` sees every piece.
+/// Fills a part of a buffer from the exchange.
 fn upload(
     backend: &mut dyn Backend,
     (buffer, from, bytes): (BufferId, usize, usize),
     exchange: &Exchange,
     position: u64,
     piece: &mut [u8],
-    mut show: impl FnMut(&[u8]),
 ) -> Result<(), TrainError> {
     for at in (0..bytes).step_by(PIECE) {
         let piece = &mut piece[..PIECE.min(bytes - at)];
         exchange.read(position + at as u64, piece).map_err(TrainError::Exchange)?;
-        show(piece);
         backend.upload(buffer, from + at, piece)?;
     }
     Ok(())

@@ -2,7 +2,9 @@
 //! norm, the update.
 //!
 //! After the first step nothing is allocated. It reads no clock and no file, and decides nothing
-//! about failures: `trainer.rs` does.
+//! about failures: `trainer.rs` does. Read next: `step/combine.rs`, where workers' gradients meet.
+
+mod combine;
 
 use std::time::Duration;
 
@@ -22,16 +24,14 @@ use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
 use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, changed, download};
 
+pub(crate) use combine::TakePiece;
+
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What is done with the gradient buffer of a leaf or subtree.
 pub(crate) type WithBuffer<'a> =
     dyn FnMut(&mut dyn Backend, usize, BufferId) -> Result<(), TrainError> + 'a;
-
-/// Fills a gradient buffer with a subtree's gradient; gives its word sum.
-pub(crate) type FillBuffer<'a> =
-    dyn FnMut(&mut dyn Backend, usize, BufferId) -> Result<u32, TrainError> + 'a;
 
 /// A step whose computation is found wrong this often is given up.
 const TRIES: usize = 3;
@@ -311,10 +311,7 @@ impl TrainingState {
         let Some(sums) = &mut self.sums else {
             return Ok(backend.launch(&self.adds[buffer])?);
         };
-        let found = backend.launch_summed(
-            &self.adds[buffer],
-            Ask { read: 0b11, written: 0b100, ..Ask::default() },
-        )?;
+        let found = backend.launch_summed(&self.adds[buffer], ADD_SUMS)?;
         if found.read[..2] != sums[buffer..buffer + 2] {
             return Err(changed("a gradient", "it was added to another").into());
         }
@@ -325,38 +322,6 @@ impl TrainingState {
     /// The word sum of the sum of gradients, if it is known.
     pub(crate) fn gradient_sum(&self) -> Option<u32> {
         self.sums.as_ref().map(|sums| sums[0])
-    }
-
-    /// Sums subtrees, given in order with the number of their leaves, into the first gradient
-    /// buffer; `fill` writes the subtree of an index into a buffer. `held` is the index of the one
-    /// that stands in the first buffer already: 0, or 1 where the first two have equally many leaves
-    /// and are added to each other, whose order makes no difference.
-    pub(crate) fn sum(
-        &mut self,
-        backend: &mut dyn Backend,
-        counts: &[u32],
-        held: Option<usize>,
-        fill: &mut FillBuffer<'_>,
-    ) -> Result<(), TrainError> {
-        let mut stack: Vec<u32> = Vec::new();
-        for (index, &count) in counts.iter().enumerate() {
-            let place = if held == Some(1) && index < 2 { 1 - index } else { stack.len() };
-            if held != Some(index) {
-                let sum = fill(backend, index, self.gradient_buffer(place))?;
-                if let Some(sums) = &mut self.sums {
-                    sums[place] = sum;
-                }
-            }
-            stack.push(count);
-            while let [.., left, right] = stack[..]
-                && left == right
-            {
-                stack.pop();
-                *stack.last_mut().expect("it had two") = left + right;
-                self.add(backend, stack.len() - 1)?;
-            }
-        }
-        Ok(())
     }
 
     /// One of the buffers along the tree; the first has the step's sum at its end.
@@ -465,6 +430,9 @@ impl TrainingState {
         }
     }
 }
+
+/// The sums that an addition of gradients is asked for.
+const ADD_SUMS: Ask = Ask { read: 0b11, written: 0b100, changed: 0, digested: 0 };
 
 /// Whether the model takes sequences of this length.
 pub(crate) fn fits(model: &Model, sequence: usize) -> Result<(), TrainError> {
