@@ -79,8 +79,8 @@ pub struct Ask {
     /// As they are changed: of what is written the sum is its change, which costs little where an
     /// operation adds to a few rows of many.
     pub changed: u32,
-    /// Contiguous operands whose digests are asked for, as [`Backend::digest`] defines them: as they
-    /// are read and as they are written.
+    /// Contiguous operands whose digests are asked for, as they are read and as they are written;
+    /// [`Backend::digest`] says what they are.
     pub digested: u32,
 }
 

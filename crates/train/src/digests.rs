@@ -100,8 +100,8 @@ impl StateParts {
         Ok([of_digests(&self.last), of_digests(&read(backend, &self.weights)?)])
     }
 
-    /// Digests what a step is computed with, before it is applied. Of what only the update reads the
-    /// last digest stands: [`StateParts::after`] compares it with what the update read.
+    /// Digests what a step is computed with, before it is applied. Of what only the update reads
+    /// the last digest stands: [`StateParts::after`] compares it with what the update read.
     pub fn before(&mut self, backend: &mut dyn Backend) -> Result<StateDigest, DeviceError> {
         let mut state = self.last.clone();
         for ((digest, part), told) in state.iter_mut().zip(&self.state).zip(&self.digested) {

@@ -361,7 +361,7 @@ impl TrainingState {
         self.parts.before(backend)
     }
 
-    /// The parts of the state that outlives a step, in the order in which it is copied and digested.
+    /// The parts of the state that outlives a step, in the order in which they are copied.
     pub(crate) fn state_parts(&self) -> &[Part] {
         self.parts.state()
     }

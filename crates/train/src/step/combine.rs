@@ -27,8 +27,8 @@ const STAGED_BYTES: usize = 1 << 20;
 impl TrainingState {
     /// Sums subtrees, given in order with the number of their leaves, into the first gradient
     /// buffer; `read` shows the pieces of the subtree of an index. `held` is the index of the one
-    /// that stands in the first buffer already: 0, or 1 where the first two have equally many leaves
-    /// and are added to each other, whose order makes no difference.
+    /// that stands in the first buffer already: 0, or 1 where the first two have equally many
+    /// leaves and are added to each other, whose order makes no difference.
     pub(crate) fn sum(
         &mut self,
         backend: &mut dyn Backend,
