@@ -109,6 +109,8 @@ pub(super) struct Work<'a> {
     pub expected: &'a mut [f32],
     /// A's sums as rows of units.
     pub weights: &'a mut [u32],
+    /// The sum of their squares.
+    pub sum_squares: f64,
 }
 
 impl<'a> Work<'a> {
@@ -120,6 +122,7 @@ impl<'a> Work<'a> {
             squares: bytemuck::cast_slice_mut(squares),
             expected: bytemuck::cast_slice_mut(expected),
             weights,
+            sum_squares: 0.0,
         }
     }
 }
@@ -330,6 +333,7 @@ fn weigh<T>(product: &Product<'_, T>, work: &mut Work<'_>) {
     for part in rest.chunks_exact(elements) {
         sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
+    work.sum_squares = sums.iter().map(|sum| f64::from(*sum).powi(2)).sum();
     if !product.dot {
         work.weights[..units].copy_from_slice(bytemuck::cast_slice(&sums[..units]));
         return;
@@ -439,14 +443,17 @@ pub(super) fn expect<T>(
     });
 }
 
-/// How far a column's two sums may be apart before it is computed again: the spread of rounding
-/// errors of chains of k, none larger than half a unit of |row of A| |column of B|, over m rows.
-fn limit(k: usize, m: usize, left_squares: f64, column_squares: f32) -> f64 {
+/// How far a column's two sums may be apart before it is computed again, by the norm of the column
+/// of B: the spread of rounding errors of chains of k, none larger than half a unit of
+/// |row of A| |column of B|, over m rows. Rows that are alike, as those of like tokens, have like
+/// errors that do not cancel; how much they are alike shows in the norm of A's sums.
+fn limit((m, k): (usize, usize), left_squares: f64, sum_squares: f64) -> impl Fn(f32) -> f64 {
     const UNIT: f64 = 0.29 * f32::EPSILON as f64;
-    let chain = (k as f64).sqrt() + (m as f64).sqrt();
+    let chain = (k as f64).sqrt();
+    let spread = (chain + (m as f64).sqrt()) * left_squares.sqrt() + chain * sum_squares.sqrt();
     // Products below the smallest normal number may be taken as zero.
     let floor = f64::from(f32::MIN_POSITIVE) * (k * m).max(1) as f64;
-    UNIT * chain * (f64::from(column_squares) * left_squares).sqrt() + floor
+    move |column_squares| UNIT * spread * f64::from(column_squares).sqrt() + floor
 }
 
 /// Compares the sums of all columns with what they should be.
@@ -462,11 +469,12 @@ pub(super) fn compare<T>(product: &Product<'_, T>, work: &mut Work<'_>, watch: &
         sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
     let (expected, squares) = work.expected.split_at(n);
+    let limit = limit((m, k), left_squares, work.sum_squares);
     let mut suspects: Vec<(usize, f64)> = Vec::new();
     for (column, ((sum, expected), squares)) in sums.iter().zip(expected).zip(squares).enumerate() {
         let knows = squares.is_finite() && expected.is_finite();
         let apart = (f64::from(*sum) - f64::from(*expected)).abs();
-        let excess = apart / limit(k, m, left_squares, *squares);
+        let excess = apart / limit(*squares);
         let fits = excess <= 1.0;
         if knows && !fits {
             suspects.push((column, excess));
