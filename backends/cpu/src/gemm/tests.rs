@@ -546,3 +546,33 @@ fn odd_but_honest_products_are_not_accused() {
         }
     }
 }
+
+/// Rows of like tokens have like errors of rounding, which add up instead of cancelling.
+fn suspects_among_like_rows<T: Wrap>(seed: u64, isa: Isa) -> usize {
+    let (mut random, shape) = (Random(seed), (1024, 256, 512));
+    let mut case = Case::<T, f32>::random(&mut random, Layout::Nt, shape);
+    let positive = |value: T| T::from_f32(value.to_f32().abs() + 0.1);
+    case.b.iter_mut().for_each(|value| *value = positive(*value));
+    let row: Vec<T> = case.a[..shape.2].iter().map(|value| positive(*value)).collect();
+    let stride = case.a_stride;
+    for index in 0..shape.0 {
+        case.a[index * stride..][..shape.2].copy_from_slice(&row);
+    }
+    let (mut watch, mut c) = (Watch::default(), case.c.clone());
+    let args = case.args(&mut c);
+    run(&Pool::new(2), isa, &mut Scratch::new(), args, Some(&mut watch));
+    watch.suspects.len()
+}
+
+#[test]
+fn honest_columns_of_like_rows_are_not_computed_once_more() {
+    for isa in Isa::available() {
+        for seed in 0..4 {
+            let found = [
+                suspects_among_like_rows::<f32>(seed, isa),
+                suspects_among_like_rows::<bf16>(seed, isa),
+            ];
+            assert_eq!(found, [0, 0], "{} seed {seed}", isa.name());
+        }
+    }
+}
