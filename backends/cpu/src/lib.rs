@@ -22,13 +22,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use pontoon_ops::digest::{self, Digest};
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, fill, fill_digests};
 use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Layout, Op, OpName,
-    Operand, Support, View, digest,
+    Access, Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Layout, Op, OpName,
+    Operand, Support, View,
 };
-
-use pontoon_ops::digest::Digest;
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, digest_read, digest_written, fill};
 
 use crate::gemm::Flip;
 use crate::gemm::panels::Shares;
@@ -343,7 +342,7 @@ impl Backend for CpuBackend {
         let (mut passed, mut before) = (Sums::default(), [0; OPERANDS_MAX]);
         fill(&operands, left.read, &mut passed.read, |views| self.pass(views))?;
         fill(&operands, left.changed, &mut before, |views| self.pass(views))?;
-        digest_read(self, &operands, left.digested, &mut passed)?;
+        fill_digests(self, &operands, left.digested, Access::reads, &mut passed.digest_read)?;
         let flip = self.flip.take_if(|_| op.name() == OpName::Matmul);
         let ask = if apart.is_some() { Ask::default() } else { ask };
         let checks = Checks { on: true, ask, flip, ..Checks::default() };
@@ -351,7 +350,7 @@ impl Backend for CpuBackend {
         let written = left.written | left.changed;
         fill(&operands, written, &mut sums.written, |views| self.pass(views))?;
         sums.subtract(&before);
-        digest_written(self, &operands, left.digested, &mut sums)?;
+        fill_digests(self, &operands, left.digested, Access::writes, &mut sums.digest_written)?;
         for operand in 0..OPERANDS_MAX {
             if left.read >> operand & 1 == 1 {
                 sums.read[operand] = passed.read[operand];

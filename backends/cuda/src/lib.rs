@@ -18,9 +18,9 @@ mod ops;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked, digest_read, digest_written};
+use pontoon_ops::sums::{Ask, OPERANDS_MAX, Sums, asked, fill_digests};
 use pontoon_ops::{
-    Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
+    Access, Backend, BufferId, DType, DeviceError, DeviceErrorKind, DeviceInfo, Op, Support, View,
 };
 
 use crate::core::Core;
@@ -194,9 +194,9 @@ impl Backend for CudaBackend {
 
     fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {
         let operands = op.operands();
-        let mut digests = Sums::default();
-        digest_read(self, &operands, ask.digested, &mut digests)?;
-        let sums = self.guarded(|core| {
+        let mut digests = [0; OPERANDS_MAX];
+        fill_digests(self, &operands, ask.digested, Access::reads, &mut digests)?;
+        let mut sums = self.guarded(|core| {
             core.begin()?;
             let lists = [ask.read, ask.changed, ask.written | ask.changed].map(|mask| {
                 let list: (Vec<usize>, Vec<View>) = asked(&operands, mask).unzip();
@@ -222,9 +222,9 @@ impl Backend for CudaBackend {
             }
             Ok(sums)
         })?;
-        digest_written(self, &operands, ask.digested, &mut digests)?;
-        let Sums { read, written, .. } = sums;
-        Ok(Sums { read, written, ..digests })
+        sums.digest_read = digests;
+        fill_digests(self, &operands, ask.digested, Access::writes, &mut sums.digest_written)?;
+        Ok(sums)
     }
 
     fn wait(&mut self, deadline: Duration) -> Result<(), DeviceError> {

@@ -8,7 +8,7 @@
 use crate::backend::Backend;
 use crate::contract::Accumulate;
 use crate::error::DeviceError;
-use crate::op::{Op, Operand};
+use crate::op::{Access, Op, Operand};
 use crate::view::View;
 
 /// Most operands of an operation.
@@ -152,46 +152,29 @@ pub fn launch_in_passes<B: Backend + ?Sized>(
     let (mut sums, mut before) = (Sums::default(), [0; OPERANDS_MAX]);
     fill(&operands, ask.read, &mut sums.read, |views| backend.sums(views))?;
     fill(&operands, ask.changed, &mut before, |views| backend.sums(views))?;
-    digest_read(backend, &operands, ask.digested, &mut sums)?;
+    fill_digests(backend, &operands, ask.digested, Access::reads, &mut sums.digest_read)?;
     backend.launch(op)?;
     let written = ask.written | ask.changed;
     fill(&operands, written, &mut sums.written, |views| backend.sums(views))?;
-    digest_written(backend, &operands, ask.digested, &mut sums)?;
+    fill_digests(backend, &operands, ask.digested, Access::writes, &mut sums.digest_written)?;
     sums.subtract(&before);
     Ok(sums)
 }
 
-/// Digests what an operation will read of the operands that a mask asks for.
-pub fn digest_read<B: Backend + ?Sized>(
+/// Digests the operands that a mask asks for and whose access is what `does` says, and puts the
+/// digests in their places.
+pub fn fill_digests<B: Backend + ?Sized>(
     backend: &mut B,
     operands: &[Operand],
     mask: u32,
-    to: &mut Sums,
+    does: impl Fn(Access) -> bool,
+    to: &mut [u64; OPERANDS_MAX],
 ) -> Result<(), DeviceError> {
-    let read = |place: &usize| operands[*place].access.reads();
-    asked(operands, mask).filter(|(place, _)| read(place)).try_for_each(|(place, view)| {
-        to.digest_read[place] = digest_of(backend, &view)?;
-        Ok(())
-    })
-}
-
-/// Digests what an operation wrote of the operands that a mask asks for.
-pub fn digest_written<B: Backend + ?Sized>(
-    backend: &mut B,
-    operands: &[Operand],
-    mask: u32,
-    to: &mut Sums,
-) -> Result<(), DeviceError> {
-    let written = |place: &usize| operands[*place].access.writes();
-    asked(operands, mask).filter(|(place, _)| written(place)).try_for_each(|(place, view)| {
-        to.digest_written[place] = digest_of(backend, &view)?;
-        Ok(())
-    })
-}
-
-/// The digest of a contiguous view.
-pub fn digest_of<B: Backend + ?Sized>(backend: &mut B, view: &View) -> Result<u64, DeviceError> {
-    backend.digest(view.buffer, view.byte_offset, view.dtype.bytes(view.elements()))
+    for (place, view) in asked(operands, mask).filter(|(place, _)| does(operands[*place].access)) {
+        let bytes = view.dtype.bytes(view.elements());
+        to[place] = backend.digest(view.buffer, view.byte_offset, bytes)?;
+    }
+    Ok(())
 }
 
 /// The sum of a view by way of the host. Views without runs have the sum 0.

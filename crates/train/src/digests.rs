@@ -22,6 +22,12 @@ pub(crate) struct Part {
     pub bytes: usize,
 }
 
+impl Part {
+    fn place(&self) -> (BufferId, usize) {
+        (self.buffer, self.byte_offset)
+    }
+}
+
 /// Buffers of the state with a value for each trainable parameter: masters and two moments. They
 /// come first.
 pub(crate) const TRAINABLE_BUFFERS: usize = 3;
@@ -80,7 +86,7 @@ impl StateParts {
         let whole = |&(buffer, bytes): &(BufferId, usize)| Part { buffer, byte_offset: 0, bytes };
         let state: Vec<Part> =
             updated.iter().flat_map(trainable).chain(frozen.iter().map(whole)).collect();
-        let is_digested = |part: &Part| digested.contains(&(part.buffer, part.byte_offset));
+        let is_digested = |part: &Part| digested.contains(&part.place());
         StateParts {
             digested: state.iter().map(is_digested).collect(),
             state,
@@ -119,13 +125,13 @@ impl StateParts {
         told: &Told,
     ) -> Result<StateDigest, DeviceError> {
         for (part, last) in self.state.iter().zip(&self.last) {
-            let read = told.read.get(&(part.buffer, part.byte_offset));
+            let read = told.read.get(&part.place());
             if read.is_some_and(|read| read != last) {
                 return Err(changed("the state", "a step was applied"));
             }
         }
         let mut digests = |parts: &[Part]| {
-            let of = |part: &Part| match told.written.get(&(part.buffer, part.byte_offset)) {
+            let of = |part: &Part| match told.written.get(&part.place()) {
                 Some(written) => Ok(*written),
                 None => digest_of(backend, part),
             };

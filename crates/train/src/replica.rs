@@ -179,23 +179,25 @@ impl<'a> TrainingReplica<'a> {
         let mut weights = HostWeights::zeros(&self.model);
         let mut position = self.layout.area(Area::Join);
         let state = loaded(&mut self.state);
-        let [masters, frozen] = [state.masters(), state.frozen()];
         for &Part { buffer, byte_offset, bytes } in state.state_parts() {
-            let values = match Some(buffer) {
-                of if of == masters => Some(&mut weights.trainable),
-                of if of == frozen => Some(&mut weights.frozen),
-                _ => None,
+            let values = if buffer == state.masters() {
+                Some(&mut weights.trainable)
+            } else if Some(buffer) == state.frozen() {
+                Some(&mut weights.frozen)
+            } else {
+                None
             };
+            let exchange = &self.run.exchange;
             match values {
                 Some(values) => {
                     let place = bytemuck::cast_slice_mut(values);
                     let place = &mut place[byte_offset..][..bytes];
-                    self.run.exchange.read(position, place).map_err(TrainError::Exchange)?;
+                    exchange.read(position, place).map_err(TrainError::Exchange)?;
                 }
                 None => {
-                    let (exchange, piece) = (&self.run.exchange, &mut self.piece);
-                    let to = (buffer, byte_offset, bytes);
-                    upload(&mut self.backend, to, exchange, position, piece)?;
+                    published((exchange, position, bytes), &mut self.piece, &mut |at, piece| {
+                        Ok(self.backend.upload(buffer, byte_offset + at, piece)?)
+                    })?;
                 }
             }
             position += bytes as u64;
@@ -288,12 +290,10 @@ impl<'a> TrainingReplica<'a> {
         let mut read = vec![held.map_or(0, |held| held.digest); nodes.len()];
         let mut show = |index: usize, take: &mut TakePiece<'_>| {
             let (mut digest, slot) = (Blocks::default(), self.layout.slot(nodes[index].first));
-            for at in (0..bytes).step_by(PIECE) {
-                let piece = &mut self.piece[..PIECE.min(bytes - at)];
-                self.run.exchange.read(slot + at as u64, piece).map_err(TrainError::Exchange)?;
+            published((&self.run.exchange, slot, bytes), &mut self.piece, &mut |at, piece| {
                 digest.push(piece);
-                take(at, piece)?;
-            }
+                take(at, piece)
+            })?;
             read[index] = digest.finish();
             Ok(())
         };
@@ -473,18 +473,16 @@ impl Distance {
     }
 }
 
-/// Fills a part of a buffer from the exchange.
-fn upload(
-    backend: &mut dyn Backend,
-    (buffer, from, bytes): (BufferId, usize, usize),
-    exchange: &Exchange,
-    position: u64,
+/// Shows what stands in the exchange from a position on piece by piece, each with its place.
+fn published(
+    (exchange, position, bytes): (&Exchange, u64, usize),
     piece: &mut [u8],
+    take: &mut TakePiece<'_>,
 ) -> Result<(), TrainError> {
     for at in (0..bytes).step_by(PIECE) {
         let piece = &mut piece[..PIECE.min(bytes - at)];
         exchange.read(position + at as u64, piece).map_err(TrainError::Exchange)?;
-        backend.upload(buffer, from + at, piece)?;
+        take(at, piece)?;
     }
     Ok(())
 }

@@ -367,8 +367,8 @@ impl TrainingState {
     }
 
     /// The buffer of the f32 weights.
-    pub(crate) fn masters(&self) -> Option<BufferId> {
-        Some(self.optimizer.masters())
+    pub(crate) fn masters(&self) -> BufferId {
+        self.optimizer.masters()
     }
 
     /// The buffer of what is not trained, if there is any.

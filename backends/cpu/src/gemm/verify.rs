@@ -174,44 +174,41 @@ fn sum_down<S: Simd, const DOT: bool>(
 ) -> (f32, u32) {
     let units = if DOT { to.len() / 2 } else { to.len() };
     let (even, odd) = to.split_at_mut(units);
-    let (mut squares, mut words) = ([simd.zero(); STRIP], [simd.zero(); STRIP]);
+    // Squares and words go on from strip to strip, sums begin anew.
+    let mut columns = [Column::new(simd.zero()); STRIP];
     let mut unit = 0;
     while unit + STRIP * S::LANES <= units {
-        let mut columns = [Column::new(simd.zero()); STRIP];
-        for (index, column) in columns.iter_mut().enumerate() {
-            (column.squares, column.words) = (squares[index], words[index]);
-        }
         sum_strip::<S, DOT, STRIP>(simd, (left, rows), unit, &mut columns);
-        for (index, column) in columns.into_iter().enumerate() {
-            simd.store(column.sums[0], &mut even[unit..]);
+        for column in &mut columns {
+            let sums = std::mem::replace(&mut column.sums, [simd.zero(); 2]);
+            simd.store(sums[0], &mut even[unit..]);
             if DOT {
-                simd.store(column.sums[1], &mut odd[unit..]);
+                simd.store(sums[1], &mut odd[unit..]);
             }
-            (squares[index], words[index]) = (column.squares, column.words);
             unit += S::LANES;
         }
     }
     let first = simd.splat(f32::from_bits(PAIRED_ONES[0]));
     let second = simd.splat(f32::from_bits(PAIRED_ONES[1]));
     while unit < units {
-        let mut column = Column::new(simd.zero());
+        let column = &mut columns[0];
         for row in 0..rows {
             let start = left.start + row * left.row_bytes + 4 * unit;
             let bytes = &left.bytes[start..][..4 * (units - unit).min(S::LANES)];
             column.add::<S, DOT>(simd, load_units(simd, bytes, 0), [first, second]);
         }
         let end = units.min(unit + S::LANES);
-        simd.store(column.sums[0], &mut even[unit..end]);
+        let sums = std::mem::replace(&mut column.sums, [simd.zero(); 2]);
+        simd.store(sums[0], &mut even[unit..end]);
         if DOT {
-            simd.store(column.sums[1], &mut odd[unit..end]);
+            simd.store(sums[1], &mut odd[unit..end]);
         }
-        squares[0] = simd.add(squares[0], column.squares);
-        words[0] = simd.add_words(words[0], column.words);
         unit += S::LANES;
     }
-    let [a, b, c, d] = words;
-    let words = simd.add_words(simd.add_words(a, b), simd.add_words(c, d));
-    (simd.reduce_sum(all::<S>(simd, squares)), simd.reduce_words(words))
+    let [a, b, c, d] = columns;
+    let squares = all::<S>(simd, [a.squares, b.squares, c.squares, d.squares]);
+    let words = simd.add_words(simd.add_words(a.words, b.words), simd.add_words(c.words, d.words));
+    (simd.reduce_sum(squares), simd.reduce_words(words))
 }
 
 /// The sum of each row of a left operand whose rows are the chain's elements (the transposed one),

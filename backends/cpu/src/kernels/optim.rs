@@ -135,9 +135,12 @@ impl StateDigests {
     }
 }
 
+/// The place of what is computed with among the digests.
+const COMPUTE: usize = 6;
+
 /// Bytes of an element that is digested.
 fn bytes_of<C>(of: usize) -> usize {
-    if of == 6 { size_of::<C>() } else { size_of::<f32>() }
+    if of == COMPUTE { size_of::<C>() } else { size_of::<f32>() }
 }
 
 impl<C: Element> Adam<'_, C> {

@@ -36,20 +36,8 @@ impl TrainingState {
         held: Option<usize>,
         read: &mut ReadPieces<'_>,
     ) -> Result<(), TrainError> {
-        let mut stack: Vec<u32> = Vec::new();
-        let others = match held {
-            None => 0..counts.len(),
-            Some(0) => {
-                stack.push(counts[0]);
-                1..counts.len()
-            }
-            Some(_) => {
-                stack.push(counts[1]);
-                0..1
-            }
-        };
-        let rest = if held == Some(1) { 2..counts.len() } else { 0..0 };
-        for index in others.chain(rest) {
+        let mut stack: Vec<u32> = held.map(|held| counts[held]).into_iter().collect();
+        for index in (0..counts.len()).filter(|index| held != Some(*index)) {
             let count = counts[index];
             match stack.last_mut() {
                 // What would be added to the one below it at once need not be stored before.
@@ -81,11 +69,8 @@ impl TrainingState {
         index: usize,
         read: &mut ReadPieces<'_>,
     ) -> Result<(), TrainError> {
-        let (buffer, mut words) = (self.gradient_buffer(place), 0_u32);
-        read(index, &mut |at, piece| {
-            words = words.wrapping_add(of_row(piece));
-            Ok(backend.upload(buffer, at, piece)?)
-        })?;
+        let buffer = self.gradient_buffer(place);
+        let words = summed(index, read, |at, piece| backend.upload(buffer, at, piece))?;
         if let Some(sums) = &mut self.sums {
             sums[place] = words;
         }
@@ -109,11 +94,7 @@ impl TrainingState {
             bytes: 0,
             sums: [0; 3],
         };
-        let mut words = 0_u32;
-        read(index, &mut |at, piece| {
-            words = words.wrapping_add(of_row(piece));
-            Ok(adding.stage(backend, at, piece)?)
-        })?;
+        let words = summed(index, read, |at, piece| adding.stage(backend, at, piece))?;
         adding.add(backend)?;
         if let Some(sums) = &mut self.sums {
             let [before, read, after] = adding.sums;
@@ -124,6 +105,20 @@ impl TrainingState {
         }
         Ok(())
     }
+}
+
+/// Hands on the pieces of a subtree; gives their word sum.
+fn summed(
+    index: usize,
+    read: &mut ReadPieces<'_>,
+    mut take: impl FnMut(usize, &[u8]) -> Result<(), DeviceError>,
+) -> Result<u32, TrainError> {
+    let mut words = 0_u32;
+    read(index, &mut |at, piece| {
+        words = words.wrapping_add(of_row(piece));
+        Ok(take(at, piece)?)
+    })?;
+    Ok(words)
 }
 
 /// A gradient that is added to a buffer while it is read.
