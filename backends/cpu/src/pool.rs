@@ -36,6 +36,24 @@ struct Shared {
     stop: AtomicBool,
 }
 
+/// Tasks of one kind, to be run beside those of others.
+pub struct Tasks<'a> {
+    count: usize,
+    task: Box<dyn Fn(usize) + Sync + 'a>,
+}
+
+impl<'a> Tasks<'a> {
+    /// `task(0)`, ..., `task(count - 1)`.
+    pub fn new(count: usize, task: impl Fn(usize) + Sync + 'a) -> Tasks<'a> {
+        Tasks { count, task: Box::new(task) }
+    }
+
+    /// Nothing to do.
+    pub fn none() -> Tasks<'a> {
+        Tasks::new(0, |_| {})
+    }
+}
+
 /// A fixed set of worker threads plus the calling thread.
 pub struct Pool {
     shared: Arc<Shared>,
@@ -126,6 +144,19 @@ impl Pool {
         }
     }
 
+    /// Runs all tasks of several kinds, the first kind's first, as one [`Pool::run`].
+    pub fn run_all(&self, kinds: &[Tasks<'_>]) {
+        self.run(kinds.iter().map(|kind| kind.count).sum(), |index| {
+            let mut index = index;
+            for kind in kinds {
+                if index < kind.count {
+                    return (kind.task)(index);
+                }
+                index -= kind.count;
+            }
+        });
+    }
+
     /// Wakes the workers that sleep. The job was published before, in the same total order as the
     /// flags, so a worker either sees the job after setting its flag or is seen here.
     fn wake(&self) {
@@ -209,6 +240,22 @@ mod tests {
             assert_eq!(values[round % 1000], round as u32);
         }
         assert!(values.iter().all(|&value| value == 1999));
+    }
+
+    #[test]
+    fn tasks_of_several_kinds_run_once_each() {
+        let pool = Pool::new(2);
+        let counts: Vec<_> = (0..10).map(|_| AtomicUsize::new(0)).collect();
+        let kind = |first: usize, count: usize| {
+            let counts = &counts;
+            Tasks::new(count, move |task| {
+                assert!(task < count, "task {task} of {count}");
+                counts[first + task].fetch_add(1, Ordering::Relaxed);
+            })
+        };
+        pool.run_all(&[kind(0, 3), Tasks::none(), kind(3, 1), kind(4, 6)]);
+        assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        pool.run_all(&[]);
     }
 
     #[test]

@@ -7,7 +7,53 @@ use bytemuck::Pod;
 use pontoon_ops::digest::Digest;
 use pontoon_ops::sums::of_row;
 
+use crate::simd::micro::load_units;
 use crate::simd::{Kernel, Simd};
+
+/// Chains in which words are summed side by side.
+const CHAINS: usize = 4;
+
+/// A word sum that stays in registers from row to row.
+#[derive(Clone, Copy)]
+pub(crate) struct WordSum<V> {
+    chains: [V; CHAINS],
+    /// Of words that fill no vector.
+    rest: u32,
+}
+
+impl<V: Copy> WordSum<V> {
+    /// Of nothing.
+    #[inline(always)]
+    pub(crate) fn new<S: Simd<F32 = V>>(simd: S) -> Self {
+        WordSum { chains: [simd.zero(); CHAINS], rest: 0 }
+    }
+
+    /// Adds a row.
+    #[inline(always)]
+    pub(crate) fn add<S: Simd<F32 = V>>(&mut self, simd: S, row: &[u8]) {
+        let strips = row.chunks_exact(4 * S::LANES * CHAINS);
+        let vectors = strips.remainder().chunks_exact(4 * S::LANES);
+        for (index, chain) in self.chains.iter_mut().enumerate() {
+            if let Some(vector) = vectors.clone().nth(index) {
+                *chain = simd.add_words(*chain, load_units(simd, vector, 0));
+            }
+        }
+        self.rest = self.rest.wrapping_add(of_row(vectors.remainder()));
+        for strip in strips {
+            for (index, chain) in self.chains.iter_mut().enumerate() {
+                *chain = simd.add_words(*chain, load_units(simd, strip, index * S::LANES));
+            }
+        }
+    }
+
+    /// The sum.
+    #[inline(always)]
+    pub(crate) fn finish<S: Simd<F32 = V>>(self, simd: S) -> u32 {
+        let [a, b, c, d] = self.chains;
+        let all = simd.add_words(simd.add_words(a, b), simd.add_words(c, d));
+        simd.reduce_words(all).wrapping_add(self.rest)
+    }
+}
 
 /// Rows of `width` elements, each `stride` after the last, with the chosen instruction set. A row
 /// may be a piece of one that only at the row's end breaks a word off.
@@ -29,13 +75,13 @@ impl<'a, T> RowWords<'a, T> {
 impl<T: Pod> Kernel for RowWords<'_, T> {
     type Output = u32;
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> u32 {
-        let mut sum = 0_u32;
+    fn run<S: Simd>(self, simd: S) -> u32 {
+        let mut sum = WordSum::new(simd);
         for row in 0..self.rows {
             let row = &self.data[row * self.stride..][..self.width];
-            sum = sum.wrapping_add(of_row(bytemuck::cast_slice(row)));
+            sum.add(simd, bytemuck::cast_slice(row));
         }
-        sum
+        sum.finish(simd)
     }
 }
 

@@ -28,23 +28,23 @@ DEV u64 word_at(u64 at, i64 bytes) {
   for (int b = 0; b < 8 && b < bytes; b++) word |= (u64) * (const u8*)(at + b) << (8 * b);
   return word;
 }
-// Four blocks of memory to a block of 32 threads, eight lanes each.
+// A block of memory to a warp, a lane to a thread.
 extern "C" __global__ void digests(u64 address, i64 bytes, i64 block, u64* to) {
-  i64 index = (i64)blockIdx.x * 4 + threadIdx.x / 8;
-  int lane = threadIdx.x & 7;
+  i64 index = blockIdx.x;
+  int lane = threadIdx.x;
   i64 first = index * block, size = bytes - first < block ? bytes - first : block;
   u64 state = FACTOR * (2 * lane + 1);
   u64 at = address + first;
 #pragma unroll 8
-  for (i64 word = lane; word * 8 < size; word += 8) {
+  for (i64 word = lane; word * 8 < size; word += 32) {
     state = (state ^ word_at(at + 8 * word, size - 8 * word)) * FACTOR;
     state = state << 29 | state >> 35;
   }
   u64 hash = (u64)size;
-  for (int l = 0; l < 8; l++) {
-    u64 other = __shfl_sync(~0u, state, (threadIdx.x & 24) + l);
+  for (int l = 0; l < 32; l++) {
+    u64 other = __shfl_sync(~0u, state, l);
     u64 mixed = (hash ^ other) * FACTOR;
     hash = mixed ^ mixed >> 32;
   }
-  if (lane == 0 && first < bytes) to[index] = hash;
+  if (lane == 0) to[index] = hash;
 }

@@ -16,8 +16,8 @@ const VIEWS_MAX: usize = 16;
 const SUM_BLOCKS_MAX: usize = 512;
 /// Bytes that one block should have to itself at least.
 const SUM_BLOCK_BYTES: usize = 16 << 10;
-/// Blocks of memory that a block of threads digests.
-const DIGESTS_PER_BLOCK: usize = 4;
+/// Threads that digest a block of memory: a lane of the digest each.
+const DIGEST_THREADS: usize = 32;
 
 /// Room for so many sums, zeroed.
 pub fn room_for_sums(core: &mut Core, count: usize) -> Result<usize, DeviceError> {
@@ -62,7 +62,7 @@ pub fn digest_of(core: &mut Core, at: usize, bytes: usize) -> Result<u64, Device
     let to = core.scratch.take(&core.session, 8 * count)?;
     let args = Args::new().at(at).int(bytes).int(digest::BLOCK).at(to);
     let unit = Unit::new(Source::Sums, DType::F32);
-    core.run(&unit, c"digests", blocks(count.div_ceil(DIGESTS_PER_BLOCK), 32), args)?;
+    core.run(&unit, c"digests", blocks(count, DIGEST_THREADS), args)?;
     let mut found = vec![0; 8 * count];
     core.session.down(to, &mut found, WAIT_MAX)?;
     let words = found.as_chunks::<8>().0.iter();

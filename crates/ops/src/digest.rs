@@ -5,7 +5,12 @@
 
 /// Odd, so that multiplying by it loses nothing.
 const FACTOR: u64 = 0x9E37_79B9_7F4A_7C15;
-const LANES: usize = 8;
+/// Chains side by side: as many as hide one another's multiplications in wide registers.
+const LANES: usize = 32;
+/// Bytes that the lanes take at a time.
+const STRIPE: usize = 8 * LANES;
+/// Lanes of one register, for the compiler.
+const GROUP: usize = 8;
 
 /// Bytes that are digested as one; a buffer's digest is that of its blocks' digests, so that a
 /// device may compute them side by side.
@@ -33,7 +38,7 @@ impl Blocks {
 pub fn of_digests(digests: &[u64]) -> u64 {
     let mut digest = Digest::default();
     for group in digests.chunks(LANES) {
-        let mut bytes = [0; 8 * LANES];
+        let mut bytes = [0; STRIPE];
         for (place, one) in bytes.chunks_exact_mut(8).zip(group) {
             place.copy_from_slice(&one.to_le_bytes());
         }
@@ -64,25 +69,30 @@ impl Digest {
         digest.finish()
     }
 
-    /// Adds a piece. All pieces but the last should be multiples of 64 bytes, or the digest
+    /// Adds a piece. All pieces but the last should be multiples of 256 bytes, or the digest
     /// depends on how the bytes were cut. Inlined, so that a device's code can have it compiled for
     /// its own instructions.
     #[inline(always)]
     pub fn update(&mut self, bytes: &[u8]) {
         self.bytes += bytes.len() as u64;
-        let mut blocks = bytes.chunks_exact(8 * LANES);
-        for block in &mut blocks {
-            for (lane, word) in self.lanes.iter_mut().zip(block.chunks_exact(8)) {
-                let word = u64::from_le_bytes(word.try_into().expect("chunks of eight"));
-                *lane = (*lane ^ word).wrapping_mul(FACTOR).rotate_left(29);
+        let mut stripes = bytes.chunks_exact(STRIPE);
+        // A copy, which can stay in registers.
+        let mut lanes = self.lanes;
+        for stripe in &mut stripes {
+            let groups = lanes.chunks_exact_mut(GROUP).zip(stripe.chunks_exact(8 * GROUP));
+            for (lanes, words) in groups {
+                for (lane, word) in lanes.iter_mut().zip(words.chunks_exact(8)) {
+                    let word = u64::from_le_bytes(word.try_into().expect("chunks of eight"));
+                    *lane = next(*lane, word);
+                }
             }
         }
-        for (index, rest) in blocks.remainder().chunks(8).enumerate() {
+        for (lane, rest) in lanes.iter_mut().zip(stripes.remainder().chunks(8)) {
             let mut word = [0; 8];
             word[..rest.len()].copy_from_slice(rest);
-            let lane = &mut self.lanes[index];
-            *lane = (*lane ^ u64::from_le_bytes(word)).wrapping_mul(FACTOR).rotate_left(29);
+            *lane = next(*lane, u64::from_le_bytes(word));
         }
+        self.lanes = lanes;
     }
 
     /// The digest of all pieces so far.
@@ -95,20 +105,26 @@ impl Digest {
     }
 }
 
+/// A lane after one more word.
+#[inline(always)]
+fn next(lane: u64, word: u64) -> u64 {
+    (lane ^ word).wrapping_mul(FACTOR).rotate_left(29)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_single_flipped_bit_changes_it() {
-        let bytes: Vec<u8> = (0..203_u32).map(|i| (i * 37) as u8).collect();
+        let bytes: Vec<u8> = (0..603_u32).map(|i| (i * 37) as u8).collect();
         let whole = Digest::of(&bytes);
         for bit in 0..8 * bytes.len() {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert_ne!(Digest::of(&flipped), whole, "bit {bit}");
         }
-        assert_ne!(Digest::of(&bytes[..202]), whole);
+        assert_ne!(Digest::of(&bytes[..602]), whole);
     }
 
     #[test]
@@ -126,9 +142,9 @@ mod tests {
 
     #[test]
     fn pieces_give_the_digest_of_the_whole() {
-        let bytes: Vec<u8> = (0..300_u32).map(|i| (i * 41) as u8).collect();
+        let bytes: Vec<u8> = (0..1100_u32).map(|i| (i * 41) as u8).collect();
         let mut digest = Digest::default();
-        for piece in [&bytes[..64], &bytes[64..256], &bytes[256..]] {
+        for piece in [&bytes[..256], &bytes[256..1024], &bytes[1024..]] {
             digest.update(piece);
         }
         assert_eq!(digest.finish(), Digest::of(&bytes));

@@ -12,6 +12,7 @@
 //! for checks, and `simd/micro.rs` for the inner loop. Shapes are checked by the caller: a wrong
 //! one here is a bug and panics.
 
+mod expect;
 mod gemv;
 mod grouped;
 pub(crate) mod pack;

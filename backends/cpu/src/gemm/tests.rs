@@ -549,7 +549,8 @@ fn odd_but_honest_products_are_not_accused() {
 
 /// Rows of like tokens have like errors of rounding, which add up instead of cancelling.
 fn suspects_among_like_rows<T: Wrap>(seed: u64, isa: Isa) -> usize {
-    let (mut random, shape) = (Random(seed), (1024, 256, 512));
+    // No power of two, or A's sums would have the very errors of its rows.
+    let (mut random, shape) = (Random(seed), (1000, 256, 512));
     let mut case = Case::<T, f32>::random(&mut random, Layout::Nt, shape);
     let positive = |value: T| T::from_f32(value.to_f32().abs() + 0.1);
     case.b.iter_mut().for_each(|value| *value = positive(*value));

@@ -6,16 +6,16 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pontoon_ops::sums::of_row;
-
+use super::expect::{self, Expecting, Promise, Weights};
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
-use super::verify::{self, Flip, SumDown, Watch, Work};
+use super::verify::{self, Flip, LeftRows, SumDown, Watch};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
-use crate::pool::Pool;
+use crate::pool::{Pool, Tasks};
 use crate::scratch::Scratch;
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
+use crate::words::WordSum;
 
 /// Rows of a task's tile: a multiple of every set's register tile, small enough to share out
 /// evenly.
@@ -143,34 +143,51 @@ pub(super) fn run<T: Unit>(
     let blocks = Blocks::new(product, geometry);
     let (threads, n) = (pool.threads(), product.n);
     let bias_words = if product.bias.is_some() { n } else { 0 };
-    let [columns, left, squares, expected, weights] =
-        if watch.is_some() { verify::work_words(product) } else { [0; 5] };
-    let [right, left, sums, bias, w0, w1, w2, w3, w4] = scratch.words([
-        blocks.right_words,
-        blocks.left_words,
-        blocks.sums_words * threads,
-        bias_words,
-        columns,
-        left,
-        squares,
-        expected,
-        weights,
-    ]);
-    let mut work = Work::new([w0, w1, w2, w3, w4]);
-    if let (Some(watch), Layout::Tn) = (&watch, product.layout) {
-        verify::sum_left_rows((pool, isa), product, &mut work, watch);
-    }
+    let check_words =
+        if watch.is_some() { verify::work_words(product) } else { Default::default() };
+    let [right, left, sums, bias, columns_seen, left_sums, expected, weights] = {
+        let [columns, left, expected, weights] = check_words;
+        scratch.words([
+            blocks.right_words,
+            blocks.left_words,
+            blocks.sums_words * threads,
+            bias_words,
+            columns,
+            left,
+            expected,
+            weights,
+        ])
+    };
+    let columns_seen: &mut [f32] = bytemuck::cast_slice_mut(columns_seen);
+    let expected: &mut [f32] = bytemuck::cast_slice_mut(expected);
+    let check = watch.as_deref().map(|watch| {
+        let sums = bytemuck::cast_slice_mut(left_sums);
+        (watch, Check::new(product, sums, weights))
+    });
+    let mut left_rows =
+        (check.is_some() && product.layout == Layout::Tn).then(|| LeftRows::new(product.k));
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
     super::fill_bias(product.bias, bias);
     let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
     for column in (0..n).step_by(blocks.columns) {
         let columns = blocks.columns.min(n - column);
-        let telling = watch.as_deref();
-        let right = pack_right((pool, isa), product, (column, columns), right, telling);
+        let telling = check.as_ref().map(|(watch, _)| *watch);
         for row in (0..product.m).step_by(blocks.rows) {
             let rows = blocks.rows.min(product.m - row);
-            let telling = telling.filter(|_| column == 0);
-            let left = pack_left((pool, isa), product, &blocks, (row, rows), left, telling);
+            let telling_left = telling.filter(|_| column == 0);
+            let mut kinds = [const { None }; 3];
+            if row == 0 {
+                kinds[0] =
+                    Some(pack_right((threads, isa), product, (column, columns), right, telling));
+            }
+            kinds[1] = Some(pack_left(isa, product, &blocks, (row, rows), left, telling_left));
+            if let (Some(rows), Some(watch)) = (left_rows.as_mut(), telling) {
+                kinds[2] = Some(rows.tasks(isa, product, watch));
+            }
+            pool.run_all(&kinds.into_iter().flatten().collect::<Vec<_>>());
+            if let (Some(rows), Some((_, check))) = (left_rows.take(), &check) {
+                rows.weigh(product, &check.weights);
+            }
             let grid = Grid {
                 rows,
                 columns,
@@ -178,8 +195,9 @@ pub(super) fn run<T: Unit>(
                 tile_rows: TILE_ROWS,
                 tile_columns: TILE_COLUMNS,
             };
+            let right = right_panels(product, column, right);
             let region = Region {
-                left,
+                left: left_units(product, &blocks, row, left),
                 right,
                 in_place: blocks.left == LeftForm::InPlace,
                 units: product.units,
@@ -187,40 +205,47 @@ pub(super) fn run<T: Unit>(
                 dot: product.dot,
                 bias: if bias.is_empty() { None } else { Some(&bias[column..][..columns]) },
                 store: product.store,
-                watch: watch.as_deref().map(|watch| (watch, (row, column))),
+                watch: check.as_ref().map(|(watch, _)| (*watch, (row, column))),
             };
-            let seen = Seen::new(product, (row, column), (rows, columns), &mut work, &watch);
+            let seen = check.as_ref().map(|(_, check)| {
+                let (sums, squares) = expected.split_at_mut(n);
+                let expected = [sums, squares].map(|all| &mut all[column..][..columns]);
+                let is_last = row + rows == product.m;
+                Seen {
+                    columns: columns_of_tiles(n, (row, column), (rows, columns), columns_seen),
+                    check,
+                    first_row: row / TILE_ROWS,
+                    sums_left: column == 0 && product.layout != Layout::Tn,
+                    expecting: is_last
+                        .then(|| Expecting::new(isa, &check.weights, right, expected)),
+                }
+            });
             let to = c.data.from(row * c.row_stride + column);
             compute((pool, isa), &region, (to, grid), sums, seen);
         }
-        if watch.is_some() {
-            verify::expect((pool, isa), product, right, (column, columns), &mut work);
-        }
     }
-    if let Some(watch) = &mut watch {
-        verify::compare(product, &mut work, watch);
+    let weights = check.map(|(_, check)| check.weights);
+    if let (Some(weights), Some(watch)) = (weights, &mut watch) {
+        verify::compare(product, columns_seen, expected, &weights, watch);
     }
 }
 
 /// Packs columns `first..first + count` of B into panels, where they are not kept in panels.
-fn pack_right<'r, T: Unit>(
-    (pool, isa): (&Pool, Isa),
-    product: &'r Product<'_, T>,
+fn pack_right<'t, T: Unit>(
+    (threads, isa): (usize, Isa),
+    product: &'t Product<'_, T>,
     (first, count): (usize, usize),
-    to: &'r mut [u32],
-    watch: Option<&Watch>,
-) -> &'r [u32] {
+    to: &'t mut [u32],
+    watch: Option<&'t Watch>,
+) -> Tasks<'t> {
     let width = isa.geometry().micro_columns;
     let panel_words = product.units * width;
-    if product.layout == Layout::Panels {
-        return &bytemuck::cast_slice(product.b)[first * product.units..];
+    if product.layout == Layout::Panels || panel_words == 0 {
+        return Tasks::none();
     }
-    if panel_words == 0 {
-        return to;
-    }
-    let per_task = PANELS_PER_TASK.min(count.div_ceil(width).div_ceil(pool.threads()));
+    let per_task = PANELS_PER_TASK.min(count.div_ceil(width).div_ceil(threads));
     let parts = Parts::new(&mut to[..count.div_ceil(width) * panel_words], per_task * panel_words);
-    pool.run(parts.count(), |task| {
+    Tasks::new(parts.count(), move |task| {
         let to = parts.take(task);
         let offset = task * per_task * width;
         let from = Source {
@@ -241,23 +266,34 @@ fn pack_right<'r, T: Unit>(
             let words = if along { from.words_along(product.k) } else { from.words_across() };
             watch.operand(isa, 1, words);
         }
-    });
-    to
+    })
+}
+
+/// The panels of B from column `first` on: those that were packed or those it is kept in.
+fn right_panels<'r, T: Unit>(
+    product: &'r Product<'_, T>,
+    first: usize,
+    packed: &'r [u32],
+) -> &'r [u32] {
+    match product.layout {
+        Layout::Panels => &bytemuck::cast_slice(product.b)[first * product.units..],
+        _ => packed,
+    }
 }
 
 /// Brings rows `first..first + count` of A (columns, in TN) into units; what is converted is told.
-fn pack_left<'a, T: Unit>(
-    (pool, isa): (&Pool, Isa),
-    product: &Product<'a, T>,
+fn pack_left<'t, T: Unit>(
+    isa: Isa,
+    product: &'t Product<'_, T>,
     blocks: &Blocks,
     (first, count): (usize, usize),
-    to: &'a mut [u32],
-    watch: Option<&Watch>,
-) -> Left<'a> {
-    let (units, stride) = (product.units, product.a_stride);
-    let source = |offset: usize, most: usize| Source {
+    to: &'t mut [u32],
+    watch: Option<&'t Watch>,
+) -> Tasks<'t> {
+    let (units, panel_words) = (product.units, blocks.panel_words);
+    let source = move |offset: usize, most: usize| Source {
         data: product.a,
-        stride,
+        stride: product.a_stride,
         first: first + offset,
         count: most.min(count - offset),
         k: product.k,
@@ -265,35 +301,48 @@ fn pack_left<'a, T: Unit>(
         dot: product.dot,
     };
     match blocks.left {
-        LeftForm::InPlace => {
-            let bytes = bytemuck::cast_slice(&product.a[(first * stride).min(product.a.len())..]);
-            Left::Rows { bytes, row_bytes: stride * size_of::<T>() }
-        }
-        _ if units == 0 => Left::Rows { bytes: &[], row_bytes: 0 },
+        _ if units == 0 => Tasks::none(),
+        LeftForm::InPlace => Tasks::none(),
         LeftForm::Converted => {
             let parts = Parts::new(&mut to[..count * units], TILE_ROWS * units);
-            pool.run(parts.count(), |task| {
+            Tasks::new(parts.count(), move |task| {
                 let from = source(task * TILE_ROWS, TILE_ROWS);
                 dispatch(isa, PackRows { from, row_words: units, to: parts.take(task) });
                 if let Some(watch) = watch {
                     watch.operand(isa, 0, from.words_along(product.k));
                 }
-            });
-            Left::Rows { bytes: bytemuck::cast_slice(to), row_bytes: units * 4 }
+            })
         }
         LeftForm::Packed => {
             let width = isa.geometry().micro_rows;
-            let panel_words = blocks.panel_words;
-            let panels = count.div_ceil(width);
             let per_task = LEFT_COLUMNS_PER_TASK / width;
-            let parts = Parts::new(&mut to[..panels * panel_words], per_task * panel_words);
-            pool.run(parts.count(), |task| {
+            let words = count.div_ceil(width) * panel_words;
+            let parts = Parts::new(&mut to[..words], per_task * panel_words);
+            Tasks::new(parts.count(), move |task| {
                 let from = source(task * LEFT_COLUMNS_PER_TASK, LEFT_COLUMNS_PER_TASK);
                 let to = parts.take(task);
                 dispatch(isa, PackColumns { from, width, panel_words, to });
-            });
-            Left::Panels { bytes: bytemuck::cast_slice(to), panel_bytes: panel_words * 4 }
+            })
         }
+    }
+}
+
+/// Rows of A from `first` on in units: the caller's memory, or what was packed of them.
+fn left_units<'a, T: Unit>(
+    product: &Product<'a, T>,
+    blocks: &Blocks,
+    first: usize,
+    packed: &'a [u32],
+) -> Left<'a> {
+    let (a, stride) = (product.a, product.a_stride);
+    let bytes = bytemuck::cast_slice(packed);
+    match blocks.left {
+        LeftForm::InPlace => {
+            let bytes = bytemuck::cast_slice(&a[(first * stride).min(a.len())..]);
+            Left::Rows { bytes, row_bytes: stride * size_of::<T>() }
+        }
+        LeftForm::Converted => Left::Rows { bytes, row_bytes: product.units * 4 },
+        LeftForm::Packed => Left::Panels { bytes, panel_bytes: blocks.panel_words * 4 },
     }
 }
 
@@ -312,54 +361,65 @@ struct Region<'a> {
     watch: Option<(&'a Watch, (usize, usize))>,
 }
 
-/// The sums of a region for its check, tile by tile.
-struct Seen<'a> {
-    columns: Tiles<'a, f32>,
-    /// Sums of rows of the left operand and of their squares, by row of tiles.
-    left: Option<(Parts<'a, f32>, Parts<'a, f32>)>,
+/// What a product's check collects of A.
+struct Check<'a> {
+    weights: Weights<'a>,
+    /// Sums of rows of the left operand, by row of tiles.
+    left: Option<Parts<'a, f32>>,
 }
 
-impl<'a> Seen<'a> {
-    fn new<T>(
-        product: &Product<'_, T>,
-        (row, column): (usize, usize),
-        (rows, columns): (usize, usize),
-        work: &'a mut Work<'_>,
-        watch: &Option<&mut Watch>,
-    ) -> Option<Seen<'a>> {
-        watch.as_ref()?;
-        let (first, count) = (row / TILE_ROWS, rows.div_ceil(TILE_ROWS));
-        let grid = Grid {
-            rows: count,
-            columns,
-            row_stride: product.n,
-            tile_rows: 1,
-            tile_columns: TILE_COLUMNS,
-        };
-        let of_columns = Tiles::new(&mut work.columns[first * product.n + column..], grid);
-        let elements = verify::elements(product);
-        let sums_left = column == 0 && product.layout != Layout::Tn && elements > 0;
-        let left = sums_left.then(|| {
-            let sums = &mut work.left[first * elements..][..count * elements];
-            let squares = &mut work.squares[first..][..count];
-            (Parts::new(sums, elements), Parts::new(squares, 1))
-        });
-        Some(Seen { columns: of_columns, left })
+impl<'a> Check<'a> {
+    fn new<T>(product: &Product<'_, T>, left: &'a mut [f32], rows: &'a mut [u32]) -> Check<'a> {
+        let parts = product.m.div_ceil(TILE_ROWS);
+        let left = (!left.is_empty()).then(|| Parts::new(left, expect::elements(product)));
+        Check { weights: Weights::new(product, parts, rows), left }
     }
+}
 
-    fn tile(&self, row: usize, column: usize) -> SeenTile<'a> {
-        let left = self.left.as_ref().filter(|_| column == 0);
+/// The sums of a region for its check, tile by tile.
+struct Seen<'w, 'a> {
+    columns: Tiles<'w, f32>,
+    check: &'w Check<'a>,
+    /// The region's first row of tiles.
+    first_row: usize,
+    /// The region's first tiles sum the left operand's rows.
+    sums_left: bool,
+    /// What is done after all tiles.
+    expecting: Option<Expecting<'w, 'a>>,
+}
+
+/// Where the sums of a region's columns go, by tile; `seen` are those of all of C.
+fn columns_of_tiles(
+    n: usize,
+    (row, column): (usize, usize),
+    (rows, columns): (usize, usize),
+    seen: &mut [f32],
+) -> Tiles<'_, f32> {
+    let grid = Grid {
+        rows: rows.div_ceil(TILE_ROWS),
+        columns,
+        row_stride: n,
+        tile_rows: 1,
+        tile_columns: TILE_COLUMNS,
+    };
+    Tiles::new(&mut seen[row / TILE_ROWS * n + column..], grid)
+}
+
+impl<'w, 'a> Seen<'w, 'a> {
+    fn tile(&self, row: usize, column: usize) -> SeenTile<'w, 'a> {
+        let left = self.check.left.as_ref().filter(|_| self.sums_left && column == 0);
+        let part = self.first_row + row;
         SeenTile {
             columns: self.columns.take(row, column),
-            left: left.map(|(sums, squares)| (sums.take(row), squares.take(row))),
+            left: left.map(|sums| (self.check.weights.promise(part), sums.take(part))),
         }
     }
 }
 
 /// The sums of one tile.
-struct SeenTile<'a> {
-    columns: Tile<'a, f32>,
-    left: Option<(&'a mut [f32], &'a mut [f32])>,
+struct SeenTile<'w, 'a> {
+    columns: Tile<'w, f32>,
+    left: Option<(Promise<'w, 'a>, &'a mut [f32])>,
 }
 
 /// Computes all tiles of a region, whatever its type.
@@ -368,7 +428,7 @@ fn compute(
     region: &Region<'_>,
     (to, grid): (DataMut<'_>, Grid),
     sums: &mut [f32],
-    seen: Option<Seen<'_>>,
+    seen: Option<Seen<'_, '_>>,
 ) {
     match to {
         DataMut::F32(c) => compute_as(pool, isa, region, Tiles::new(c, grid), grid, sums, seen),
@@ -385,19 +445,25 @@ fn compute_as<C: Element>(
     tiles: Tiles<'_, C>,
     grid: Grid,
     sums: &mut [f32],
-    seen: Option<Seen<'_>>,
+    seen: Option<Seen<'_, '_>>,
 ) {
     let tile_rows = grid.rows.div_ceil(TILE_ROWS);
     let count = tile_rows * grid.columns.div_ceil(TILE_COLUMNS);
-    let workers = pool.threads().min(count);
+    let expecting = seen.as_ref().and_then(|seen| seen.expecting.as_ref());
+    let all = count + expecting.map_or(0, Expecting::count);
+    let workers = pool.threads().min(all);
     let sums = Parts::new(sums, sums.len() / pool.threads());
     let next = AtomicUsize::new(0);
     pool.run(workers, |worker| {
         let sums = sums.take(worker);
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= count {
+            if index >= all {
                 break;
+            }
+            if let (Some(expecting), true) = (expecting, index >= count) {
+                expecting.run(isa, index - count);
+                continue;
             }
             // Neighbouring tasks share their columns, so the right panels stay in the cache.
             let (row, column) = (index % tile_rows, index / tile_rows);
@@ -440,38 +506,38 @@ struct TileWords<'t, 'a, C>(&'t mut Tile<'a, C>);
 impl<C: Element> Kernel for TileWords<'_, '_, C> {
     type Output = u32;
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> u32 {
-        let mut sum = 0_u32;
+    fn run<S: Simd>(self, simd: S) -> u32 {
+        let mut sum = WordSum::new(simd);
         for row in 0..self.0.rows() {
-            sum = sum.wrapping_add(of_row(bytemuck::cast_slice(self.0.row(row))));
+            sum.add(simd, bytemuck::cast_slice(self.0.row(row)));
         }
-        sum
+        sum.finish(simd)
     }
 }
 
 impl<C: Element> TileTask<'_, C> {
     /// Computes the tile and the sums of a check. What is summed before and after runs in kernels
     /// of its own: the inner loop is better compiled alone.
-    fn watched(&mut self, isa: Isa, mut seen: SeenTile<'_>) {
+    fn watched(&mut self, isa: Isa, mut seen: SeenTile<'_, '_>) {
         let region = self.region;
         let Some((watch, _)) = region.watch else { return };
         if region.store == Store::Accumulate {
             watch.before.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
         }
-        if let Some((sums, squares)) = &mut seen.left {
+        let columns = seen.columns.row(0);
+        columns.fill(0.0);
+        dispatch(isa, Tiling::<_, true> { task: self, seen: columns });
+        if let Some((promise, sums)) = seen.left.take() {
             let left = region.left.at(self.row, 0, isa.geometry().micro_rows);
             let rows = self.tile.rows();
-            let sum = SumDown { left, rows, dot: region.dot, to: sums };
-            let (of_squares, words) = dispatch(isa, sum);
-            squares[0] = of_squares;
+            let sum = SumDown { left, rows, dot: region.dot, to: &mut *sums };
+            let (squares, words) = dispatch(isa, sum);
+            promise.keep(sums, squares);
             // What was converted was told from where it came.
-            if region.in_place && watch.asked.a {
-                watch.operands[0].fetch_add(words, Ordering::Relaxed);
+            if region.in_place {
+                watch.add_operand(0, || words);
             }
         }
-        let seen = seen.columns.row(0);
-        seen.fill(0.0);
-        dispatch(isa, Tiling::<_, true> { task: self, seen });
         watch.stored.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
     }
 

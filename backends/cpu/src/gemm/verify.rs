@@ -13,11 +13,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::Pod;
 
+use super::expect::{SPLITS_MAX, Weights, elements};
 use super::pack::{Source, row_units};
 use super::tile::TILE_ROWS;
 use super::{DataMut, GemmArgs, Layout, Matrix, MatrixMut, Product, Store, Unit};
 use crate::ffi::{PARTS_MAX, Parts};
-use crate::pool::Pool;
+use crate::pool::{Pool, Tasks};
 use crate::scratch::Scratch;
 use crate::simd::micro::{Column, LeftUnits, PAIRED_ONES, load_units, sum_strip};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
@@ -79,14 +80,17 @@ pub(crate) struct Watch {
 impl Watch {
     /// Adds up words of A (0) or B (1) on their way, if they are asked for.
     pub(super) fn operand<T: Pod>(&self, isa: Isa, place: usize, rows: RowWords<'_, T>) {
+        self.add_operand(place, || dispatch(isa, rows));
+    }
+
+    /// The same for words that somebody summed.
+    pub(super) fn add_operand(&self, place: usize, words: impl FnOnce() -> u32) {
         if [self.asked.a, self.asked.b][place] {
-            self.operands[place].fetch_add(dispatch(isa, rows), Ordering::Relaxed);
+            self.operands[place].fetch_add(words(), Ordering::Relaxed);
         }
     }
 }
 
-/// Rows of the weights' three parts: together they are an f32 to the last bit.
-const SPLITS: usize = 3;
 /// Columns that are computed again at most, the worst ones first: where more are beyond the limit,
 /// either the first of them is wrong or errors of rounding all go one way.
 const SUSPECTS_MAX: usize = 32;
@@ -94,51 +98,17 @@ const SUSPECTS_MAX: usize = 32;
 const STRIP: usize = 4;
 /// Rows of the left operand that one task sums at least.
 const ROWS_PER_TASK: usize = 32;
-/// Panels that one task checks.
-const PANELS_PER_TASK: usize = 4;
 
-/// Working memory of a check, all of it overwritten.
-pub(super) struct Work<'a> {
-    /// Sums of C's columns within each row of tiles, `[row tiles, n]`.
-    pub columns: &'a mut [f32],
-    /// Sums of A's elements over rows within each row of tiles: `[row tiles, elements]`.
-    pub left: &'a mut [f32],
-    /// Sums of A's squares within each row of tiles.
-    pub squares: &'a mut [f32],
-    /// What each column's sum should be, and the squares of B's column: `[2, n]`.
-    pub expected: &'a mut [f32],
-    /// A's sums as rows of units.
-    pub weights: &'a mut [u32],
-    /// The sum of their squares.
-    pub sum_squares: f64,
-}
-
-impl<'a> Work<'a> {
-    /// From slices as long as [`work_words`] says.
-    pub fn new([columns, left, squares, expected, weights]: [&'a mut [u32]; 5]) -> Work<'a> {
-        Work {
-            columns: bytemuck::cast_slice_mut(columns),
-            left: bytemuck::cast_slice_mut(left),
-            squares: bytemuck::cast_slice_mut(squares),
-            expected: bytemuck::cast_slice_mut(expected),
-            weights,
-            sum_squares: 0.0,
-        }
-    }
-}
-
-/// Words of working memory, in the order of [`Work`].
-pub(super) fn work_words<T>(product: &Product<'_, T>) -> [usize; 5] {
+/// Words of working memory: for sums of C's columns within each row of tiles, `[row tiles, n]`; for
+/// sums of A's elements over rows within each row of tiles, `[row tiles, elements]`; for what each
+/// column's sum should be and the squares of B's column, `[2, n]`; and for A's sums as rows of
+/// units.
+pub(super) fn work_words<T>(product: &Product<'_, T>) -> [usize; 4] {
     let tiles = product.m.div_ceil(TILE_ROWS);
     // The transposed operand is summed as a whole.
-    let parts = if product.layout == Layout::Tn { 1 } else { tiles };
-    let elements = elements(product);
-    [tiles * product.n, parts * elements, parts, 2 * product.n, SPLITS * product.units]
-}
-
-/// Elements of the chain, a missing half of a last pair included.
-pub(super) fn elements<T>(product: &Product<'_, T>) -> usize {
-    if product.dot { 2 * product.units } else { product.units }
+    let parts = if product.layout == Layout::Tn { 0 } else { tiles };
+    let left = parts * elements(product);
+    [tiles * product.n, left, 2 * product.n, SPLITS_MAX * product.units]
 }
 
 /// Sums rows of units down the rows: one sum for each element of the chain. Pairs give the sums of
@@ -212,16 +182,16 @@ fn sum_down<S: Simd, const DOT: bool>(
 }
 
 /// The sum of each row of a left operand whose rows are the chain's elements (the transposed one),
-/// and all squares.
+/// and all squares. Where units are the operand's own words, their sum as well.
 struct SumRows<'a, T> {
     from: Source<'a, T>,
     sums: &'a mut [f32],
 }
 
 impl<T: Unit> Kernel for SumRows<'_, T> {
-    type Output = f32;
+    type Output = (f32, Option<u32>);
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> f32 {
+    fn run<S: Simd>(self, simd: S) -> (f32, Option<u32>) {
         if S::BF16_DOT && self.from.dot {
             self.sum::<S, true>(simd)
         } else {
@@ -232,45 +202,55 @@ impl<T: Unit> Kernel for SumRows<'_, T> {
 
 impl<T: Unit> SumRows<'_, T> {
     #[inline(always)]
-    fn sum<S: Simd, const DOT: bool>(self, simd: S) -> f32 {
+    fn sum<S: Simd, const DOT: bool>(self, simd: S) -> (f32, Option<u32>) {
         let ones = simd.splat(f32::from_bits(0x3f80_3f80));
         let per_vector = if DOT { 2 * S::LANES } else { S::LANES };
-        let mut squares = [simd.zero(); STRIP];
+        let mut totals =
+            [RowTotals { sums: simd.zero(), squares: simd.zero(), words: simd.zero() }; STRIP];
         for (index, to) in self.sums.iter_mut().enumerate() {
             let row = &self.from.data[(self.from.first + index) * self.from.stride..];
             let row = &row[..self.from.k];
-            let mut sums = [simd.zero(); STRIP];
             let strips = row.chunks_exact(STRIP * per_vector);
             let rest = strips.remainder();
             for strip in strips.map(|strip| strip.chunks_exact(per_vector)) {
-                for ((values, sum), square) in strip.zip(&mut sums).zip(&mut squares) {
-                    let value = row_units::<S, T, DOT>(simd, values, 0);
-                    (*sum, *square) = add_units::<S, DOT>(simd, value, ones, (*sum, *square));
+                for (values, totals) in strip.zip(&mut totals) {
+                    totals.add::<S, DOT>(simd, row_units::<S, T, DOT>(simd, values, 0), ones);
                 }
             }
             for values in rest.chunks(per_vector) {
-                let value = row_units::<S, T, DOT>(simd, values, 0);
-                (sums[0], squares[0]) =
-                    add_units::<S, DOT>(simd, value, ones, (sums[0], squares[0]));
+                totals[0].add::<S, DOT>(simd, row_units::<S, T, DOT>(simd, values, 0), ones);
             }
-            *to = simd.reduce_sum(all::<S>(simd, sums));
+            // Squares and words go on from row to row.
+            let sums = |totals: &mut RowTotals<_>| std::mem::replace(&mut totals.sums, simd.zero());
+            *to = simd.reduce_sum(all::<S>(simd, totals.each_mut().map(sums)));
         }
-        simd.reduce_sum(all::<S>(simd, squares))
+        let squares = simd.reduce_sum(all::<S>(simd, totals.map(|totals| totals.squares)));
+        let [a, b, c, d] = totals.map(|totals| totals.words);
+        let words = simd.add_words(simd.add_words(a, b), simd.add_words(c, d));
+        let raw = DOT || size_of::<T>() == 4;
+        (squares, raw.then(|| simd.reduce_words(words)))
     }
 }
 
-/// Adds a vector of units to a sum and its squares to theirs.
-#[inline(always)]
-fn add_units<S: Simd, const DOT: bool>(
-    simd: S,
-    value: S::F32,
-    ones: S::F32,
-    (sum, square): (S::F32, S::F32),
-) -> (S::F32, S::F32) {
-    if DOT {
-        (simd.dot_pairs(sum, value, ones), simd.dot_pairs(square, value, value))
-    } else {
-        (simd.add(sum, value), simd.fma(value, value, square))
+/// What is added up of the vectors of a row.
+#[derive(Clone, Copy)]
+struct RowTotals<V> {
+    sums: V,
+    squares: V,
+    words: V,
+}
+
+impl<V: Copy> RowTotals<V> {
+    #[inline(always)]
+    fn add<S: Simd<F32 = V>, const DOT: bool>(&mut self, simd: S, value: V, ones: V) {
+        self.words = simd.add_words(self.words, value);
+        if DOT {
+            self.sums = simd.dot_pairs(self.sums, value, ones);
+            self.squares = simd.dot_pairs(self.squares, value, value);
+        } else {
+            self.sums = simd.add(self.sums, value);
+            self.squares = simd.fma(value, value, self.squares);
+        }
     }
 }
 
@@ -281,197 +261,114 @@ fn all<S: Simd>(simd: S, parts: [S::F32; STRIP]) -> S::F32 {
     simd.add(simd.add(first, second), simd.add(third, fourth))
 }
 
-/// Sums the rows of a transposed left operand into the first row of tiles of `work`.
-pub(super) fn sum_left_rows<T: Unit>(
-    (pool, isa): (&Pool, Isa),
-    product: &Product<'_, T>,
-    work: &mut Work<'_>,
-    watch: &Watch,
-) {
-    let (k, m) = (product.k, product.m);
-    work.left.fill(0.0);
-    work.squares.fill(0.0);
-    let mut sums = vec![0.0_f32; k];
-    let per_task = ROWS_PER_TASK.max(k.div_ceil(PARTS_MAX));
-    let mut squares = vec![0.0_f32; k.div_ceil(per_task)];
-    if k == 0 {
-        return;
-    }
-    let (parts, of_parts) = (Parts::new(&mut sums, per_task), Parts::new(&mut squares, 1));
-    pool.run(parts.count(), |task| {
-        let sums = parts.take(task);
-        let from = Source {
-            data: product.a,
-            stride: product.a_stride,
-            first: task * per_task,
-            count: sums.len(),
-            k: m,
-            units: m,
-            dot: product.dot,
-        };
-        of_parts.take(task)[0] = dispatch(isa, SumRows { from, sums });
-        watch.operand(isa, 0, from.words_along(m));
-    });
-    work.squares[0] = squares.iter().sum();
-    let units = product.units;
-    for (element, sum) in sums.iter().enumerate() {
-        let place = if product.dot { element % 2 * units + element / 2 } else { element };
-        work.left[place] = *sum;
-    }
+/// Sums of the rows of a transposed left operand, to be formed by tasks.
+pub(super) struct LeftRows {
+    sums: Vec<f32>,
+    squares: Vec<f32>,
+    per_task: usize,
 }
 
-/// Adds up A's sums over all rows of tiles and writes them as rows of units.
-fn weigh<T>(product: &Product<'_, T>, work: &mut Work<'_>) {
-    let (elements, units) = (elements(product), product.units);
-    if units == 0 {
-        return;
+impl LeftRows {
+    pub fn new(k: usize) -> LeftRows {
+        let per_task = ROWS_PER_TASK.max(k.div_ceil(PARTS_MAX));
+        LeftRows { sums: vec![0.0; k], squares: vec![0.0; k.div_ceil(per_task)], per_task }
     }
-    let (sums, rest) = work.left.split_at_mut(elements);
-    for part in rest.chunks_exact(elements) {
-        sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-    }
-    work.sum_squares = sums.iter().map(|sum| f64::from(*sum).powi(2)).sum();
-    if !product.dot {
-        work.weights[..units].copy_from_slice(bytemuck::cast_slice(&sums[..units]));
-        return;
-    }
-    let (even, odd) = sums.split_at(units);
-    // The upper halves of what is left are exact to subtract.
-    let cut = |rest: &mut f32| {
-        let high = rest.to_bits() & 0xffff_0000;
-        *rest -= f32::from_bits(high);
-        high
-    };
-    for (unit, (even, odd)) in even.iter().zip(odd).enumerate() {
-        let (mut even, mut odd) = (*even, *odd);
-        for split in 0..SPLITS {
-            work.weights[split * units + unit] = cut(&mut odd) | cut(&mut even) >> 16;
-        }
-    }
-}
 
-/// Panels of the packed right operand, times A's sums.
-struct Weighted<'a> {
-    right: &'a [u32],
-    weights: &'a [u32],
-    units: usize,
-    dot: bool,
-    sums: &'a mut [f32],
-    squares: &'a mut [f32],
-}
-
-impl Kernel for Weighted<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        if S::BF16_DOT && self.dot { self.sum::<S, true>(simd) } else { self.sum::<S, false>(simd) }
-    }
-}
-
-impl Weighted<'_> {
-    #[inline(always)]
-    fn sum<S: Simd, const DOT: bool>(self, simd: S) {
-        let width = 2 * S::LANES;
-        let weights: &[f32] = bytemuck::cast_slice(self.weights);
-        let right: &[f32] = bytemuck::cast_slice(self.right);
-        let panels = right.chunks_exact((self.units * width).max(1));
-        let results = self.sums.chunks_mut(width).zip(self.squares.chunks_mut(width));
-        for (panel, (to_sums, to_squares)) in panels.zip(results) {
-            let mut sums = [[simd.zero(); 2]; SPLITS];
-            let mut squares = [simd.zero(); 2];
-            for (unit, values) in panel.chunks_exact(width).enumerate() {
-                let values = [simd.load(&values[..S::LANES]), simd.load(&values[S::LANES..])];
-                for (half, value) in values.into_iter().enumerate() {
-                    if !DOT {
-                        let weight = simd.splat(weights[unit]);
-                        sums[0][half] = simd.fma(weight, value, sums[0][half]);
-                        squares[half] = simd.fma(value, value, squares[half]);
-                        continue;
-                    }
-                    for (split, sums) in sums.iter_mut().enumerate() {
-                        let weight = simd.splat(weights[split * self.units + unit]);
-                        sums[half] = simd.dot_pairs(sums[half], weight, value);
-                    }
-                    squares[half] = simd.dot_pairs(squares[half], value, value);
-                }
+    /// The tasks.
+    pub fn tasks<'t, T: Unit>(
+        &'t mut self,
+        isa: Isa,
+        product: &'t Product<'_, T>,
+        watch: &'t Watch,
+    ) -> Tasks<'t> {
+        let per_task = self.per_task;
+        let sums = Parts::new(&mut self.sums, per_task);
+        let squares = Parts::new(&mut self.squares, 1);
+        Tasks::new(sums.count(), move |task| {
+            let sums = sums.take(task);
+            let from = Source {
+                data: product.a,
+                stride: product.a_stride,
+                first: task * per_task,
+                count: sums.len(),
+                k: product.m,
+                units: product.m,
+                dot: product.dot,
+            };
+            let (of_squares, words) = dispatch(isa, SumRows { from, sums });
+            squares.take(task)[0] = of_squares;
+            match words {
+                Some(words) => watch.add_operand(0, || words),
+                None => watch.operand(isa, 0, from.words_along(product.m)),
             }
-            for half in 0..2 {
-                let at = (half * S::LANES).min(to_sums.len());
-                let end = (at + S::LANES).min(to_sums.len());
-                // The smallest part first.
-                let low = simd.add(sums[2][half], sums[1][half]);
-                simd.store(simd.add(low, sums[0][half]), &mut to_sums[at..end]);
-                simd.store(squares[half], &mut to_squares[at..end]);
-            }
-        }
+        })
     }
-}
 
-/// Computes what the sums of columns `first..first + count` should be from their packed panels; the
-/// first ones come first.
-pub(super) fn expect<T>(
-    (pool, isa): (&Pool, Isa),
-    product: &Product<'_, T>,
-    right: &[u32],
-    (first, count): (usize, usize),
-    work: &mut Work<'_>,
-) {
-    if first == 0 {
-        weigh(product, work);
+    /// Makes weights of what the tasks formed.
+    pub fn weigh<T>(self, product: &Product<'_, T>, weights: &Weights<'_>) {
+        let squares: f32 = self.squares.iter().sum();
+        if !product.dot {
+            weights.set(self.sums, f64::from(squares));
+            return;
+        }
+        let mut sums = vec![0.0; elements(product)];
+        let (even, odd) = sums.split_at_mut(product.units);
+        for ((pair, even), odd) in self.sums.chunks(2).zip(even).zip(odd) {
+            *even = pair[0];
+            *odd = pair.get(1).copied().unwrap_or(0.0);
+        }
+        weights.set(sums, f64::from(squares));
     }
-    let width = isa.geometry().micro_columns;
-    let (sums, squares) = work.expected.split_at_mut(product.n);
-    let (sums, squares) = (&mut sums[first..][..count], &mut squares[first..][..count]);
-    if product.units == 0 {
-        sums.fill(0.0);
-        squares.fill(0.0);
-        return;
-    }
-    let per_task = PANELS_PER_TASK.max(count.div_ceil(width * PARTS_MAX));
-    let (sums, squares) =
-        (Parts::new(sums, per_task * width), Parts::new(squares, per_task * width));
-    let panel_words = product.units * width;
-    let (weights, units, dot) = (&*work.weights, product.units, product.dot);
-    pool.run(sums.count(), |task| {
-        let (sums, squares) = (sums.take(task), squares.take(task));
-        let words = sums.len().div_ceil(width) * panel_words;
-        let right = &right[task * per_task * panel_words..][..words];
-        dispatch(isa, Weighted { right, weights, units, dot, sums, squares });
-    });
 }
 
 /// How far a column's two sums may be apart before it is computed again, by the norm of the column
 /// of B: the spread of rounding errors of chains of k, none larger than half a unit of
 /// |row of A| |column of B|, over m rows. Rows that are alike, as those of like tokens, have like
-/// errors that do not cancel; how much they are alike shows in the norm of A's sums.
-fn limit((m, k): (usize, usize), left_squares: f64, sum_squares: f64) -> impl Fn(f32) -> f64 {
+/// errors that do not cancel: how much they are alike shows in the norm of A's sums, and both sums
+/// have such errors, so there several standard deviations are allowed.
+fn limit((m, k): (usize, usize), left_squares: f64, sum_squares: f64) -> impl Fn(f32) -> f32 {
     const UNIT: f64 = 0.29 * f32::EPSILON as f64;
+    const ALIKE: f64 = 4.0;
     let chain = (k as f64).sqrt();
-    let spread = (chain + (m as f64).sqrt()) * left_squares.sqrt() + chain * sum_squares.sqrt();
+    let spread = (chain + (m as f64).sqrt()) * left_squares.sqrt();
+    let spread = spread + ALIKE * chain * sum_squares.sqrt();
     // Products below the smallest normal number may be taken as zero.
-    let floor = f64::from(f32::MIN_POSITIVE) * (k * m).max(1) as f64;
-    move |column_squares| UNIT * spread * f64::from(column_squares).sqrt() + floor
+    let floor = f32::MIN_POSITIVE * (k * m).max(1) as f32;
+    let unit = (UNIT * spread) as f32;
+    move |column_squares| unit * column_squares.sqrt() + floor
 }
 
 /// Compares the sums of all columns with what they should be.
-pub(super) fn compare<T>(product: &Product<'_, T>, work: &mut Work<'_>, watch: &mut Watch) {
+pub(super) fn compare<T>(
+    product: &Product<'_, T>,
+    columns: &[f32],
+    expected: &[f32],
+    weights: &Weights<'_>,
+    watch: &mut Watch,
+) {
     let (n, m, k) = (product.n, product.m, product.k);
-    let left_squares: f64 = work.squares.iter().map(|square| f64::from(*square)).sum();
+    let norms = weights.ready().map(|ready| (ready.left_squares, ready.sum_squares));
+    let (left_squares, sum_squares) = norms.unwrap_or_default();
     // Operands that are not finite are someone else's finding: nothing can be said of them.
     if !left_squares.is_finite() {
         return;
     }
-    let mut sums = work.columns[..n].to_vec();
-    for part in work.columns[n..].chunks_exact(n) {
+    let mut sums = columns[..n].to_vec();
+    for part in columns[n..].chunks_exact(n) {
         sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
-    let (expected, squares) = work.expected.split_at(n);
-    let limit = limit((m, k), left_squares, work.sum_squares);
-    let mut suspects: Vec<(usize, f64)> = Vec::new();
-    for (column, ((sum, expected), squares)) in sums.iter().zip(expected).zip(squares).enumerate() {
-        let knows = squares.is_finite() && expected.is_finite();
-        let apart = (f64::from(*sum) - f64::from(*expected)).abs();
-        let excess = apart / limit(*squares);
+    let (expected, squares) = expected.split_at(n);
+    let limit = limit((m, k), left_squares, sum_squares);
+    let apart = |column: usize| (sums[column] - expected[column]).abs();
+    // All of them in one simple loop; what is not a number does not fit.
+    let fit = (0..n).fold(true, |fit, column| fit & (apart(column) <= limit(squares[column])));
+    if fit {
+        return;
+    }
+    let mut suspects: Vec<(usize, f32)> = Vec::new();
+    for column in 0..n {
+        let knows = squares[column].is_finite() && expected[column].is_finite();
+        let excess = apart(column) / limit(squares[column]);
         let fits = excess <= 1.0;
         if knows && !fits {
             suspects.push((column, excess));
@@ -479,9 +376,8 @@ pub(super) fn compare<T>(product: &Product<'_, T>, work: &mut Work<'_>, watch: &
     }
     suspects.sort_by(|a, b| b.1.total_cmp(&a.1));
     suspects.truncate(SUSPECTS_MAX);
-    let parts = |column: usize| {
-        work.columns[column..].iter().step_by(n).map(|part| part.to_bits()).collect()
-    };
+    let parts =
+        |column: usize| columns[column..].iter().step_by(n).map(|part| part.to_bits()).collect();
     watch.suspects = suspects.into_iter().map(|(column, _)| (column, parts(column))).collect();
 }
 
