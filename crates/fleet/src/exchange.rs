@@ -1,9 +1,11 @@
 //! The memory that the processes of one run on one machine share: gradients of subtrees, and the
 //! state of a replica on its way to another or to a snapshot.
 //!
-//! It is a file without a name that children inherit, read and written by position, so no process
-//! ever holds a reference into memory that another one changes. Who writes what when is decided
-//! in `supervisor.rs`.
+//! It is a file without a name that children inherit. Gradients, which are exchanged in every step,
+//! are copied to and from a mapping of it, which costs no system call; states, which are seldom
+//! there and given back, are written and read by position. Either way no process ever holds a
+//! reference into memory that another one changes. Who writes what when is decided in
+//! `supervisor.rs`.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
+use crate::map::Shared;
 use crate::protocol::Area;
 use crate::snapshot::Stored;
 
@@ -51,6 +54,7 @@ impl Layout {
 #[derive(Debug)]
 pub struct Exchange {
     file: File,
+    mapped: Shared,
 }
 
 impl Exchange {
@@ -59,7 +63,12 @@ impl Exchange {
         let file = nameless()?;
         file.set_len(layout.bytes())?;
         rustix::io::fcntl_setfd(file.as_fd(), rustix::io::FdFlags::empty())?;
-        Ok(Exchange { file })
+        Exchange::of(file)
+    }
+
+    fn of(file: File) -> io::Result<Exchange> {
+        let mapped = Shared::map(&file)?;
+        Ok(Exchange { file, mapped })
     }
 
     /// The number by which a child opens it.
@@ -70,15 +79,25 @@ impl Exchange {
     /// The memory that the parent made, by its number.
     pub fn inherit(descriptor: i32) -> io::Result<Exchange> {
         let path = PathBuf::from(format!("/dev/fd/{descriptor}"));
-        Ok(Exchange { file: OpenOptions::new().read(true).write(true).open(path)? })
+        Exchange::of(OpenOptions::new().read(true).write(true).open(path)?)
     }
 
-    /// Writes bytes from a position on.
+    /// Writes bytes of a gradient from a position on.
+    pub fn write_gradient(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
+        self.mapped.write(position, bytes)
+    }
+
+    /// Reads bytes of a gradient from a position on.
+    pub fn read_gradient(&self, position: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.mapped.read(position, bytes)
+    }
+
+    /// Writes bytes of a state from a position on.
     pub fn write(&self, position: u64, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all_at(bytes, position)
     }
 
-    /// Reads bytes from a position on.
+    /// Reads bytes of a state from a position on.
     pub fn read(&self, position: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(bytes, position)
     }
@@ -136,12 +155,17 @@ mod tests {
             (layout.area(Area::Snapshot), 1000),
         ];
         for (index, (position, size)) in places.into_iter().enumerate() {
-            here.write(position, &vec![index as u8 + 1; size]).unwrap();
+            let bytes = vec![index as u8 + 1; size];
+            let write = if index < 2 { Exchange::write_gradient } else { Exchange::write };
+            write(&here, position, &bytes).unwrap();
         }
         for (index, (position, size)) in places.into_iter().enumerate() {
-            let mut bytes = vec![0; size];
-            there.read(position, &mut bytes).unwrap();
-            assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "place {index}");
+            // Whichever way it was written, it is there either way.
+            for read in [Exchange::read_gradient, Exchange::read] {
+                let mut bytes = vec![0; size];
+                read(&there, position, &mut bytes).unwrap();
+                assert!(bytes.iter().all(|&byte| byte == index as u8 + 1), "place {index}");
+            }
         }
         // What is given back comes again as nothing, or as it was; its neighbours stay.
         here.release(layout.area(Area::Join), layout.state);

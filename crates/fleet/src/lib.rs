@@ -7,6 +7,7 @@ pub mod control;
 pub mod error;
 pub mod exchange;
 pub mod inbox;
+mod map;
 pub mod policy;
 pub mod processes;
 pub mod protocol;

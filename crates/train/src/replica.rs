@@ -195,7 +195,8 @@ impl<'a> TrainingReplica<'a> {
                     exchange.read(position, place).map_err(TrainError::Exchange)?;
                 }
                 None => {
-                    published((exchange, position, bytes), &mut self.piece, &mut |at, piece| {
+                    let read = |at: u64, piece: &mut [u8]| exchange.read(position + at, piece);
+                    published((&read, bytes), &mut self.piece, &mut |at, piece| {
                         Ok(self.backend.upload(buffer, byte_offset + at, piece)?)
                     })?;
                 }
@@ -236,7 +237,10 @@ impl<'a> TrainingReplica<'a> {
                 pieces(&mut self.backend, sum, &mut self.piece, |at, piece| {
                     digest.push(piece);
                     words = words.wrapping_add(of_row(piece));
-                    self.run.exchange.write(slot + at as u64, piece).map_err(TrainError::Exchange)
+                    self.run
+                        .exchange
+                        .write_gradient(slot + at as u64, piece)
+                        .map_err(TrainError::Exchange)
                 })?;
                 if state.gradient_sum().is_some_and(|sum| sum != words) {
                     return Err(changed("the gradient", "it was published").into());
@@ -257,7 +261,7 @@ impl<'a> TrainingReplica<'a> {
         let mine = loaded(&mut self.state).gradient_buffer(0);
         let mut digest = Blocks::default();
         let mut theirs = vec![0_u8; self.layout.gradient as usize];
-        self.run.exchange.read(slot, &mut theirs).map_err(TrainError::Exchange)?;
+        self.run.exchange.read_gradient(slot, &mut theirs).map_err(TrainError::Exchange)?;
         theirs.chunks(BLOCK).for_each(|block| digest.push(block));
         let mut worst = (0.0, String::new());
         for slice in &self.slices {
@@ -290,21 +294,20 @@ impl<'a> TrainingReplica<'a> {
         let mut read = vec![held.map_or(0, |held| held.digest); nodes.len()];
         let mut show = |index: usize, take: &mut TakePiece<'_>| {
             let (mut digest, slot) = (Blocks::default(), self.layout.slot(nodes[index].first));
-            published((&self.run.exchange, slot, bytes), &mut self.piece, &mut |at, piece| {
+            let from = |at: u64, to: &mut [u8]| self.run.exchange.read_gradient(slot + at, to);
+            published((&from, bytes), &mut self.piece, &mut |at, piece| {
                 digest.push(piece);
                 take(at, piece)
             })?;
             read[index] = digest.finish();
             Ok(())
         };
-        state.sum(&mut self.backend, &counts, place, &mut show)?;
-        let sum = (state.gradient_buffer(0), bytes);
-        self.norm = state.gradient_norm(&mut self.backend)?;
         // One that computes alone has nobody to compare its sum with.
         let gradient = match nodes {
             [] => 0,
-            _ => self.backend.digest(sum.0, 0, sum.1)?,
+            _ => state.sum(&mut self.backend, &counts, place, bytes, &mut show)?,
         };
+        self.norm = state.gradient_norm(&mut self.backend)?;
         Ok(Combined { before, nodes: read, gradient, norm: self.norm })
     }
 
@@ -473,15 +476,15 @@ impl Distance {
     }
 }
 
-/// Shows what stands in the exchange from a position on piece by piece, each with its place.
+/// Shows what `read` reads from the exchange piece by piece, each with its place.
 fn published(
-    (exchange, position, bytes): (&Exchange, u64, usize),
+    (read, bytes): (&dyn Fn(u64, &mut [u8]) -> std::io::Result<()>, usize),
     piece: &mut [u8],
     take: &mut TakePiece<'_>,
 ) -> Result<(), TrainError> {
     for at in (0..bytes).step_by(PIECE) {
         let piece = &mut piece[..PIECE.min(bytes - at)];
-        exchange.read(position + at as u64, piece).map_err(TrainError::Exchange)?;
+        read(at as u64, piece).map_err(TrainError::Exchange)?;
         take(at, piece)?;
     }
     Ok(())

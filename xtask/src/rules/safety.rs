@@ -13,7 +13,7 @@ fn may_be_unsafe(path: &str) -> bool {
         ["backends", _, "src", "ffi.rs"] => true,
         ["backends", _, "src", "ffi", file] => file.ends_with(".rs"),
         ["backends", "cpu", "src", "simd", file] => file.ends_with(".rs"),
-        ["crates", "models", "src", "map.rs"] => true,
+        ["crates", "models" | "fleet", "src", "map.rs"] => true,
         ["crates", "train", "src", "data", "map.rs"] => true,
         ["emulators", _, "src", "ffi.rs"] | ["emulators", _, "src", "abi", _] => true,
         ["emulators", _, "tests", ..] => true,

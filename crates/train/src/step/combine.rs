@@ -5,6 +5,7 @@
 //! as it is read, and one's own is not read back at all. Where pieces come from is the replica's
 //! business.
 
+use pontoon_ops::digest::of_digests;
 use pontoon_ops::sums::of_row;
 use pontoon_ops::{Add, Backend, BufferId, DType, DeviceError, Op, View};
 
@@ -22,32 +23,36 @@ pub(crate) type ReadPieces<'a> =
 /// Where pieces wait on the device until they are added.
 const STAGED: &str = "gradients.staged";
 /// Its bytes: small enough for a cache, large enough for an operation to be worth its launch.
-const STAGED_BYTES: usize = 1 << 20;
+const STAGED_BYTES: usize = 256 << 10;
 
 impl TrainingState {
     /// Sums subtrees, given in order with the number of their leaves, into the first gradient
     /// buffer; `read` shows the pieces of the subtree of an index. `held` is the index of the one
     /// that stands in the first buffer already: 0, or 1 where the first two have equally many
-    /// leaves and are added to each other, whose order makes no difference.
+    /// leaves and are added to each other, whose order makes no difference. Gives the digest of the
+    /// sum's `bytes`, which is formed while its pieces are near where that is possible.
     pub(crate) fn sum(
         &mut self,
         backend: &mut dyn Backend,
         counts: &[u32],
         held: Option<usize>,
+        bytes: usize,
         read: &mut ReadPieces<'_>,
-    ) -> Result<(), TrainError> {
+    ) -> Result<u64, TrainError> {
         let mut stack: Vec<u32> = held.map(|held| counts[held]).into_iter().collect();
+        let mut digests = Vec::new();
         for index in (0..counts.len()).filter(|index| held != Some(*index)) {
             let count = counts[index];
             match stack.last_mut() {
                 // What would be added to the one below it at once need not be stored before.
                 Some(below) if *below == count => {
                     *below += count;
-                    self.add_read(backend, stack.len() - 1, index, read)?;
+                    digests = self.add_read(backend, stack.len() - 1, index, read)?;
                 }
                 _ => {
                     self.store_read(backend, stack.len(), index, read)?;
                     stack.push(count);
+                    digests.clear();
                 }
             }
             while let [.., left, right] = stack[..]
@@ -56,9 +61,16 @@ impl TrainingState {
                 stack.pop();
                 *stack.last_mut().expect("it had two") = left + right;
                 self.add(backend, stack.len() - 1)?;
+                digests.clear();
             }
         }
-        Ok(())
+        if digests.is_empty() {
+            let buffer = self.gradient_buffer(0);
+            for first in (0..bytes).step_by(STAGED_BYTES) {
+                digests.push(backend.digest(buffer, first, STAGED_BYTES.min(bytes - first))?);
+            }
+        }
+        Ok(of_digests(&digests))
     }
 
     /// Fills a gradient buffer with a subtree that was read.
@@ -77,14 +89,15 @@ impl TrainingState {
         Ok(())
     }
 
-    /// Adds a subtree that is read to a gradient buffer.
+    /// Adds a subtree that is read to a gradient buffer; gives the digests of what is there then,
+    /// stage by stage.
     fn add_read(
         &mut self,
         backend: &mut dyn Backend,
         place: usize,
         index: usize,
         read: &mut ReadPieces<'_>,
-    ) -> Result<(), TrainError> {
+    ) -> Result<Vec<u64>, TrainError> {
         let staged = self.memory.ensure(backend, STAGED, STAGED_BYTES)?;
         let mut adding = Adding {
             buffer: self.gradient_buffer(place),
@@ -93,6 +106,7 @@ impl TrainingState {
             first: 0,
             bytes: 0,
             sums: [0; 3],
+            digests: Vec::new(),
         };
         let words = summed(index, read, |at, piece| adding.stage(backend, at, piece))?;
         adding.add(backend)?;
@@ -103,7 +117,7 @@ impl TrainingState {
             }
             sums[place] = after;
         }
-        Ok(())
+        Ok(adding.digests)
     }
 }
 
@@ -131,6 +145,8 @@ struct Adding {
     bytes: usize,
     /// Word sums of the buffer as it was, of what was added, and of the buffer as it is.
     sums: [u32; 3],
+    /// Of each stage of the buffer as it is.
+    digests: Vec<u64>,
 }
 
 impl Adding {
@@ -138,23 +154,29 @@ impl Adding {
     fn stage(
         &mut self,
         backend: &mut dyn Backend,
-        at: usize,
-        piece: &[u8],
+        mut at: usize,
+        mut piece: &[u8],
     ) -> Result<(), DeviceError> {
-        if self.bytes + piece.len() > STAGED_BYTES {
-            self.add(backend)?;
+        while !piece.is_empty() {
+            if self.bytes == 0 {
+                self.first = at;
+            }
+            let fitting = piece.len().min(STAGED_BYTES - self.bytes);
+            let (now, later) = piece.split_at(fitting);
+            backend.upload(self.staged, self.bytes, now)?;
+            self.bytes += fitting;
+            (at, piece) = (at + fitting, later);
+            if self.bytes == STAGED_BYTES {
+                self.add(backend)?;
+            }
         }
-        if self.bytes == 0 {
-            self.first = at;
-        }
-        backend.upload(self.staged, self.bytes, piece)?;
-        self.bytes += piece.len();
         Ok(())
     }
 
     /// Adds what is staged.
     fn add(&mut self, backend: &mut dyn Backend) -> Result<(), DeviceError> {
-        let elements = std::mem::take(&mut self.bytes) / size_of::<f32>();
+        let bytes = std::mem::take(&mut self.bytes);
+        let elements = bytes / size_of::<f32>();
         if elements == 0 {
             return Ok(());
         }
@@ -162,18 +184,22 @@ impl Adding {
             |buffer, first| View::contiguous(buffer, DType::F32, [elements]).rebased(buffer, first);
         let (sum, staged) = (view(self.buffer, self.first), view(self.staged, 0));
         let op = Op::from(Add { a: sum, b: staged, y: sum });
-        if !self.checked {
-            return backend.launch(&op);
+        if self.checked {
+            let found = backend.launch_summed(&op, ADD_SUMS)?;
+            let found = [found.read[0], found.read[1], found.written[2]];
+            self.sums.iter_mut().zip(found).for_each(|(sum, part)| *sum = sum.wrapping_add(part));
+        } else {
+            backend.launch(&op)?;
         }
-        let found = backend.launch_summed(&op, ADD_SUMS)?;
-        let found = [found.read[0], found.read[1], found.written[2]];
-        self.sums.iter_mut().zip(found).for_each(|(sum, part)| *sum = sum.wrapping_add(part));
+        self.digests.push(backend.digest(self.buffer, self.first, bytes)?);
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use crate::config::RunConfig;
     use crate::step::Checking;
@@ -213,14 +239,15 @@ mod tests {
         nodes: &[Vec<f32>],
         counts: &[u32],
         held: Option<usize>,
-    ) -> Result<(), TrainError> {
+    ) -> Result<u64, TrainError> {
+        let size = 4 * nodes[0].len();
         let mut read = |index: usize, take: &mut TakePiece<'_>| {
             assert_ne!(held, Some(index), "what is held is not read");
             let bytes: &[u8] = bytemuck::cast_slice(&nodes[index]);
             let mut pieces = bytes.chunks(PIECE).enumerate();
             pieces.try_for_each(|(piece, bytes)| take(piece * PIECE, bytes))
         };
-        state.sum(backend, counts, held, &mut read)
+        state.sum(backend, counts, held, size, &mut read)
     }
 
     fn tree(nodes: &[Vec<f32>], counts: &[u32]) -> Vec<f32> {
@@ -242,6 +269,7 @@ mod tests {
         for checking in [Checking::Off, Checking::On] {
             let (mut backend, mut state, elements) = loaded(checking);
             let nodes: Vec<Vec<f32>> = (0..4).map(|node| gradient(elements, node)).collect();
+            let mut seen = HashSet::new();
             for (counts, held) in [
                 (&[2, 2][..], &[None, Some(0), Some(1)][..]),
                 (&[1, 1, 2], &[None, Some(0), Some(1)]),
@@ -249,11 +277,13 @@ mod tests {
                 (&[1, 1, 1, 1], &[None, Some(0), Some(1)]),
             ] {
                 let want = tree(&nodes[..counts.len()], counts);
+                let mut digests = Vec::new();
                 for &held in held {
                     if let Some(held) = held {
                         hold(&mut backend, &mut state, &nodes[held]);
                     }
-                    combine((&mut backend, &mut state), &nodes, counts, held).unwrap();
+                    let all = (&mut backend, &mut state);
+                    digests.push(combine(all, &nodes, counts, held).unwrap());
                     let mut found = vec![0.0_f32; elements];
                     let to = bytemuck::cast_slice_mut(&mut found);
                     backend.download(state.gradient_buffer(0), 0, to).unwrap();
@@ -261,6 +291,9 @@ mod tests {
                     let sum = of_row(bytemuck::cast_slice(&want));
                     assert!(state.gradient_sum().is_none_or(|found| found == sum));
                 }
+                // However it came about, and another for another sum.
+                assert!(digests.windows(2).all(|pair| pair[0] == pair[1]), "{digests:x?}");
+                assert!(seen.insert(digests[0]), "{counts:?}");
             }
         }
     }
