@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::expect::{self, Expecting, Promise, Weights};
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
-use super::verify::{self, Flip, LeftRows, SumDown, Watch};
+use super::verify::{self, Flip, LeftRows, SumDown, Suspect, Watch};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::{Pool, Tasks};
@@ -137,57 +137,26 @@ pub(super) fn run<T: Unit>(
     scratch: &mut Scratch,
     product: &Product<'_, T>,
     mut c: MatrixMut<'_>,
-    mut watch: Option<&mut Watch>,
+    watch: Option<&mut Watch>,
 ) {
-    let geometry = isa.geometry();
-    let blocks = Blocks::new(product, geometry);
+    let blocks = Blocks::new(product, isa.geometry());
     let (threads, n) = (pool.threads(), product.n);
     let bias_words = if product.bias.is_some() { n } else { 0 };
-    let check_words =
+    let [w0, w1, w2, w3] =
         if watch.is_some() { verify::work_words(product) } else { Default::default() };
-    let [right, left, sums, bias, columns_seen, left_sums, expected, weights] = {
-        let [columns, left, expected, weights] = check_words;
-        scratch.words([
-            blocks.right_words,
-            blocks.left_words,
-            blocks.sums_words * threads,
-            bias_words,
-            columns,
-            left,
-            expected,
-            weights,
-        ])
-    };
-    let columns_seen: &mut [f32] = bytemuck::cast_slice_mut(columns_seen);
-    let expected: &mut [f32] = bytemuck::cast_slice_mut(expected);
-    let check = watch.as_deref().map(|watch| {
-        let sums = bytemuck::cast_slice_mut(left_sums);
-        (watch, Check::new(product, sums, weights))
-    });
-    let mut left_rows =
-        (check.is_some() && product.layout == Layout::Tn).then(|| LeftRows::new(product.k));
+    let sums_words = blocks.sums_words * threads;
+    let words = [blocks.right_words, blocks.left_words, sums_words, bias_words, w0, w1, w2, w3];
+    let [right, left, sums, bias, w0, w1, w2, w3] = scratch.words(words);
+    let mut check = watch.as_deref().map(|watch| Check::new(product, watch, [w0, w1, w2, w3]));
     let bias: &mut [f32] = bytemuck::cast_slice_mut(bias);
     super::fill_bias(product.bias, bias);
     let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
     for column in (0..n).step_by(blocks.columns) {
         let columns = blocks.columns.min(n - column);
-        let telling = check.as_ref().map(|(watch, _)| *watch);
         for row in (0..product.m).step_by(blocks.rows) {
             let rows = blocks.rows.min(product.m - row);
-            let telling_left = telling.filter(|_| column == 0);
-            let mut kinds = [const { None }; 3];
-            if row == 0 {
-                kinds[0] =
-                    Some(pack_right((threads, isa), product, (column, columns), right, telling));
-            }
-            kinds[1] = Some(pack_left(isa, product, &blocks, (row, rows), left, telling_left));
-            if let (Some(rows), Some(watch)) = (left_rows.as_mut(), telling) {
-                kinds[2] = Some(rows.tasks(isa, product, watch));
-            }
-            pool.run_all(&kinds.into_iter().flatten().collect::<Vec<_>>());
-            if let (Some(rows), Some((_, check))) = (left_rows.take(), &check) {
-                rows.weigh(product, &check.weights);
-            }
+            let block = ((row, column), (rows, columns));
+            pack((pool, isa), product, &blocks, block, (&mut *left, &mut *right), &mut check);
             let grid = Grid {
                 rows,
                 columns,
@@ -205,28 +174,47 @@ pub(super) fn run<T: Unit>(
                 dot: product.dot,
                 bias: if bias.is_empty() { None } else { Some(&bias[column..][..columns]) },
                 store: product.store,
-                watch: check.as_ref().map(|(watch, _)| (*watch, (row, column))),
+                watch: check.as_ref().map(|check| (check.watch, (row, column))),
             };
-            let seen = check.as_ref().map(|(_, check)| {
-                let (sums, squares) = expected.split_at_mut(n);
-                let expected = [sums, squares].map(|all| &mut all[column..][..columns]);
-                let is_last = row + rows == product.m;
-                Seen {
-                    columns: columns_of_tiles(n, (row, column), (rows, columns), columns_seen),
-                    check,
-                    first_row: row / TILE_ROWS,
-                    sums_left: column == 0 && product.layout != Layout::Tn,
-                    expecting: is_last
-                        .then(|| Expecting::new(isa, &check.weights, right, expected)),
-                }
-            });
+            let seen = check.as_mut().map(|check| check.seen(isa, product, block, right));
             let to = c.data.from(row * c.row_stride + column);
             compute((pool, isa), &region, (to, grid), sums, seen);
         }
     }
-    let weights = check.map(|(_, check)| check.weights);
-    if let (Some(weights), Some(watch)) = (weights, &mut watch) {
-        verify::compare(product, columns_seen, expected, &weights, watch);
+    let suspects = check.map(|check| check.suspects(product));
+    if let (Some(watch), Some(suspects)) = (watch, suspects) {
+        watch.suspects = suspects;
+    }
+}
+
+/// A block of C: its first row and column, and how many there are.
+type Block = ((usize, usize), (usize, usize));
+
+/// Brings the operands of a block of C into units, as far as they are not there yet, and sums the
+/// rows of a transposed left operand: all that can be done side by side before the product.
+fn pack<T: Unit>(
+    (pool, isa): (&Pool, Isa),
+    product: &Product<'_, T>,
+    blocks: &Blocks,
+    ((row, column), (rows, columns)): Block,
+    (left, right): (&mut [u32], &mut [u32]),
+    check: &mut Option<Check<'_>>,
+) {
+    let watch = check.as_ref().map(|check| check.watch);
+    let mut left_rows = check.as_mut().and_then(|check| check.left_rows.take());
+    let packing = match row {
+        0 => pack_right((pool.threads(), isa), product, (column, columns), right, watch),
+        _ => Tasks::none(),
+    };
+    let telling = watch.filter(|_| column == 0);
+    let converting = pack_left(isa, product, blocks, (row, rows), left, telling);
+    let summing = match (&mut left_rows, watch) {
+        (Some(left_rows), Some(watch)) => left_rows.tasks(isa, product, watch),
+        _ => Tasks::none(),
+    };
+    pool.run_all(&[packing, converting, summing]);
+    if let (Some(left_rows), Some(check)) = (left_rows, check) {
+        left_rows.weigh(product, &check.weights);
     }
 }
 
@@ -361,57 +349,94 @@ struct Region<'a> {
     watch: Option<(&'a Watch, (usize, usize))>,
 }
 
-/// What a product's check collects of A.
+/// What a product's check collects.
 struct Check<'a> {
+    watch: &'a Watch,
+    /// Of A.
     weights: Weights<'a>,
     /// Sums of rows of the left operand, by row of tiles.
     left: Option<Parts<'a, f32>>,
+    /// Those of a transposed one, until they are weights.
+    left_rows: Option<LeftRows>,
+    /// Sums of C's columns within each row of tiles.
+    columns: &'a mut [f32],
+    /// What each column's sum should be, and the squares of B's columns.
+    expected: &'a mut [f32],
 }
 
 impl<'a> Check<'a> {
-    fn new<T>(product: &Product<'_, T>, left: &'a mut [f32], rows: &'a mut [u32]) -> Check<'a> {
+    /// With the memory that `verify::work_words` asks for.
+    fn new<T>(
+        product: &Product<'_, T>,
+        watch: &'a Watch,
+        [columns, left, expected, weights]: [&'a mut [u32]; 4],
+    ) -> Check<'a> {
+        let left = bytemuck::cast_slice_mut(left);
         let parts = product.m.div_ceil(TILE_ROWS);
-        let left = (!left.is_empty()).then(|| Parts::new(left, expect::elements(product)));
-        Check { weights: Weights::new(product, parts, rows), left }
+        Check {
+            watch,
+            weights: Weights::new(product, parts, weights),
+            left: (!left.is_empty()).then(|| Parts::new(left, expect::elements(product))),
+            left_rows: (product.layout == Layout::Tn).then(|| LeftRows::new(product.k)),
+            columns: bytemuck::cast_slice_mut(columns),
+            expected: bytemuck::cast_slice_mut(expected),
+        }
+    }
+
+    /// What a block of C takes part in; its columns are multiplied with the weights after its last
+    /// rows.
+    fn seen<'w, T>(
+        &'w mut self,
+        isa: Isa,
+        product: &Product<'_, T>,
+        ((row, column), (rows, columns)): Block,
+        right: &'w [u32],
+    ) -> Seen<'w, 'a> {
+        let grid = Grid {
+            rows: rows.div_ceil(TILE_ROWS),
+            columns,
+            row_stride: product.n,
+            tile_rows: 1,
+            tile_columns: TILE_COLUMNS,
+        };
+        let first_row = row / TILE_ROWS;
+        let (sums, squares) = self.expected.split_at_mut(product.n);
+        let expected = [sums, squares].map(|all| &mut all[column..][..columns]);
+        let is_last = row + rows == product.m;
+        Seen {
+            columns: Tiles::new(&mut self.columns[first_row * product.n + column..], grid),
+            weights: &self.weights,
+            left: self.left.as_ref().filter(|_| column == 0),
+            first_row,
+            expecting: is_last.then(|| Expecting::new(isa, &self.weights, right, expected)),
+        }
+    }
+
+    /// The columns that do not add up.
+    fn suspects<T>(self, product: &Product<'_, T>) -> Vec<Suspect> {
+        verify::compare(product, self.columns, self.expected, &self.weights)
     }
 }
 
 /// The sums of a region for its check, tile by tile.
 struct Seen<'w, 'a> {
     columns: Tiles<'w, f32>,
-    check: &'w Check<'a>,
+    weights: &'w Weights<'a>,
+    /// Where the region's first tiles put the sums of the left operand's rows.
+    left: Option<&'w Parts<'a, f32>>,
     /// The region's first row of tiles.
     first_row: usize,
-    /// The region's first tiles sum the left operand's rows.
-    sums_left: bool,
     /// What is done after all tiles.
     expecting: Option<Expecting<'w, 'a>>,
 }
 
-/// Where the sums of a region's columns go, by tile; `seen` are those of all of C.
-fn columns_of_tiles(
-    n: usize,
-    (row, column): (usize, usize),
-    (rows, columns): (usize, usize),
-    seen: &mut [f32],
-) -> Tiles<'_, f32> {
-    let grid = Grid {
-        rows: rows.div_ceil(TILE_ROWS),
-        columns,
-        row_stride: n,
-        tile_rows: 1,
-        tile_columns: TILE_COLUMNS,
-    };
-    Tiles::new(&mut seen[row / TILE_ROWS * n + column..], grid)
-}
-
 impl<'w, 'a> Seen<'w, 'a> {
     fn tile(&self, row: usize, column: usize) -> SeenTile<'w, 'a> {
-        let left = self.check.left.as_ref().filter(|_| self.sums_left && column == 0);
         let part = self.first_row + row;
+        let left = self.left.filter(|_| column == 0);
         SeenTile {
+            left: left.map(|sums| (self.weights.promise(part), sums.take(part))),
             columns: self.columns.take(row, column),
-            left: left.map(|sums| (self.check.weights.promise(part), sums.take(part))),
         }
     }
 }

@@ -8,6 +8,7 @@
 //! bit. So a check can cost time but never accuses an honest product.
 //!
 //! The tile loop owns the memory and calls this file; `kernels/watched.rs` decides what is checked.
+//! Read next: `expect.rs`, what the sums should be.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -63,6 +64,9 @@ pub struct ProductSums {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WrongColumn(pub usize);
 
+/// A column whose two sums are too far apart, with its sums within each row of tiles.
+pub(super) type Suspect = (usize, Vec<u32>);
+
 /// What a product tells while it is computed.
 #[derive(Default)]
 pub(crate) struct Watch {
@@ -73,8 +77,8 @@ pub(crate) struct Watch {
     pub(super) before: AtomicU32,
     /// Of the words that were stored.
     pub(super) stored: AtomicU32,
-    /// Columns whose two sums are too far apart, with their sums within each row of tiles.
-    pub(super) suspects: Vec<(usize, Vec<u32>)>,
+    /// Columns whose two sums are too far apart.
+    pub(super) suspects: Vec<Suspect>,
 }
 
 impl Watch {
@@ -338,20 +342,20 @@ fn limit((m, k): (usize, usize), left_squares: f64, sum_squares: f64) -> impl Fn
     move |column_squares| unit * column_squares.sqrt() + floor
 }
 
-/// Compares the sums of all columns with what they should be.
+/// Compares the sums of all columns with what they should be; gives those that are too far apart,
+/// the worst first.
 pub(super) fn compare<T>(
     product: &Product<'_, T>,
     columns: &[f32],
     expected: &[f32],
     weights: &Weights<'_>,
-    watch: &mut Watch,
-) {
+) -> Vec<Suspect> {
     let (n, m, k) = (product.n, product.m, product.k);
     let norms = weights.ready().map(|ready| (ready.left_squares, ready.sum_squares));
     let (left_squares, sum_squares) = norms.unwrap_or_default();
     // Operands that are not finite are someone else's finding: nothing can be said of them.
     if !left_squares.is_finite() {
-        return;
+        return Vec::new();
     }
     let mut sums = columns[..n].to_vec();
     for part in columns[n..].chunks_exact(n) {
@@ -363,7 +367,7 @@ pub(super) fn compare<T>(
     // All of them in one simple loop; what is not a number does not fit.
     let fit = (0..n).fold(true, |fit, column| fit & (apart(column) <= limit(squares[column])));
     if fit {
-        return;
+        return Vec::new();
     }
     let mut suspects: Vec<(usize, f32)> = Vec::new();
     for column in 0..n {
@@ -378,7 +382,7 @@ pub(super) fn compare<T>(
     suspects.truncate(SUSPECTS_MAX);
     let parts =
         |column: usize| columns[column..].iter().step_by(n).map(|part| part.to_bits()).collect();
-    watch.suspects = suspects.into_iter().map(|(column, _)| (column, parts(column))).collect();
+    suspects.into_iter().map(|(column, _)| (column, parts(column))).collect()
 }
 
 /// The operands of a product.
