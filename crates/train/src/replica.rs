@@ -3,6 +3,7 @@
 //! Gradients and state pass through the exchange in pieces. Read next: `step.rs`, what a device
 //! does in a step; `supervised.rs`, the other side.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -476,9 +477,12 @@ impl Distance {
     }
 }
 
+/// Reads bytes that stand in the exchange from a place on.
+type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> io::Result<()> + 'a;
+
 /// Shows what `read` reads from the exchange piece by piece, each with its place.
 fn published(
-    (read, bytes): (&dyn Fn(u64, &mut [u8]) -> std::io::Result<()>, usize),
+    (read, bytes): (&ReadAt<'_>, usize),
     piece: &mut [u8],
     take: &mut TakePiece<'_>,
 ) -> Result<(), TrainError> {
