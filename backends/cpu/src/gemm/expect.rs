@@ -333,3 +333,58 @@ impl<V: Copy, const SPLITS: usize> WeightedChain<V, SPLITS> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::gemm::{Layout, Store};
+    use crate::pool::Pool;
+
+    fn product() -> Product<'static, f32> {
+        Product {
+            layout: Layout::Nt,
+            m: 2,
+            n: 1,
+            k: 2,
+            units: 2,
+            dot: false,
+            a: &[],
+            a_stride: 2,
+            b: &[],
+            b_stride: 2,
+            bias: None,
+            store: Store::Overwrite,
+        }
+    }
+
+    #[test]
+    fn the_last_part_that_is_handed_in_makes_the_weights() {
+        let (product, mut rows) = (product(), [0; 6]);
+        let weights = Weights::new(&product, 2, &mut rows);
+        weights.promise(1).keep(&[1.0, 2.0], 5.0);
+        assert!(weights.ready().is_none());
+        weights.promise(0).keep(&[0.5, 4.0], 16.25);
+        let ready = weights.ready().expect("all parts are there");
+        assert_eq!(ready.rows[..2], [1.5_f32, 6.0].map(f32::to_bits));
+        assert_eq!((ready.left_squares, ready.sum_squares), (21.25, 38.25));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_task_that_failed() {
+        let (product, mut rows) = (product(), [0; 6]);
+        let weights = Weights::new(&product, 1, &mut rows);
+        let failed = catch_unwind(AssertUnwindSafe(|| {
+            Pool::new(2).run(2, |task| match task {
+                0 => {
+                    let _promise = weights.promise(0);
+                    panic!("the task that promised");
+                }
+                _ => assert!(weights.wait().is_none()),
+            });
+        }));
+        let payload = failed.expect_err("the first task panicked");
+        assert_eq!(payload.downcast_ref(), Some(&"the task that promised"));
+    }
+}
