@@ -16,9 +16,18 @@ use crate::soon::{Cursor, Soon};
 /// of a decode step, shorter than anything a user would notice on the power meter.
 const POLLS_BEFORE_SLEEP: usize = 6_000;
 
-/// Polls before a caller that waits for the last workers gives its core away: a worker that was
+/// Polls before a thread that waits for another's task gives its core away: a worker that was
 /// descheduled in the middle of a task may need it.
 const POLLS_BEFORE_YIELD: usize = 2_000;
+
+/// What a thread that waits for another's task does after so many polls.
+pub(crate) fn pause(polls: usize) {
+    if polls < POLLS_BEFORE_YIELD {
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
+    }
+}
 
 thread_local! {
     /// Set while this thread runs a task, so that a nested run is done inline.
@@ -131,13 +140,7 @@ impl Pool {
             self.wake();
             drain();
         };
-        self.shared.slot.0.offer(&drain, own, |polls| {
-            if polls < POLLS_BEFORE_YIELD {
-                std::hint::spin_loop();
-            } else {
-                std::thread::yield_now();
-            }
-        });
+        self.shared.slot.0.offer(&drain, own, pause);
         let payload = panic.into_inner().unwrap_or_else(PoisonError::into_inner);
         if let Some(payload) = payload {
             resume_unwind(payload);

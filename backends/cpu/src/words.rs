@@ -49,10 +49,14 @@ impl<V: Copy> WordSum<V> {
     /// The sum.
     #[inline(always)]
     pub(crate) fn finish<S: Simd<F32 = V>>(self, simd: S) -> u32 {
-        let [a, b, c, d] = self.chains;
-        let all = simd.add_words(simd.add_words(a, b), simd.add_words(c, d));
-        simd.reduce_words(all).wrapping_add(self.rest)
+        of_chains(simd, self.chains).wrapping_add(self.rest)
     }
+}
+
+/// The sum of the words of all chains.
+#[inline(always)]
+pub(crate) fn of_chains<S: Simd>(simd: S, [a, b, c, d]: [S::F32; CHAINS]) -> u32 {
+    simd.reduce_words(simd.add_words(simd.add_words(a, b), simd.add_words(c, d)))
 }
 
 /// Rows of `width` elements, each `stride` after the last, with the chosen instruction set. A row

@@ -10,6 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::Product;
 use crate::ffi::{PARTS_MAX, Parts};
+use crate::pool::pause;
 use crate::simd::{Isa, Kernel, Simd, dispatch};
 
 /// Parts of a weight where units are bf16 pairs: each has the upper bits of what the ones before
@@ -25,8 +26,6 @@ const LONG_CHAIN: usize = 256;
 const PANELS_PER_TASK: usize = 4;
 /// Units whose sums go on side by side, to hide one another's latency.
 const ABREAST: usize = 2;
-/// Polls for the last sums before a thread gives its core away.
-const POLLS_BEFORE_YIELD: usize = 2_000;
 
 /// Elements of the chain, a missing half of a last pair included.
 pub(super) fn elements<T>(product: &Product<'_, T>) -> usize {
@@ -145,11 +144,8 @@ impl<'a> Weights<'a> {
             if self.given_up.load(Ordering::Acquire) {
                 return None;
             }
+            pause(polls);
             polls += 1;
-            match polls < POLLS_BEFORE_YIELD {
-                true => std::hint::spin_loop(),
-                false => std::thread::yield_now(),
-            }
         }
     }
 }

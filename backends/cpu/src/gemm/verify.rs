@@ -23,7 +23,7 @@ use crate::pool::{Pool, Tasks};
 use crate::scratch::Scratch;
 use crate::simd::micro::{Column, LeftUnits, PAIRED_ONES, load_units, sum_strip};
 use crate::simd::{Isa, Kernel, Simd, dispatch};
-use crate::words::RowWords;
+use crate::words::{RowWords, of_chains};
 
 /// A flipped bit in a product's f32 sums before they are stored, to try the check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,10 +179,8 @@ fn sum_down<S: Simd, const DOT: bool>(
         }
         unit += S::LANES;
     }
-    let [a, b, c, d] = columns;
-    let squares = all::<S>(simd, [a.squares, b.squares, c.squares, d.squares]);
-    let words = simd.add_words(simd.add_words(a.words, b.words), simd.add_words(c.words, d.words));
-    (simd.reduce_sum(squares), simd.reduce_words(words))
+    let squares = all::<S>(simd, columns.map(|column| column.squares));
+    (simd.reduce_sum(squares), of_chains(simd, columns.map(|column| column.words)))
 }
 
 /// The sum of each row of a left operand whose rows are the chain's elements (the transposed one),
@@ -229,10 +227,8 @@ impl<T: Unit> SumRows<'_, T> {
             *to = simd.reduce_sum(all::<S>(simd, totals.each_mut().map(sums)));
         }
         let squares = simd.reduce_sum(all::<S>(simd, totals.map(|totals| totals.squares)));
-        let [a, b, c, d] = totals.map(|totals| totals.words);
-        let words = simd.add_words(simd.add_words(a, b), simd.add_words(c, d));
         let raw = DOT || size_of::<T>() == 4;
-        (squares, raw.then(|| simd.reduce_words(words)))
+        (squares, raw.then(|| of_chains(simd, totals.map(|totals| totals.words))))
     }
 }
 

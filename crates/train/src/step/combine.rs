@@ -41,18 +41,21 @@ impl TrainingState {
     ) -> Result<u64, TrainError> {
         let mut stack: Vec<u32> = held.map(|held| counts[held]).into_iter().collect();
         let mut digests = Vec::new();
+        let last = (0..counts.len()).rfind(|index| held != Some(*index));
         for index in (0..counts.len()).filter(|index| held != Some(*index)) {
-            let count = counts[index];
+            let (count, below) = (counts[index], stack.len());
             match stack.last_mut() {
                 // What would be added to the one below it at once need not be stored before.
-                Some(below) if *below == count => {
-                    *below += count;
-                    digests = self.add_read(backend, stack.len() - 1, index, read)?;
+                Some(top) if *top == count => {
+                    *top += count;
+                    // Only the addition that ends the sum is worth digesting.
+                    let ends = below == 1 && last == Some(index);
+                    let digests = ends.then_some(&mut digests);
+                    self.add_read(backend, below - 1, index, (read, digests))?;
                 }
                 _ => {
-                    self.store_read(backend, stack.len(), index, read)?;
+                    self.store_read(backend, below, index, read)?;
                     stack.push(count);
-                    digests.clear();
                 }
             }
             while let [.., left, right] = stack[..]
@@ -61,7 +64,6 @@ impl TrainingState {
                 stack.pop();
                 *stack.last_mut().expect("it had two") = left + right;
                 self.add(backend, stack.len() - 1)?;
-                digests.clear();
             }
         }
         if digests.is_empty() {
@@ -89,15 +91,15 @@ impl TrainingState {
         Ok(())
     }
 
-    /// Adds a subtree that is read to a gradient buffer; gives the digests of what is there then,
-    /// stage by stage.
+    /// Adds a subtree that is read to a gradient buffer; `digests` takes those of what is there
+    /// then, stage by stage.
     fn add_read(
         &mut self,
         backend: &mut dyn Backend,
         place: usize,
         index: usize,
-        read: &mut ReadPieces<'_>,
-    ) -> Result<Vec<u64>, TrainError> {
+        (read, digests): (&mut ReadPieces<'_>, Option<&mut Vec<u64>>),
+    ) -> Result<(), TrainError> {
         let staged = self.memory.ensure(backend, STAGED, STAGED_BYTES)?;
         let mut adding = Adding {
             buffer: self.gradient_buffer(place),
@@ -106,7 +108,7 @@ impl TrainingState {
             first: 0,
             bytes: 0,
             sums: [0; 3],
-            digests: Vec::new(),
+            digests,
         };
         let words = summed(index, read, |at, piece| adding.stage(backend, at, piece))?;
         adding.add(backend)?;
@@ -117,7 +119,7 @@ impl TrainingState {
             }
             sums[place] = after;
         }
-        Ok(adding.digests)
+        Ok(())
     }
 }
 
@@ -136,7 +138,7 @@ fn summed(
 }
 
 /// A gradient that is added to a buffer while it is read.
-struct Adding {
+struct Adding<'a> {
     buffer: BufferId,
     staged: BufferId,
     checked: bool,
@@ -145,11 +147,11 @@ struct Adding {
     bytes: usize,
     /// Word sums of the buffer as it was, of what was added, and of the buffer as it is.
     sums: [u32; 3],
-    /// Of each stage of the buffer as it is.
-    digests: Vec<u64>,
+    /// Takes that of each stage of the buffer as it is.
+    digests: Option<&'a mut Vec<u64>>,
 }
 
-impl Adding {
+impl Adding<'_> {
     /// Stages the piece from byte `at` on, which follows the last one.
     fn stage(
         &mut self,
@@ -191,7 +193,9 @@ impl Adding {
         } else {
             backend.launch(&op)?;
         }
-        self.digests.push(backend.digest(self.buffer, self.first, bytes)?);
+        if let Some(digests) = &mut self.digests {
+            digests.push(backend.digest(self.buffer, self.first, bytes)?);
+        }
         Ok(())
     }
 }
