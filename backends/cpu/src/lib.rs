@@ -14,6 +14,7 @@ pub mod peak;
 pub mod pool;
 mod prepack;
 pub mod scratch;
+mod shares;
 pub mod simd;
 mod soon;
 mod words;

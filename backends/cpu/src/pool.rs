@@ -1,15 +1,16 @@
 //! A fork/join pool for loops of a few microseconds: workers spin for a while before they sleep.
 //!
-//! Which thread runs which task is left to chance, so a task must write only its own part of the
-//! result (`ffi::Parts`, `ffi::Tiles`). There are no futures, priorities or stealing.
+//! Threads have shares of a run's tasks (`shares.rs`) but take others' too, so a task must write only
+//! its own part of the result (`ffi::Parts`, `ffi::Tiles`). There are no futures and no priorities.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
 use crate::ffi::JobSlot;
+use crate::shares::{Padded, Shares, share};
 use crate::soon::{Cursor, Soon};
 
 /// Polls before an idle worker sleeps: roughly 0.2 ms, longer than the serial work between two ops
@@ -32,17 +33,17 @@ pub(crate) fn pause(polls: usize) {
 thread_local! {
     /// Set while this thread runs a task, so that a nested run is done inline.
     static INSIDE_A_TASK: Cell<bool> = const { Cell::new(false) };
+    /// Whose share this thread takes first: a worker's own, the caller's for any other thread.
+    static SHARE: Cell<usize> = const { Cell::new(0) };
 }
-
-/// Keeps the counter of tasks on a cache line of its own (two, for the adjacent-line prefetcher).
-#[repr(align(128))]
-struct Padded<T>(T);
 
 struct Shared {
     slot: Padded<JobSlot>,
     soon: Padded<Soon>,
     sleeping: Vec<AtomicBool>,
     stop: AtomicBool,
+    /// Of the tasks of the run that is on.
+    shares: Shares,
 }
 
 /// Tasks of one kind, to be run beside those of others.
@@ -83,6 +84,7 @@ impl Pool {
             soon: Padded(Soon::default()),
             sleeping: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
+            shares: Shares::new(threads),
         });
         let start = |index: usize| {
             let shared = Arc::clone(&shared);
@@ -116,23 +118,47 @@ impl Pool {
             (0..tasks).for_each(task);
             return;
         }
+        let threads = self.threads();
+        let count = |of: usize| share(tasks, threads, of).len();
+        self.run_shares(count, |of, place| task(share(tasks, threads, of).start + place));
+    }
+
+    /// Runs all tasks of several kinds as one [`Pool::run`]: of each share, the first kind's first.
+    pub fn run_all(&self, kinds: &[Tasks<'_>]) {
+        let tasks: usize = kinds.iter().map(|kind| kind.count).sum();
+        if self.workers.is_empty() || tasks <= 1 || INSIDE_A_TASK.get() {
+            kinds.iter().for_each(|kind| (0..kind.count).for_each(&kind.task));
+            return;
+        }
+        let threads = self.threads();
+        let count = |of| kinds.iter().map(|kind| share(kind.count, threads, of).len()).sum();
+        self.run_shares(count, |of, mut place| {
+            for kind in kinds {
+                let mine = share(kind.count, threads, of);
+                if place < mine.len() {
+                    return (kind.task)(mine.start + place);
+                }
+                place -= mine.len();
+            }
+        });
+    }
+
+    /// Runs the tasks of all shares on all threads.
+    fn run_shares(
+        &self,
+        count: impl Fn(usize) -> usize + Sync,
+        task: impl Fn(usize, usize) + Sync,
+    ) {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = Padded(AtomicUsize::new(0));
+        let shares = &self.shared.shares;
+        shares.restart();
         let panic = Mutex::new(None);
         let drain = || {
             let before = INSIDE_A_TASK.replace(true);
-            let result = catch_unwind(AssertUnwindSafe(|| {
-                loop {
-                    let index = next.0.fetch_add(1, Ordering::Relaxed);
-                    if index >= tasks {
-                        break;
-                    }
-                    task(index);
-                }
-            }));
+            let result = catch_unwind(AssertUnwindSafe(|| shares.take(SHARE.get(), &count, &task)));
             INSIDE_A_TASK.set(before);
             if let Err(payload) = result {
-                next.0.store(tasks, Ordering::Relaxed);
+                shares.stop();
                 *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
             }
         };
@@ -145,19 +171,6 @@ impl Pool {
         if let Some(payload) = payload {
             resume_unwind(payload);
         }
-    }
-
-    /// Runs all tasks of several kinds, the first kind's first, as one [`Pool::run`].
-    pub fn run_all(&self, kinds: &[Tasks<'_>]) {
-        self.run(kinds.iter().map(|kind| kind.count).sum(), |index| {
-            let mut index = index;
-            for kind in kinds {
-                if index < kind.count {
-                    return (kind.task)(index);
-                }
-                index -= kind.count;
-            }
-        });
     }
 
     /// Wakes the workers that sleep. The job was published before, in the same total order as the
@@ -186,6 +199,7 @@ impl Drop for Pool {
 
 /// A worker's life: wait for a job that it has not done yet, join it, repeat.
 fn work(shared: &Shared, index: usize) {
+    SHARE.set(index + 1);
     let mut done = 0;
     let mut polls = 0;
     let mut cursor = Cursor::default();
@@ -216,6 +230,8 @@ fn work(shared: &Shared, index: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
     use crate::ffi::Parts;
 

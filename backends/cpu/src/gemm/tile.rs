@@ -13,6 +13,7 @@ use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::{Pool, Tasks};
 use crate::scratch::Scratch;
+use crate::shares::{Shares, share};
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
 use crate::words::WordSum;
@@ -473,31 +474,34 @@ fn compute_as<C: Element>(
     seen: Option<Seen<'_, '_>>,
 ) {
     let tile_rows = grid.rows.div_ceil(TILE_ROWS);
-    let count = tile_rows * grid.columns.div_ceil(TILE_COLUMNS);
+    let tile_columns = grid.columns.div_ceil(TILE_COLUMNS);
+    let count = tile_rows * tile_columns;
     let expecting = seen.as_ref().and_then(|seen| seen.expecting.as_ref());
-    let all = count + expecting.map_or(0, Expecting::count);
-    let workers = pool.threads().min(all);
+    let weighted = expecting.map_or(0, Expecting::count);
+    let workers = pool.threads().min(count + weighted);
     let sums = Parts::new(sums, sums.len() / pool.threads());
-    let next = AtomicUsize::new(0);
+    let (shares, next) = (Shares::new(workers), AtomicUsize::new(0));
+    let rows_of = |of: usize| share(tile_rows, workers, of);
     pool.run(workers, |worker| {
         let sums = sums.take(worker);
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= all {
-                break;
-            }
-            if let (Some(expecting), true) = (expecting, index >= count) {
-                expecting.run(isa, index - count);
-                continue;
-            }
-            // Neighbouring tasks share their columns, so the right panels stay in the cache.
-            let (row, column) = (index % tile_rows, index / tile_rows);
+        // A share is some rows of tiles: their part of A stays in the cache from column to column.
+        let tiles_of = |of: usize| rows_of(of).len() * tile_columns;
+        shares.take(worker, tiles_of, |of, place| {
+            // Neighbouring tasks share their columns, so the right panels stay there as well.
+            let rows = rows_of(of);
+            let (row, column) = (rows.start + place % rows.len(), place / rows.len());
             let (tile, at) = (tiles.take(row, column), (row * TILE_ROWS, column * TILE_COLUMNS));
             let mut task = TileTask { region, tile, row: at.0, column: at.1, sums };
             match &seen {
                 Some(seen) => task.watched(isa, seen.tile(row, column)),
                 None => dispatch(isa, Tiling::<_, false> { task: &mut task, seen: &mut [] }),
             }
+        });
+        let Some(expecting) = expecting else { return };
+        // All tiles are taken now, so what these wait for is on its way.
+        let claim = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|task| *task < weighted);
+        while let Some(task) = claim() {
+            expecting.run(isa, task);
         }
     });
 }
