@@ -5,6 +5,7 @@
 //! generic over `simd::Simd`; matrix products are in `gemm`. Another backend's author reads this
 //! crate first. It checks no shapes (the waist has) and knows no model.
 
+mod dealing;
 pub mod ffi;
 pub mod gemm;
 pub mod group;
@@ -14,7 +15,6 @@ pub mod peak;
 pub mod pool;
 mod prepack;
 pub mod scratch;
-mod shares;
 pub mod simd;
 mod soon;
 mod words;

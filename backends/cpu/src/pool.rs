@@ -1,6 +1,6 @@
 //! A fork/join pool for loops of a few microseconds: workers spin for a while before they sleep.
 //!
-//! Threads have shares of a run's tasks (`shares.rs`) but take others' too, so a task must write only
+//! Threads have shares of a run's tasks (`dealing.rs`) but take others' too, so a task must write only
 //! its own part of the result (`ffi::Parts`, `ffi::Tiles`). There are no futures and no priorities.
 
 use std::cell::Cell;
@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
+use crate::dealing::{Dealing, Padded, share};
 use crate::ffi::JobSlot;
-use crate::shares::{Padded, Shares, share};
 use crate::soon::{Cursor, Soon};
 
 /// Polls before an idle worker sleeps: roughly 0.2 ms, longer than the serial work between two ops
@@ -43,7 +43,7 @@ struct Shared {
     sleeping: Vec<AtomicBool>,
     stop: AtomicBool,
     /// Of the tasks of the run that is on.
-    shares: Shares,
+    dealing: Dealing,
 }
 
 /// Tasks of one kind, to be run beside those of others.
@@ -84,7 +84,7 @@ impl Pool {
             soon: Padded(Soon::default()),
             sleeping: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
-            shares: Shares::new(threads),
+            dealing: Dealing::new(threads),
         });
         let start = |index: usize| {
             let shared = Arc::clone(&shared);
@@ -114,7 +114,7 @@ impl Pool {
     /// A run from inside a task is done inline. If a task panics, the rest may or may not run and
     /// the panic continues in the caller.
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
-        if self.workers.is_empty() || tasks <= 1 || INSIDE_A_TASK.get() {
+        if self.is_one(tasks) {
             (0..tasks).for_each(task);
             return;
         }
@@ -123,10 +123,21 @@ impl Pool {
         self.run_shares(count, |of, place| task(share(tasks, threads, of).start + place));
     }
 
+    /// The same where whoever is free takes the next task, in order: what is streamed from memory
+    /// is best read by all threads at one place.
+    pub fn run_in_turn<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
+        if self.is_one(tasks) {
+            (0..tasks).for_each(task);
+            return;
+        }
+        let count = |of: usize| if of == 0 { tasks } else { 0 };
+        self.run_shares(count, |_, place| task(place));
+    }
+
     /// Runs all tasks of several kinds as one [`Pool::run`]: of each share, the first kind's first.
     pub fn run_all(&self, kinds: &[Tasks<'_>]) {
         let tasks: usize = kinds.iter().map(|kind| kind.count).sum();
-        if self.workers.is_empty() || tasks <= 1 || INSIDE_A_TASK.get() {
+        if self.is_one(tasks) {
             kinds.iter().for_each(|kind| (0..kind.count).for_each(&kind.task));
             return;
         }
@@ -143,6 +154,11 @@ impl Pool {
         });
     }
 
+    /// Whether so many tasks are for this thread alone.
+    fn is_one(&self, tasks: usize) -> bool {
+        self.workers.is_empty() || tasks <= 1 || INSIDE_A_TASK.get()
+    }
+
     /// Runs the tasks of all shares on all threads.
     fn run_shares(
         &self,
@@ -150,15 +166,16 @@ impl Pool {
         task: impl Fn(usize, usize) + Sync,
     ) {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let shares = &self.shared.shares;
-        shares.restart();
+        let dealing = &self.shared.dealing;
+        dealing.restart();
         let panic = Mutex::new(None);
         let drain = || {
             let before = INSIDE_A_TASK.replace(true);
-            let result = catch_unwind(AssertUnwindSafe(|| shares.take(SHARE.get(), &count, &task)));
+            let result =
+                catch_unwind(AssertUnwindSafe(|| dealing.take(SHARE.get(), &count, &task)));
             INSIDE_A_TASK.set(before);
             if let Err(payload) = result {
-                shares.stop();
+                dealing.stop();
                 *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
             }
         };

@@ -85,7 +85,7 @@ fn stream<T: Unit, C: Element>(
 ) {
     let Source { data, stride, count, .. } = shared.right;
     let matrix = (bytemuck::cast_slice(data), stride * size_of::<T>());
-    pool.run(count.div_ceil(range), |index| {
+    pool.run_in_turn(count.div_ceil(range), |index| {
         let stretch = Stretch::new(pool, matrix, index, (count, range));
         let right = Source { first: stretch.first, count: stretch.rows, ..shared.right };
         dispatch(isa, Range { shared, right, stretch, tile: tiles.take(0, index) });

@@ -226,7 +226,7 @@ struct Shared<'a> {
 
 fn stream<C: Element>(pool: &Pool, isa: Isa, shared: &Shared<'_>, tiles: Tiles<'_, C>) {
     let panel_bytes = shared.units * isa.geometry().micro_columns * WORD;
-    pool.run(shared.shares.tasks, |task| {
+    pool.run_in_turn(shared.shares.tasks, |task| {
         let memory = bytemuck::cast_slice(shared.right);
         let runway = shared.shares.runway(pool, memory, panel_bytes, task);
         dispatch(isa, Task { shared, tiles: &tiles, task, runway });

@@ -214,7 +214,7 @@ fn run<W: Stored, C: Element>(
     let Shared { m, n, range, rows_near, .. } = *shared;
     let parts = Parts::new(sums, range * rows_near);
     let matrix = (shared.weight, shared.k / W::PER_BYTE);
-    pool.run(n.div_ceil(range), |index| {
+    pool.run_in_turn(n.div_ceil(range), |index| {
         let stretch = Stretch::new(pool, matrix, index, (n, range));
         let (sums, mut tile) = (parts.take(index), tiles.take(0, index));
         for near in (0..m).step_by(rows_near) {

@@ -95,7 +95,7 @@ fn stream<W: Stored, C: Element>(
     let Shared { shares, groups, near, panels, words, scales, .. } = *shared;
     for first in (0..groups.rows()).step_by(near) {
         let rooms = Parts::new(&mut *rooms, room);
-        pool.run(shares.tasks, |index| {
+        pool.run_in_turn(shares.tasks, |index| {
             let (words, scales) = (bytemuck::cast_slice(words), bytemuck::cast_slice(scales));
             let runways = [
                 shares.runway(pool, words, words.len() / panels, index),

@@ -10,10 +10,10 @@ use super::expect::{self, Expecting, Promise, Weights};
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
 use super::verify::{self, Flip, LeftRows, SumDown, Suspect, Watch};
 use super::{DataMut, Layout, MatrixMut, Product, Store, Unit, UnitKind};
+use crate::dealing::{Dealing, share};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::{Pool, Tasks};
 use crate::scratch::Scratch;
-use crate::shares::{Shares, share};
 use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
 use crate::words::WordSum;
@@ -480,13 +480,13 @@ fn compute_as<C: Element>(
     let weighted = expecting.map_or(0, Expecting::count);
     let workers = pool.threads().min(count + weighted);
     let sums = Parts::new(sums, sums.len() / pool.threads());
-    let (shares, next) = (Shares::new(workers), AtomicUsize::new(0));
+    let (dealing, next) = (Dealing::new(workers), AtomicUsize::new(0));
     let rows_of = |of: usize| share(tile_rows, workers, of);
     pool.run(workers, |worker| {
         let sums = sums.take(worker);
         // A share is some rows of tiles: their part of A stays in the cache from column to column.
         let tiles_of = |of: usize| rows_of(of).len() * tile_columns;
-        shares.take(worker, tiles_of, |of, place| {
+        dealing.take(worker, tiles_of, |of, place| {
             // Neighbouring tasks share their columns, so the right panels stay there as well.
             let rows = rows_of(of);
             let (row, column) = (rows.start + place % rows.len(), place / rows.len());

@@ -12,18 +12,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[repr(align(128))]
 pub(crate) struct Padded<T>(pub T);
 
-/// How many tasks of each share are taken.
-pub(crate) struct Shares(Vec<Padded<AtomicUsize>>);
+/// The shares of a run: how many tasks of each are taken.
+pub(crate) struct Dealing(Vec<Padded<AtomicUsize>>);
 
 /// The part of `all` tasks in a row that is the share of an index.
 pub(crate) fn share(all: usize, shares: usize, index: usize) -> Range<usize> {
     index * all / shares..(index + 1) * all / shares
 }
 
-impl Shares {
-    /// So many, of which nothing is taken.
-    pub fn new(count: usize) -> Shares {
-        Shares((0..count).map(|_| Padded(AtomicUsize::new(0))).collect())
+impl Dealing {
+    /// So many shares, of which nothing is taken.
+    pub fn new(count: usize) -> Dealing {
+        Dealing((0..count).map(|_| Padded(AtomicUsize::new(0))).collect())
     }
 
     /// How many there are.
@@ -79,20 +79,20 @@ mod tests {
 
     #[test]
     fn whoever_has_done_its_own_share_goes_on_with_the_next_one_s() {
-        let shares = Shares::new(3);
+        let dealing = Dealing::new(3);
         let mut seen = Vec::new();
-        shares.take(1, |share| share + 1, |share, place| seen.push((share, place)));
+        dealing.take(1, |share| share + 1, |share, place| seen.push((share, place)));
         assert_eq!(seen, [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (0, 0)]);
-        shares.take(0, |_| 1, |_, _| panic!("all tasks are taken"));
-        shares.restart();
+        dealing.take(0, |_| 1, |_, _| panic!("all tasks are taken"));
+        dealing.restart();
         let mut count = 0;
-        shares.take(
+        dealing.take(
             2,
             |_| 5,
             |_, _| {
                 count += 1;
                 if count == 2 {
-                    shares.stop();
+                    dealing.stop();
                 }
             },
         );
