@@ -1,7 +1,8 @@
 //! A fork/join pool for loops of a few microseconds: workers spin for a while before they sleep.
 //!
-//! Threads have shares of a run's tasks (`dealing.rs`) but take others' too, so a task must write only
-//! its own part of the result (`ffi::Parts`, `ffi::Tiles`). There are no futures and no priorities.
+//! Threads have shares of a run's tasks (`dealing.rs`) but take others' too, so a task must write
+//! only its own part of the result (`ffi::Parts`, `ffi::Tiles`). There are no futures and no
+//! priorities.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

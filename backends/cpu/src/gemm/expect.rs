@@ -1,9 +1,9 @@
 //! What the sums of a product's columns should be: A's column sums times B.
 //!
 //! The tasks of a product hand in A's sums as they finish them, and whoever hands in the last makes
-//! weights of them; tasks at the end of the same parallel run multiply those with B's panels. So no
-//! thread waits for another longer than the product itself makes it wait. Read next: `verify.rs`,
-//! which compares.
+//! weights of them; the same parallel run multiplies those with B's panels, at its end or, where B
+//! is large, while each block of columns is near. So no thread waits for another longer than the
+//! product itself makes it wait. Read next: `verify.rs`, which compares.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -24,6 +24,9 @@ const SPLITS_OF_LONG: usize = 2;
 const LONG_CHAIN: usize = 256;
 /// Panels that one task multiplies.
 const PANELS_PER_TASK: usize = 4;
+/// Words of panels that may wait until all tiles are done: they are still in a near cache then, and
+/// threads that come to the end at different times share what is left.
+const NEAR_WORDS: usize = 512 << 10;
 /// Units whose sums go on side by side, to hide one another's latency.
 const ABREAST: usize = 2;
 
@@ -179,14 +182,17 @@ impl Drop for Promise<'_, '_> {
     }
 }
 
-/// The tasks that multiply the weights with the packed panels of some columns. They may wait for
-/// promises, so they must come after the tasks that made them.
+/// The tasks that multiply the weights with the packed panels of some columns: best soon after the
+/// product used them, as a large operand fits no cache. The rest may wait for promises, so it must
+/// come after the tasks that made them.
 pub(super) struct Expecting<'w, 'a> {
     weights: &'w Weights<'a>,
     right: &'w [u32],
     /// Panels of a task.
     per_task: usize,
     panel_columns: usize,
+    /// Which tasks are somebody's.
+    claimed: Vec<AtomicBool>,
     sums: Parts<'w, f32>,
     squares: Parts<'w, f32>,
 }
@@ -206,23 +212,46 @@ impl<'w, 'a> Expecting<'w, 'a> {
             sums.fill(0.0);
             squares.fill(0.0);
         }
+        let sums = Parts::new(sums, per_task * panel_columns);
+        let tasks = if weights.units == 0 { 0 } else { sums.count() };
         Expecting {
             weights,
             right,
             per_task,
             panel_columns,
-            sums: Parts::new(sums, per_task * panel_columns),
+            claimed: (0..tasks).map(|_| AtomicBool::new(false)).collect(),
+            sums,
             squares: Parts::new(squares, per_task * panel_columns),
         }
     }
 
-    /// Tasks.
-    pub fn count(&self) -> usize {
-        if self.weights.units == 0 { 0 } else { self.sums.count() }
+    /// Whether there is anything to do.
+    pub fn is_empty(&self) -> bool {
+        self.claimed.is_empty()
     }
 
-    /// Does one.
-    pub fn run(&self, isa: Isa, task: usize) {
+    /// Does what nobody has claimed of the first columns, whose panels were just used, if that is
+    /// better done early and the weights are there already.
+    pub fn run_ready(&self, isa: Isa, columns: usize) {
+        if self.right.len() > NEAR_WORDS && self.weights.ready().is_some() {
+            self.run_first(isa, columns.div_ceil(self.per_task * self.panel_columns));
+        }
+    }
+
+    /// Does what nobody has claimed; waits for the weights.
+    pub fn run_rest(&self, isa: Isa) {
+        self.run_first(isa, self.claimed.len());
+    }
+
+    fn run_first(&self, isa: Isa, count: usize) {
+        for (task, claimed) in self.claimed.iter().enumerate().take(count) {
+            if !claimed.swap(true, Ordering::Relaxed) {
+                self.run(isa, task);
+            }
+        }
+    }
+
+    fn run(&self, isa: Isa, task: usize) {
         let Some(ready) = self.weights.wait() else { return };
         let (sums, squares) = (self.sums.take(task), self.squares.take(task));
         let Weights { k, units, dot, .. } = *self.weights;

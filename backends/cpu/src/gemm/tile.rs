@@ -4,7 +4,7 @@
 //! rows pass, and the tile's rows stay in the second level while the panels pass. Long chains are
 //! cut at `CHAIN_UNITS_MAX`, with the f32 sums kept in the thread's scratch between the cuts.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::expect::{self, Expecting, Promise, Weights};
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
@@ -477,10 +477,10 @@ fn compute_as<C: Element>(
     let tile_columns = grid.columns.div_ceil(TILE_COLUMNS);
     let count = tile_rows * tile_columns;
     let expecting = seen.as_ref().and_then(|seen| seen.expecting.as_ref());
-    let weighted = expecting.map_or(0, Expecting::count);
-    let workers = pool.threads().min(count + weighted);
+    let has_more = expecting.is_some_and(|expecting| !expecting.is_empty());
+    let workers = pool.threads().min(count + usize::from(has_more));
     let sums = Parts::new(sums, sums.len() / pool.threads());
-    let (dealing, next) = (Dealing::new(workers), AtomicUsize::new(0));
+    let dealing = Dealing::new(workers);
     let rows_of = |of: usize| share(tile_rows, workers, of);
     pool.run(workers, |worker| {
         let sums = sums.take(worker);
@@ -496,12 +496,13 @@ fn compute_as<C: Element>(
                 Some(seen) => task.watched(isa, seen.tile(row, column)),
                 None => dispatch(isa, Tiling::<_, false> { task: &mut task, seen: &mut [] }),
             }
+            if let Some(expecting) = expecting.filter(|_| row + 1 == rows.end) {
+                expecting.run_ready(isa, (column + 1) * TILE_COLUMNS);
+            }
         });
-        let Some(expecting) = expecting else { return };
-        // All tiles are taken now, so what these wait for is on its way.
-        let claim = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|task| *task < weighted);
-        while let Some(task) = claim() {
-            expecting.run(isa, task);
+        if let Some(expecting) = expecting {
+            // All tiles are taken now, so what these wait for is on its way.
+            expecting.run_rest(isa);
         }
     });
 }
