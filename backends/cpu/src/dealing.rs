@@ -26,11 +26,6 @@ impl Dealing {
         Dealing((0..count).map(|_| Padded(AtomicUsize::new(0))).collect())
     }
 
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.0.len()
-    }
-
     /// Begins anew; the caller sees to it that nobody takes tasks meanwhile.
     pub fn restart(&self) {
         self.0.iter().for_each(|taken| taken.0.store(0, Ordering::Relaxed));
@@ -50,8 +45,8 @@ impl Dealing {
         count: impl Fn(usize) -> usize,
         mut task: impl FnMut(usize, usize),
     ) {
-        for turn in 0..self.count() {
-            let share = (first + turn) % self.count();
+        let shares = self.0.len();
+        for share in (0..shares).map(|turn| (first + turn) % shares) {
             let (taken, count) = (&self.0[share].0, count(share));
             // Looking first spares the others' counters.
             while taken.load(Ordering::Relaxed) < count {

@@ -115,38 +115,23 @@ impl Pool {
     /// A run from inside a task is done inline. If a task panics, the rest may or may not run and
     /// the panic continues in the caller.
     pub fn run<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
-        if self.is_one(tasks) {
-            (0..tasks).for_each(task);
-            return;
-        }
-        let threads = self.threads();
-        let count = |of: usize| share(tasks, threads, of).len();
-        self.run_shares(count, |of, place| task(share(tasks, threads, of).start + place));
+        let part = |of: usize| share(tasks, self.threads(), of);
+        self.run_shares(|of| part(of).len(), |of, place| task(part(of).start + place));
     }
 
     /// The same where whoever is free takes the next task, in order: what is streamed from memory
     /// is best read by all threads at one place.
     pub fn run_in_turn<F: Fn(usize) + Sync>(&self, tasks: usize, task: F) {
-        if self.is_one(tasks) {
-            (0..tasks).for_each(task);
-            return;
-        }
-        let count = |of: usize| if of == 0 { tasks } else { 0 };
-        self.run_shares(count, |_, place| task(place));
+        self.run_shares(|of| if of == 0 { tasks } else { 0 }, |_, place| task(place));
     }
 
     /// Runs all tasks of several kinds as one [`Pool::run`]: of each share, the first kind's first.
     pub fn run_all(&self, kinds: &[Tasks<'_>]) {
-        let tasks: usize = kinds.iter().map(|kind| kind.count).sum();
-        if self.is_one(tasks) {
-            kinds.iter().for_each(|kind| (0..kind.count).for_each(&kind.task));
-            return;
-        }
-        let threads = self.threads();
-        let count = |of| kinds.iter().map(|kind| share(kind.count, threads, of).len()).sum();
+        let part = |kind: &Tasks<'_>, of: usize| share(kind.count, self.threads(), of);
+        let count = |of: usize| kinds.iter().map(|kind| part(kind, of).len()).sum();
         self.run_shares(count, |of, mut place| {
             for kind in kinds {
-                let mine = share(kind.count, threads, of);
+                let mine = part(kind, of);
                 if place < mine.len() {
                     return (kind.task)(mine.start + place);
                 }
@@ -155,17 +140,21 @@ impl Pool {
         });
     }
 
-    /// Whether so many tasks are for this thread alone.
-    fn is_one(&self, tasks: usize) -> bool {
-        self.workers.is_empty() || tasks <= 1 || INSIDE_A_TASK.get()
-    }
-
-    /// Runs the tasks of all shares on all threads.
+    /// Runs the tasks of all shares, of which each thread has one: `task` is told the share and the
+    /// task's place in it, of which there are `count`.
     fn run_shares(
         &self,
         count: impl Fn(usize) -> usize + Sync,
         task: impl Fn(usize, usize) + Sync,
     ) {
+        let shares = 0..self.threads();
+        let is_alone = self.workers.is_empty() || INSIDE_A_TASK.get();
+        if is_alone || shares.clone().map(&count).sum::<usize>() <= 1 {
+            for of in shares {
+                (0..count(of)).for_each(|place| task(of, place));
+            }
+            return;
+        }
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let dealing = &self.shared.dealing;
         dealing.restart();

@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::dealing::share;
 use crate::simd::micro::LINE_BYTES;
 use crate::simd::prefetch;
 
@@ -53,8 +54,9 @@ impl Soon {
         }
         let pieces = self.pieces.load(Ordering::Relaxed);
         let piece_bytes = self.piece_bytes.load(Ordering::Relaxed);
-        let from = (index * pieces / count * piece_bytes).min(bytes);
-        let to = ((index + 1) * pieces / count * piece_bytes).min(from + BYTES_MAX).min(bytes);
+        let part = share(pieces, count, index);
+        let from = (part.start * piece_bytes).min(bytes);
+        let to = (part.end * piece_bytes).min(from + BYTES_MAX).min(bytes);
         let start = self.start.load(Ordering::Relaxed);
         start + from..start + to
     }

@@ -225,11 +225,6 @@ impl<'w, 'a> Expecting<'w, 'a> {
         }
     }
 
-    /// Whether there is anything to do.
-    pub fn is_empty(&self) -> bool {
-        self.claimed.is_empty()
-    }
-
     /// Does what nobody has claimed of the first columns, whose panels were just used, if that is
     /// better done early and the weights are there already.
     pub fn run_ready(&self, isa: Isa, columns: usize) {

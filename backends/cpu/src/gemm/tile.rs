@@ -475,10 +475,8 @@ fn compute_as<C: Element>(
 ) {
     let tile_rows = grid.rows.div_ceil(TILE_ROWS);
     let tile_columns = grid.columns.div_ceil(TILE_COLUMNS);
-    let count = tile_rows * tile_columns;
     let expecting = seen.as_ref().and_then(|seen| seen.expecting.as_ref());
-    let has_more = expecting.is_some_and(|expecting| !expecting.is_empty());
-    let workers = pool.threads().min(count + usize::from(has_more));
+    let workers = pool.threads().min(tile_rows * tile_columns);
     let sums = Parts::new(sums, sums.len() / pool.threads());
     let dealing = Dealing::new(workers);
     let rows_of = |of: usize| share(tile_rows, workers, of);
