@@ -62,7 +62,8 @@ fn main() {
                     },
                     row_stride: n,
                 },
-                store: Store::Overwrite,
+                // Gradients of weights are added up.
+                store: if layout == Layout::Tn { Store::Accumulate } else { Store::Overwrite },
             };
             let begun = Instant::now();
             match round % 2 {

@@ -346,7 +346,8 @@ fn fill_bias(bias: Option<Data<'_>>, to: &mut [f32]) {
     }
 }
 
-/// Rounds a row of sums into C.
+/// Rounds a row of sums into C. Gives the word sums, lane by lane, of what C held before, zero where
+/// that does not matter, and holds now; they mean something where C's elements are words.
 #[inline(always)]
 fn write_row<S: Simd, C: Element>(
     simd: S,
@@ -354,15 +355,19 @@ fn write_row<S: Simd, C: Element>(
     bias: Option<&[f32]>,
     store: Store,
     to: &mut [C],
-) {
+) -> [S::F32; 2] {
+    let mut words = [simd.zero(); 2];
     for (index, to) in to.chunks_mut(S::LANES).enumerate() {
         let start = index * S::LANES;
         let bias = bias.map(|bias| &bias[start..]);
-        write_vector(simd, simd.load(&sums[start..]), bias, store, to);
+        let told = write_vector(simd, simd.load(&sums[start..]), bias, store, to);
+        words = [simd.add_words(words[0], told[0]), simd.add_words(words[1], told[1])];
     }
+    words
 }
 
-/// Rounds one vector of sums into C.
+/// Rounds one vector of sums into C. Gives what C held before, zero where that does not matter, and
+/// what it would hold without rounding.
 #[inline(always)]
 fn write_vector<S: Simd, C: Element>(
     simd: S,
@@ -370,14 +375,18 @@ fn write_vector<S: Simd, C: Element>(
     bias: Option<&[f32]>,
     store: Store,
     to: &mut [C],
-) {
+) -> [S::F32; 2] {
     let sums = match bias {
         Some(bias) => simd.add(sums, simd.load(bias)),
         None => sums,
     };
-    let value = match store {
-        Store::Overwrite => sums,
-        Store::Accumulate => simd.add(C::load(simd, to), sums),
+    let (before, value) = match store {
+        Store::Overwrite => (simd.zero(), sums),
+        Store::Accumulate => {
+            let before = C::load(simd, to);
+            (before, simd.add(before, sums))
+        }
     };
     C::store(simd, value, to);
+    [before, value]
 }

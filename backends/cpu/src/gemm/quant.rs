@@ -12,9 +12,9 @@ use super::{Data, DataMut, Matrix, MatrixMut, Store, Unit, is_dot, quant_panels,
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::Pool;
 use crate::scratch::Scratch;
-use crate::simd::micro::Ahead;
+use crate::simd::micro::{Ahead, LANES_MAX};
 use crate::simd::quantised::{
-    Bytes, HalfBytes, LANES_MAX, QuantStream, SQUARE_BYTES, Stored, stream_quantised,
+    Bytes, HalfBytes, QuantStream, SQUARE_BYTES, Stored, stream_quantised,
 };
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
 

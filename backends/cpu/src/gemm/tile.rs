@@ -6,6 +6,8 @@
 
 use std::sync::atomic::Ordering;
 
+use pontoon_ops::sums::of_row;
+
 use super::expect::{self, Expecting, Promise, Weights};
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
 use super::verify::{self, Flip, LeftRows, SumDown, Suspect, Watch};
@@ -14,7 +16,7 @@ use crate::dealing::{Dealing, share};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::{Pool, Tasks};
 use crate::scratch::Scratch;
-use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
+use crate::simd::micro::{LANES_MAX, LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
 use crate::words::WordSum;
 
@@ -489,7 +491,8 @@ fn compute_as<C: Element>(
             let rows = rows_of(of);
             let (row, column) = (rows.start + place % rows.len(), place / rows.len());
             let (tile, at) = (tiles.take(row, column), (row * TILE_ROWS, column * TILE_COLUMNS));
-            let mut task = TileTask { region, tile, row: at.0, column: at.1, sums };
+            let words = [[0.0; LANES_MAX]; 2];
+            let mut task = TileTask { region, tile, row: at.0, column: at.1, sums, words };
             match &seen {
                 Some(seen) => task.watched(isa, seen.tile(row, column)),
                 None => dispatch(isa, Tiling::<_, false> { task: &mut task, seen: &mut [] }),
@@ -512,6 +515,8 @@ struct TileTask<'a, C> {
     row: usize,
     column: usize,
     sums: &'a mut [f32],
+    /// Sums of a watched tile's words before and after, lane by lane, where elements are words.
+    words: [[f32; LANES_MAX]; 2],
 }
 
 /// Computes a tile; `WATCHED` says whether the sums of its columns are added to `seen`.
@@ -528,7 +533,7 @@ impl<C: Element, const WATCHED: bool> Kernel for Tiling<'_, '_, C, WATCHED> {
     }
 }
 
-/// The word sum of a tile as it stands.
+/// The word sum of a tile as it stands, for elements that fill no word.
 struct TileWords<'t, 'a, C>(&'t mut Tile<'a, C>);
 
 impl<C: Element> Kernel for TileWords<'_, '_, C> {
@@ -549,7 +554,8 @@ impl<C: Element> TileTask<'_, C> {
     fn watched(&mut self, isa: Isa, mut seen: SeenTile<'_, '_>) {
         let region = self.region;
         let Some((watch, _)) = region.watch else { return };
-        if region.store == Store::Accumulate {
+        let in_registers = size_of::<C>() == size_of::<u32>();
+        if region.store == Store::Accumulate && !in_registers {
             watch.before.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
         }
         let columns = seen.columns.row(0);
@@ -566,7 +572,14 @@ impl<C: Element> TileTask<'_, C> {
                 watch.add_operand(0, || words);
             }
         }
-        watch.stored.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
+        if in_registers {
+            let [before, stored] = self.words.map(|lanes| of_row(bytemuck::bytes_of(&lanes)));
+            watch.before.fetch_add(before, Ordering::Relaxed);
+            watch.stored.fetch_add(stored, Ordering::Relaxed);
+        } else {
+            let stored = dispatch(isa, TileWords(&mut self.tile));
+            watch.stored.fetch_add(stored, Ordering::Relaxed);
+        }
     }
 
     #[inline(always)]
@@ -644,11 +657,13 @@ impl<C: Element> TileTask<'_, C> {
         let columns = width.min(self.tile.columns() - column);
         let bias = self.region.bias.map(|bias| &bias[self.column + column..][..columns]);
         let mut chains = [[simd.zero(); 2]; 2];
+        let mut words = [simd.zero(); 2];
         for index in 0..rows {
             let sums = &self.sums[slot + index * width..][..width];
             let to = &mut self.tile.row(row + index)[column..][..columns];
-            super::write_row(simd, &sums[..columns], bias, self.region.store, to);
+            let told = super::write_row(simd, &sums[..columns], bias, self.region.store, to);
             if WATCHED {
+                words = [simd.add_words(words[0], told[0]), simd.add_words(words[1], told[1])];
                 // The chain of this row comes first.
                 let [mine, other] = chains;
                 let left = simd.add(mine[0], simd.load(&sums[..S::LANES]));
@@ -657,6 +672,12 @@ impl<C: Element> TileTask<'_, C> {
             }
         }
         if WATCHED {
+            if size_of::<C>() == size_of::<u32>() {
+                for (lanes, words) in self.words.iter_mut().zip(words) {
+                    let lanes = &mut lanes[..S::LANES];
+                    simd.store(simd.add_words(simd.load(lanes), words), lanes);
+                }
+            }
             // Of an even number of rows the even ones' chain is first again.
             let (left, right) = seen.split_at_mut(S::LANES.min(seen.len()));
             for (half, to) in [left, right].into_iter().enumerate() {

@@ -153,7 +153,7 @@ pub(crate) fn load_square<S: Simd>(
 }
 
 /// Most lanes of any set.
-const LANES_MAX: usize = 16;
+pub(crate) const LANES_MAX: usize = 16;
 
 /// Reads `LANES` raw units from unit `unit` on; zero past the end of `bytes`.
 #[inline(always)]

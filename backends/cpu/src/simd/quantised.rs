@@ -7,7 +7,7 @@
 //! streamed when is decided in `gemm/quant.rs`.
 
 use super::Simd;
-use super::micro::Ahead;
+use super::micro::{Ahead, LANES_MAX};
 
 /// Bytes of a row that are read together.
 pub(crate) const SQUARE_BYTES: usize = 16;
@@ -287,6 +287,3 @@ fn few_scales<S: Simd>(simd: S, from: &[f32], stride: usize, count: usize) -> [S
     }
     lanes.map(|lanes| simd.load(&lanes))
 }
-
-/// Lanes of the widest vector.
-pub(crate) const LANES_MAX: usize = 16;
