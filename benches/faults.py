@@ -33,7 +33,7 @@ PONTOON = os.environ.get("PONTOON", str(ROOT / "target/release/pontoon"))
 KINDS = [
     ("crash", {}),
     ("hang", {}),
-    ("slow", {"for_steps": 8, "factor": 8.0}),
+    ("slow", {"for_steps": 24, "factor": 8.0}),
     ("bitflip", {"tensor": "Matmul", "bit": 30}),
     ("bitflip", {"tensor": "SwiGlu", "bit": 31}),
     ("bitflip", {"tensor": "Attention", "bit": 27}),

@@ -346,8 +346,8 @@ fn fill_bias(bias: Option<Data<'_>>, to: &mut [f32]) {
     }
 }
 
-/// Rounds a row of sums into C. Gives the word sums, lane by lane, of what C held before, zero where
-/// that does not matter, and holds now; they mean something where C's elements are words.
+/// Rounds a row of sums into C. Gives the word sums, lane by lane, of what C held before, zero
+/// where that does not matter, and holds now; they mean something where C's elements are words.
 #[inline(always)]
 fn write_row<S: Simd, C: Element>(
     simd: S,
