@@ -9,6 +9,8 @@ hundred   a small model with a fault in every twentieth step at random, all kind
           final weights must be that of an undisturbed run
 goodput   the same rate in a run whose steps take as long as a real one's
 overhead  a fleet without faults against the plain loop, in turns: the time of a step
+checks    a step with checks against one without, in turns in each of two processes, each of one
+          thread and on a core of its own
 clean     10,000 steps of a tiny model with every check and with audits: nothing is accused
 flips     sign and exponent bits of products, weights and gradients, flipped one by one in a run on
           three workers: found before the step is applied, without effect, or missed
@@ -360,6 +362,25 @@ def overhead(folder: Path, micro_batches: int, steps: int):
             "step_ms": times}
 
 
+def checks(steps: int):
+    """Two processes at a time, as two workers share a machine; every other step is checked."""
+    command = [PONTOON, "bench", "train", "--checks", "both", "--batch", "4", "--steps", str(steps), "--json"]
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    costs = []
+    for _ in range(ROUNDS):
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                                    preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}))
+                   for core in cores]
+        done = [one.communicate()[0] for one in running]
+        if any(one.returncode for one in running):
+            sys.exit(f"{' '.join(command)} failed")
+        costs += [json.loads(one)["checks_overhead"] for one in done]
+    return {"model": f"llama-30m, 4 x 256 tokens a step, {steps} steps in each of {len(costs)} processes",
+            "what": "time of a checked step over that of its neighbour without checks, less 1: the "
+                    "median of each process",
+            "median": statistics.median(costs), "spread": statistics.pstdev(costs), "checks_overhead": costs}
+
+
 def processor():
     """The processor's name where the system tells it."""
     try:
@@ -376,7 +397,7 @@ ROUNDS = 3
 def main():
     global ROUNDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    modes = ["latency", "hundred", "goodput", "overhead", "clean", "flips"]
+    modes = ["latency", "hundred", "goodput", "overhead", "checks", "clean", "flips"]
     parser.add_argument("what", choices=modes)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -399,6 +420,7 @@ def main():
             "hundred": lambda: at_random(folder, "qwen3-1m", 256, steps or 2000, 1, 3, 10),
             "goodput": lambda: at_random(folder, "llama-30m", 128, steps or 400, 1, 2, 10),
             "overhead": lambda: overhead(folder, arguments.micro_batches, steps or 7),
+            "checks": lambda: checks(steps or 16),
             "clean": lambda: clean(folder, steps or 10_000),
             "flips": lambda: flips(folder, arguments.flips, arguments.sweep),
         }[arguments.what]()
