@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -364,17 +365,15 @@ def overhead(folder: Path, micro_batches: int, steps: int):
 
 def checks(steps: int):
     """Two processes at a time, as two workers share a machine; every other step is checked."""
-    command = [PONTOON, "bench", "train", "--checks", "both", "--batch", "4", "--steps", str(steps), "--json"]
+    def cost(core):
+        # Of this thread, and so of the process that it starts.
+        os.sched_setaffinity(0, {core})
+        done = pontoon("bench", "train", "--checks", "both", "--batch", 4, "--steps", steps, "--json")
+        return json.loads(done)["checks_overhead"]
+
     cores = sorted(os.sched_getaffinity(0))[:2]
-    costs = []
-    for _ in range(ROUNDS):
-        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                                    preexec_fn=lambda core=core: os.sched_setaffinity(0, {core}))
-                   for core in cores]
-        done = [one.communicate()[0] for one in running]
-        if any(one.returncode for one in running):
-            sys.exit(f"{' '.join(command)} failed")
-        costs += [json.loads(one)["checks_overhead"] for one in done]
+    with ThreadPoolExecutor(len(cores)) as both:
+        costs = [one for _ in range(ROUNDS) for one in list(both.map(cost, cores))]
     return {"model": f"llama-30m, 4 x 256 tokens a step, {steps} steps in each of {len(costs)} processes",
             "what": "time of a checked step over that of its neighbour without checks, less 1: the "
                     "median of each process",

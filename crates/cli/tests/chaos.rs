@@ -57,9 +57,7 @@ fn every_kind_of_fault_is_found_and_the_weights_are_those_of_the_undisturbed_run
     let count = |kind: &str| events.iter().filter(|event| event["kind"] == kind).count();
     assert_eq!(count("corrupt"), 3, "{events:#?}");
     assert_eq!(count("snapshot_failed"), 2, "{events:#?}");
-    // A busy machine may really slow a worker down, which is told as well.
-    let told = faults.len() + count("slow");
-    assert_eq!(run["faults"].as_u64().unwrap(), told as u64, "{events:#?}");
+    assert_eq!(run["faults"].as_u64().unwrap(), faults.len() as u64, "{events:#?}");
     assert!(run["goodput"].as_f64().unwrap() < 1.0);
     every_second_is_accounted_for(&run, &events);
 }

@@ -515,7 +515,7 @@ struct TileTask<'a, C> {
     row: usize,
     column: usize,
     sums: &'a mut [f32],
-    /// Sums of a watched tile's words before and after, lane by lane, where elements are words.
+    /// Sums of a watched tile's words before and after, lane by lane, if it holds words.
     words: [[f32; LANES_MAX]; 2],
 }
 
@@ -549,14 +549,17 @@ impl<C: Element> Kernel for TileWords<'_, '_, C> {
 }
 
 impl<C: Element> TileTask<'_, C> {
+    /// Elements are words, which are summed in registers as they are stored.
+    const HOLDS_WORDS: bool = size_of::<C>() == size_of::<u32>();
+
     /// Computes the tile and the sums of a check. What is summed before and after runs in kernels
     /// of its own: the inner loop is better compiled alone.
     fn watched(&mut self, isa: Isa, mut seen: SeenTile<'_, '_>) {
         let region = self.region;
         let Some((watch, _)) = region.watch else { return };
-        let in_registers = size_of::<C>() == size_of::<u32>();
-        if region.store == Store::Accumulate && !in_registers {
-            watch.before.fetch_add(dispatch(isa, TileWords(&mut self.tile)), Ordering::Relaxed);
+        let mut before = 0;
+        if region.store == Store::Accumulate && !Self::HOLDS_WORDS {
+            before = dispatch(isa, TileWords(&mut self.tile));
         }
         let columns = seen.columns.row(0);
         columns.fill(0.0);
@@ -572,14 +575,13 @@ impl<C: Element> TileTask<'_, C> {
                 watch.add_operand(0, || words);
             }
         }
-        if in_registers {
-            let [before, stored] = self.words.map(|lanes| of_row(bytemuck::bytes_of(&lanes)));
-            watch.before.fetch_add(before, Ordering::Relaxed);
-            watch.stored.fetch_add(stored, Ordering::Relaxed);
+        let [before, stored] = if Self::HOLDS_WORDS {
+            self.words.map(|lanes| of_row(bytemuck::bytes_of(&lanes)))
         } else {
-            let stored = dispatch(isa, TileWords(&mut self.tile));
-            watch.stored.fetch_add(stored, Ordering::Relaxed);
-        }
+            [before, dispatch(isa, TileWords(&mut self.tile))]
+        };
+        watch.before.fetch_add(before, Ordering::Relaxed);
+        watch.stored.fetch_add(stored, Ordering::Relaxed);
     }
 
     #[inline(always)]
@@ -672,7 +674,7 @@ impl<C: Element> TileTask<'_, C> {
             }
         }
         if WATCHED {
-            if size_of::<C>() == size_of::<u32>() {
+            if Self::HOLDS_WORDS {
                 for (lanes, words) in self.words.iter_mut().zip(words) {
                     let lanes = &mut lanes[..S::LANES];
                     simd.store(simd.add_words(simd.load(lanes), words), lanes);
