@@ -8,7 +8,7 @@ latency   every kind of fault in runs on three workers: found after, got over af
 hundred   a small model with a fault in every twentieth step at random, all kinds: the hash of the
           final weights must be that of an undisturbed run
 goodput   the same rate in a run whose steps take as long as a real one's
-overhead  a fleet without faults against the plain loop, in turns: the time of a step
+overhead  fleets without faults against the plain loop, a step of each in turns
 checks    a step with checks against one without, in turns in each of two processes, each of one
           thread and on a core of its own
 clean     10,000 steps of a tiny model with every check and with audits: nothing is accused
@@ -22,7 +22,7 @@ import os
 import platform
 import random
 import re
-import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,6 +58,14 @@ TINY = {
     "max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+# A layer as wide as those of models of a billion parameters.
+WIDE = {
+    "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 1, "intermediate_size": 8192,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 512,
+    "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
+CONFIGS = {"tiny": TINY, "wide": WIDE}
 
 
 def pontoon(*arguments, **more):
@@ -67,7 +75,7 @@ def pontoon(*arguments, **more):
     return done.stdout
 
 
-def prepare(folder: Path, settings: str):
+def prepare(folder: Path, settings: str, config=TINY):
     """A corpus with something to learn, its shards, and the run's settings."""
     draw = random.Random(7)
     words = "river bridge boat water stone road night light field house".split()
@@ -76,12 +84,12 @@ def prepare(folder: Path, settings: str):
     pontoon("tokenizer", "train", "corpus.txt", "--vocab", 512, "--out", "tokenizer.json", cwd=folder)
     pontoon("data", "prepare", "corpus.txt", "--tokenizer", "tokenizer.json", "--out", "shards",
             cwd=folder)
-    (folder / "config.json").write_text(json.dumps(TINY))
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "run.toml").write_text(settings)
 
 
 def settings(preset, sequence, steps, micro_batch, micro_batches, every):
-    model = 'config = "config.json"' if preset == "tiny" else f'preset = "{preset}"'
+    model = 'config = "config.json"' if preset in CONFIGS else f'preset = "{preset}"'
     return f"""
 [model]
 {model}
@@ -330,36 +338,84 @@ def sweep(count):
              "without_effect": int(harmless)} for model, what, all, caught, harmless in found]
 
 
-def overhead(folder: Path, micro_batches: int, steps: int):
-    """Fleets without faults and the plain loop in turns; one worker has all cores, two have half."""
-    prepare(folder, settings("llama-30m", 256, steps, 4, micro_batches, 100))
+class Taking:
+    """A run that works only while it is its turn: its processes are stopped between turns, all of
+    them in the middle of their first micro-batch, so that none looks slower than another."""
+
+    def __init__(self, folder: Path, name: str, *more):
+        self.metrics, self.size, self.begun_s = folder / name / "metrics.jsonl", 0, 0.0
+        command = [PONTOON, "train", "run.toml", "--dir", name, "--json", *map(str, more)]
+        self.told = open(folder / f"{name}.txt", "w+")
+        # In a group of its own, to which its workers belong too.
+        self.process = subprocess.Popen(command, cwd=folder, stdout=self.told, stderr=self.told,
+                                        start_new_session=True)
+
+    def step(self):
+        """Goes on until a step is over and a little of the next is done; the step's time."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+        begun = time.perf_counter()
+        while (size := self.metrics.stat().st_size if self.metrics.exists() else 0) == self.size:
+            if self.process.poll() is not None:
+                self.told.seek(0)
+                sys.exit(f"{self.metrics.parent.name} ended: {self.told.read().strip()}")
+            time.sleep(0.002)
+        over = time.perf_counter()
+        time.sleep(0.1)
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        if self.size and self.metrics.read_bytes()[self.size:size].count(b"\n") != 1:
+            sys.exit("a step takes no longer than to look for its end: more micro-batches")
+        step_s, self.size = over - begun + self.begun_s, size
+        self.begun_s = time.perf_counter() - over
+        return 1000 * step_s
+
+    def end(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.told.close()
+
+
+def overhead(folder: Path, model: str, micro_batches: int, turns: int, without: list):
+    """The plain loop and fleets without faults, a step of each in turns, while the others stand
+    still; one worker has all cores, two have half."""
+    text = settings(model, 256, 1_000_000, 4, micro_batches, 1_000_000)
+    prepare(folder, text, CONFIGS.get(model, TINY))
     kinds = {
         "plain": ["--in-process", "--set", "fleet.checks=false"],
+        "one worker without checks": ["--set", "fleet.checks=false"],
         "one worker": [],
         "two workers without checks": ["--workers", 2, "--set", "fleet.checks=false"],
         "two workers": ["--workers", 2, "--set", "fleet.audit=0"],
         "two workers, audits of 1%": ["--workers", 2, "--set", "fleet.audit=0.01"],
     }
-    times = {name: [] for name in kinds}
-    for round in range(ROUNDS):
-        # A shared machine is a fifth slower in some minutes: neither kind always goes first.
-        for name in list(kinds)[:: -1 if round % 2 else 1]:
-            dir = f"{name.replace(' ', '-')}-{round}"
-            train(folder, dir, *kinds[name])
-            # The first step loads.
-            times[name].append([line["step_ms"] for line in lines(folder / dir / "metrics.jsonl")][1:])
-            shutil.rmtree(folder / dir)
-    half = lambda steps: statistics.mean(sorted(steps)[: max(1, len(steps) // 2)])
-    all_of = {name: sum(rounds, []) for name, rounds in times.items()}
-    quarter = {name: statistics.quantiles(steps, n=4)[0] for name, steps in all_of.items()}
-    return {"model": f"llama-30m, {micro_batches} x 4 x 256 tokens a step",
-            "what": "steps over those of the plain loop: the quarter's of all rounds (and so without "
-                    "steps that are audited), the median's, and the faster halves' of each round",
-            "ratio_of_quarters": {name: one / quarter["plain"] for name, one in quarter.items()},
-            "ratio_of_medians": {name: statistics.median(steps) / statistics.median(all_of["plain"])
-                                 for name, steps in all_of.items()},
-            "ratio_of_rounds": {name: [half(one) / half(plain) for one, plain in zip(rounds, times["plain"])]
-                                for name, rounds in times.items()},
+    kinds = {name: more for name, more in kinds.items() if name not in without}
+    runs, times = {}, {name: [] for name in kinds}
+    try:
+        for name, more in kinds.items():
+            runs[name] = Taking(folder, name.replace(" ", "-"), *more)
+            # The first steps load and find out how fast the workers are.
+            for _ in range(2):
+                runs[name].step()
+        for turn in range(turns):
+            # A shared machine is a fifth slower in some minutes: nobody always goes first.
+            for name in list(kinds)[:: -1 if turn % 2 else 1]:
+                times[name].append(runs[name].step())
+        alarms = {name: faults_of(folder, name.replace(" ", "-")) for name in kinds}
+    finally:
+        for run in runs.values():
+            run.end()
+    ratios = {name: [one / plain for one, plain in zip(of, times["plain"])]
+              for name, of in times.items()}
+    # Half of what lies between the quartiles is 0.67 standard deviations of one ratio.
+    spread = lambda of: (of[2] - of[0]) / 1.35
+    quartiles = {name: statistics.quantiles(of, n=4) for name, of in ratios.items()}
+    return {"model": f"{model}, {micro_batches} x 4 x 256 tokens a step, {turns} turns",
+            "what": "a step over the plain loop's of the same turn: the median (and so without steps "
+                    "that are audited), its standard error, and the mean",
+            "ratio": {name: of[1] for name, of in quartiles.items()},
+            "standard_error": {name: 1.25 * spread(of) / len(ratios[name]) ** 0.5
+                               for name, of in quartiles.items()},
+            "mean_ratio": {name: statistics.mean(of) for name, of in ratios.items()},
+            "alarms": {name: len(of) for name, of in alarms.items()},
             "step_ms": times}
 
 
@@ -402,6 +458,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--micro-batches", type=int, default=64, help="overhead: of a step")
+    parser.add_argument("--model", default="llama-30m", help="overhead: a preset, or `wide`: a layer of a large model")
+    parser.add_argument("--without", action="append", default=[], metavar="KIND",
+                        help="overhead: leaves a kind of run out, where memory is short")
     parser.add_argument("--flips", type=int, default=162, help="81 are each bit in each tensor")
     parser.add_argument("--sweep", type=int, default=0, metavar="N",
                         help="flips: N more within a step, from the training crate's test")
@@ -418,7 +477,8 @@ def main():
             "latency": lambda: latency(folder),
             "hundred": lambda: at_random(folder, "qwen3-1m", 256, steps or 2000, 1, 3, 10),
             "goodput": lambda: at_random(folder, "llama-30m", 128, steps or 400, 1, 2, 10),
-            "overhead": lambda: overhead(folder, arguments.micro_batches, steps or 7),
+            "overhead": lambda: overhead(folder, arguments.model, arguments.micro_batches, steps or 20,
+                                         arguments.without),
             "checks": lambda: checks(steps or 16),
             "clean": lambda: clean(folder, steps or 10_000),
             "flips": lambda: flips(folder, arguments.flips, arguments.sweep),

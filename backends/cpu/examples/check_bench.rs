@@ -1,6 +1,6 @@
 //! What checks cost a product: plain and checked in turns, on the shapes of a small model's step.
 //!
-//! Arguments: rows of activations (2048), threads (2).
+//! Arguments: rows of activations (2048), threads (2), width of the model (512).
 
 use std::time::Instant;
 
@@ -12,25 +12,28 @@ use pontoon_cpu::pool::Pool;
 use pontoon_cpu::scratch::Scratch;
 use pontoon_cpu::simd::Isa;
 
-/// Products of a shape, every second one checked.
+/// Products of a shape of a model of [`WIDTH`], every second one checked.
 const ROUNDS: usize = 400;
+const WIDTH: usize = 512;
 
 fn main() {
     let mut sizes = std::env::args().skip(1).map(|word| word.parse().expect("a number"));
     let (rows, threads) = (sizes.next().unwrap_or(2048), sizes.next().unwrap_or(2));
+    let width = sizes.next().unwrap_or(WIDTH);
+    let (wide, rounds) = (43 * width / 16, (ROUNDS * WIDTH / width).max(20));
     let isa = Isa::detect().expect("a known set");
     let pool = Pool::new(threads);
     let mut scratch = Scratch::new();
     let shapes = [
-        (Layout::Nt, rows, 512, 512),
-        (Layout::Nt, rows, 1376, 512),
-        (Layout::Nt, rows, 512, 1376),
-        (Layout::Nn, rows, 512, 512),
-        (Layout::Nn, rows, 512, 1376),
-        (Layout::Nn, rows, 1376, 512),
-        (Layout::Tn, 512, 512, rows),
-        (Layout::Tn, 1376, 512, rows),
-        (Layout::Tn, 512, 1376, rows),
+        (Layout::Nt, rows, width, width),
+        (Layout::Nt, rows, wide, width),
+        (Layout::Nt, rows, width, wide),
+        (Layout::Nn, rows, width, width),
+        (Layout::Nn, rows, width, wide),
+        (Layout::Nn, rows, wide, width),
+        (Layout::Tn, width, width, rows),
+        (Layout::Tn, wide, width, rows),
+        (Layout::Tn, width, wide, rows),
     ];
     for (layout, m, n, k) in shapes {
         let a: Vec<bf16> =
@@ -45,7 +48,7 @@ fn main() {
             Layout::Tn => (m, n),
         };
         let mut times = [Vec::new(), Vec::new()];
-        for round in 0..ROUNDS {
+        for round in 0..rounds {
             let args = GemmArgs {
                 layout,
                 m,

@@ -7,7 +7,7 @@ use bytemuck::Pod;
 use pontoon_ops::digest::Digest;
 use pontoon_ops::sums::of_row;
 
-use crate::simd::micro::load_units;
+use crate::simd::micro::{LANES_MAX, load_units};
 use crate::simd::{Kernel, Simd};
 
 /// Chains in which words are summed side by side.
@@ -32,24 +32,69 @@ impl<V: Copy> WordSum<V> {
     #[inline(always)]
     pub(crate) fn add<S: Simd<F32 = V>>(&mut self, simd: S, row: &[u8]) {
         let strips = row.chunks_exact(4 * S::LANES * CHAINS);
-        let vectors = strips.remainder().chunks_exact(4 * S::LANES);
-        for (index, chain) in self.chains.iter_mut().enumerate() {
-            if let Some(vector) = vectors.clone().nth(index) {
-                *chain = simd.add_words(*chain, load_units(simd, vector, 0));
-            }
-        }
-        self.rest = self.rest.wrapping_add(of_row(vectors.remainder()));
+        let rest = strips.remainder();
         for strip in strips {
             for (index, chain) in self.chains.iter_mut().enumerate() {
                 *chain = simd.add_words(*chain, load_units(simd, strip, index * S::LANES));
             }
         }
+        if rest.is_empty() {
+            return;
+        }
+        let vectors = rest.chunks_exact(4 * S::LANES);
+        self.rest = self.rest.wrapping_add(of_row(vectors.remainder()));
+        for (vector, chain) in vectors.zip(&mut self.chains) {
+            *chain = simd.add_words(*chain, load_units(simd, vector, 0));
+        }
+    }
+
+    /// The sum but for `rest`, lane by lane.
+    #[inline(always)]
+    fn lanes<S: Simd<F32 = V>>(self, simd: S) -> V {
+        let [a, b, c, d] = self.chains;
+        simd.add_words(simd.add_words(a, b), simd.add_words(c, d))
     }
 
     /// The sum.
     #[inline(always)]
     pub(crate) fn finish<S: Simd<F32 = V>>(self, simd: S) -> u32 {
-        of_chains(simd, self.chains).wrapping_add(self.rest)
+        simd.reduce_words(self.lanes(simd)).wrapping_add(self.rest)
+    }
+}
+
+/// A word sum that is kept lane by lane between short rows: to add up its lanes would take as long
+/// as to sum a row.
+#[derive(Clone, Copy)]
+pub(crate) struct LaneSums {
+    lanes: [f32; LANES_MAX],
+    /// Of words that fill no vector.
+    rest: u32,
+}
+
+impl LaneSums {
+    /// Of nothing.
+    pub(crate) const NONE: LaneSums = LaneSums { lanes: [0.0; LANES_MAX], rest: 0 };
+
+    /// Adds what was summed elsewhere.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, sum: u32) {
+        self.rest = self.rest.wrapping_add(sum);
+    }
+
+    /// Adds a row.
+    #[inline(always)]
+    pub(crate) fn add_row<S: Simd>(&mut self, simd: S, row: &[u8]) {
+        let lanes = &mut self.lanes[..S::LANES];
+        let mut sum = WordSum::new(simd);
+        sum.chains[0] = simd.load(lanes);
+        sum.add(simd, row);
+        simd.store(sum.lanes(simd), lanes);
+        self.rest = self.rest.wrapping_add(sum.rest);
+    }
+
+    /// The sum.
+    pub(crate) fn total(&self) -> u32 {
+        of_row(bytemuck::bytes_of(&self.lanes)).wrapping_add(self.rest)
     }
 }
 

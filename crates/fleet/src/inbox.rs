@@ -10,7 +10,7 @@ use crate::supervisor::Input;
 use crate::world::Clock;
 
 /// How often silence is looked for.
-const TICK: Duration = Duration::from_millis(10);
+const TICK: Duration = Duration::from_millis(25);
 /// A driver that was away for so long was itself stopped, with or without its workers: nothing it
 /// does between two inputs takes this long unless all of the machine waits too.
 const STALL: Duration = Duration::from_millis(700);

@@ -405,8 +405,7 @@ fn swiglu_as<T: Element>(context: &mut Context<'_>, op: &ops::SwiGlu) -> Done {
             let up = &up[at * strides[1]..][..width];
             let y = &mut y[row * strides[2]..][..width];
             dispatch(isa, Gate { gate, up, y: &mut *y });
-            sums.read([(0, gate), (1, up)]);
-            sums.written([(2, &*y)]);
+            sums.row([(0, gate), (1, up)], [(2, &*y)]);
         }
     });
     context.note(tally);
@@ -463,18 +462,13 @@ fn swiglu_bwd_as<T: Element>(context: &mut Context<'_>, op: &ops::SwiGluBwd) -> 
         let (dgate, dup) = (dgates.take(task), dups.take(task));
         for row in 0..per_task.min(rows - task * per_task) {
             let at = task * per_task + row;
-            let one_row = GateBwd {
-                dy: &dy[at * dy_s..][..width],
-                gate: &gate[at * gate_s..][..width],
-                up: &up[at * up_s..][..width],
-                dgate: &mut dgate[row * dgate_s..][..width],
-                dup: &mut dup[row * dup_s..][..width],
-            };
-            let read = [(0, one_row.dy), (1, one_row.gate), (2, one_row.up)];
-            dispatch(isa, one_row);
-            sums.read(read);
-            let row_of = |of: usize| row * of..row * of + width;
-            sums.written([(3, &dgate[row_of(dgate_s)]), (4, &dup[row_of(dup_s)])]);
+            let dy = &dy[at * dy_s..][..width];
+            let gate = &gate[at * gate_s..][..width];
+            let up = &up[at * up_s..][..width];
+            let dgate = &mut dgate[row * dgate_s..][..width];
+            let dup = &mut dup[row * dup_s..][..width];
+            dispatch(isa, GateBwd { dy, gate, up, dgate: &mut *dgate, dup: &mut *dup });
+            sums.row([(0, dy), (1, gate), (2, up)], [(3, &*dgate), (4, &*dup)]);
         }
     });
     context.note(tally);

@@ -76,8 +76,7 @@ fn rms_norm_as<T: Element>(context: &mut Context<'_>, op: &ops::RmsNorm) -> Done
             let x = &x[(task * per_task + row) * x_stride..][..width];
             let y = &mut y[row * y_stride..][..width];
             *rstd = dispatch(isa, NormRow { x, weight, eps, y: &mut *y });
-            sums.read([(0, x)]);
-            sums.written([(2, &*y)]);
+            sums.row([(0, x)], [(2, &*y)]);
         }
     });
     context.note(tally);
@@ -113,8 +112,7 @@ fn add_rms_norm_as<T: Element>(context: &mut Context<'_>, op: &ops::AddRmsNorm) 
             dispatch(isa, SumRow { a, b, y: &mut *sum });
             let y = &mut y[row * y_s..][..width];
             *rstd = dispatch(isa, NormRow { x: sum, weight, eps, y: &mut *y });
-            of_task.read([(0, a), (1, b)]);
-            of_task.written([(3, &*sum), (4, &*y)]);
+            of_task.row([(0, a), (1, b)], [(3, &*sum), (4, &*y)]);
         }
     });
     context.note(tally);
@@ -218,22 +216,17 @@ fn backward<T: Element>(context: &mut Context<'_>, op: &Bwd<'_>) -> Done {
         let first = task * blocks_per_task * ROW_BLOCK;
         for row in 0..(blocks_per_task * ROW_BLOCK).min(rows - first) {
             let at = first + row;
-            let one_row = NormRowBwd {
-                dy: &dy[at * dy_s..][..width],
-                dsum: dsum.map(|dsum| &dsum[at * dsum_s..][..width]),
-                x: &x[at * x_s..][..width],
-                weight,
-                rstd: rstd[at],
-                dx: &mut dx[row * dx_s..][..width],
-                dweight: &mut partial[row / ROW_BLOCK * width..][..width],
-            };
-            let (read, dsum) = ([(0, one_row.dy), (of_x, one_row.x)], one_row.dsum);
-            dispatch(isa, one_row);
-            sums.read(read);
-            if let Some(dsum) = dsum {
-                sums.read([(1, dsum)]);
+            let dy = &dy[at * dy_s..][..width];
+            let dsum = dsum.map(|dsum| &dsum[at * dsum_s..][..width]);
+            let x = &x[at * x_s..][..width];
+            let dx = &mut dx[row * dx_s..][..width];
+            let dweight = &mut partial[row / ROW_BLOCK * width..][..width];
+            let rstd = rstd[at];
+            dispatch(isa, NormRowBwd { dy, dsum, x, weight, rstd, dx: &mut *dx, dweight });
+            match dsum {
+                Some(dsum) => sums.row([(0, dy), (1, dsum), (of_x, x)], [(of_dx, &*dx)]),
+                None => sums.row([(0, dy), (of_x, x)], [(of_dx, &*dx)]),
             }
-            sums.written([(of_dx, &dx[row * dx_s..][..width])]);
         }
     });
     if op.accumulate == Accumulate::Overwrite {

@@ -13,7 +13,7 @@ use super::{Context, Done, TASK_ELEMENTS, with_float};
 use crate::ffi::{PARTS_MAX, Parts};
 use crate::gemm::{Data, DataMut, GemmArgs, Layout, Matrix, MatrixMut, Store, gemm};
 use crate::simd::{Element, Isa, Kernel, Simd, dispatch};
-use crate::words::Digesting;
+use crate::words::{Digesting, RowWords};
 
 /// One task's share of an AdamW step.
 struct Adam<'a, C> {
@@ -95,7 +95,7 @@ fn adamw_as<C: Element>(context: &mut Context<'_>, op: &ops::AdamW) -> Done {
             Some(digests) => update.digested(isa, task * len, digests),
             None => dispatch(isa, update),
         }
-        tally.task().read([(1, grad)]);
+        tally.task().read_rows(1, RowWords::one(grad));
     });
     context.note(tally);
     if let Some(digests) = digests {

@@ -14,8 +14,8 @@ use crate::gemm::{
     Asked, Flip, GemmArgs, GroupedGemmArgs, ProductSums, WrongColumn, gemm, gemm_checked,
     grouped_gemm, grouped_gemm_checked,
 };
-use crate::simd::{Isa, dispatch};
-use crate::words::RowWords;
+use crate::simd::{Isa, Kernel, Simd, dispatch};
+use crate::words::{LaneSums, RowWords};
 
 /// What is checked while an operation runs, and what came of it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -67,18 +67,25 @@ const ROW_OPERANDS: usize = 10;
 impl Tally {
     /// The sums of one task.
     pub fn task(&self) -> TaskSums<'_> {
-        TaskSums { tally: self, read: [0; ROW_OPERANDS], written: [0; ROW_OPERANDS] }
+        let none = [LaneSums::NONE; ROW_OPERANDS];
+        TaskSums { tally: self, read: none, written: none }
     }
 }
 
 /// What one task sums; added to the others' when it is dropped.
 pub(crate) struct TaskSums<'a> {
     tally: &'a Tally,
-    read: [u32; ROW_OPERANDS],
-    written: [u32; ROW_OPERANDS],
+    read: [LaneSums; ROW_OPERANDS],
+    written: [LaneSums; ROW_OPERANDS],
 }
 
 impl TaskSums<'_> {
+    /// Whether an operand is to be summed as it is read.
+    #[inline]
+    fn wants_read(&self, operand: usize) -> bool {
+        self.tally.ask.read >> operand & 1 == 1
+    }
+
     /// Whether an operand is to be summed as it is written.
     #[inline]
     pub fn wants_written(&self, operand: usize) -> bool {
@@ -94,36 +101,33 @@ impl TaskSums<'_> {
     /// Adds what was summed elsewhere of an operand as it was read.
     #[inline]
     pub fn add_read(&mut self, operand: usize, sum: u32) {
-        self.read[operand] = self.read[operand].wrapping_add(sum);
+        self.read[operand].add(sum);
     }
 
     /// Adds what was summed elsewhere of an operand as it was written.
     #[inline]
     pub fn add_written(&mut self, operand: usize, sum: u32) {
-        self.written[operand] = self.written[operand].wrapping_add(sum);
+        self.written[operand].add(sum);
     }
 
-    /// Takes in rows as they are read.
+    /// Takes in a row of each operand, while they are near: those that were read and those that
+    /// were written.
     #[inline]
-    pub fn read<T: Pod, const COUNT: usize>(&mut self, rows: [(usize, &[T]); COUNT]) {
-        for (operand, row) in rows {
-            self.read_rows(operand, RowWords::one(row));
+    pub fn row<T: Pod, const READ: usize, const WRITTEN: usize>(
+        &mut self,
+        read: [(usize, &[T]); READ],
+        written: [(usize, &[T]); WRITTEN],
+    ) {
+        if !self.tally.ask.is_empty() {
+            dispatch(self.tally.isa, OperandRows { sums: self, read, written });
         }
     }
 
     /// Takes in several rows of an operand as they are read.
     #[inline]
     pub fn read_rows<T: Pod>(&mut self, operand: usize, rows: RowWords<'_, T>) {
-        if self.tally.ask.read >> operand & 1 == 1 {
+        if self.wants_read(operand) {
             self.add_read(operand, dispatch(self.tally.isa, rows));
-        }
-    }
-
-    /// Takes in rows as they are written.
-    #[inline]
-    pub fn written<T: Pod, const COUNT: usize>(&mut self, rows: [(usize, &[T]); COUNT]) {
-        for (operand, row) in rows {
-            self.written_rows(operand, RowWords::one(row));
         }
     }
 
@@ -138,10 +142,40 @@ impl TaskSums<'_> {
 
 impl Drop for TaskSums<'_> {
     fn drop(&mut self) {
-        if !self.tally.ask.is_empty() {
-            for operand in 0..ROW_OPERANDS {
-                self.tally.read[operand].fetch_add(self.read[operand], Ordering::Relaxed);
-                self.tally.written[operand].fetch_add(self.written[operand], Ordering::Relaxed);
+        for operand in 0..ROW_OPERANDS {
+            if self.wants_read(operand) {
+                self.tally.read[operand].fetch_add(self.read[operand].total(), Ordering::Relaxed);
+            }
+            if self.wants_written(operand) || self.wants_changed(operand) {
+                let total = self.written[operand].total();
+                self.tally.written[operand].fetch_add(total, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// A row of each operand of a task, added to its sums.
+struct OperandRows<'s, 'a, 'r, T, const READ: usize, const WRITTEN: usize> {
+    sums: &'s mut TaskSums<'a>,
+    read: [(usize, &'r [T]); READ],
+    written: [(usize, &'r [T]); WRITTEN],
+}
+
+impl<T: Pod, const READ: usize, const WRITTEN: usize> Kernel
+    for OperandRows<'_, '_, '_, T, READ, WRITTEN>
+{
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let OperandRows { sums, read, written } = self;
+        for (operand, row) in read {
+            if sums.wants_read(operand) {
+                sums.read[operand].add_row(simd, bytemuck::cast_slice(row));
+            }
+        }
+        for (operand, row) in written {
+            if sums.wants_written(operand) {
+                sums.written[operand].add_row(simd, bytemuck::cast_slice(row));
             }
         }
     }
