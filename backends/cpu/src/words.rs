@@ -48,22 +48,15 @@ impl<V: Copy> WordSum<V> {
         }
     }
 
-    /// The sum but for `rest`, lane by lane.
-    #[inline(always)]
-    fn lanes<S: Simd<F32 = V>>(self, simd: S) -> V {
-        let [a, b, c, d] = self.chains;
-        simd.add_words(simd.add_words(a, b), simd.add_words(c, d))
-    }
-
     /// The sum.
     #[inline(always)]
     pub(crate) fn finish<S: Simd<F32 = V>>(self, simd: S) -> u32 {
-        simd.reduce_words(self.lanes(simd)).wrapping_add(self.rest)
+        of_chains(simd, self.chains).wrapping_add(self.rest)
     }
 }
 
-/// A word sum that is kept lane by lane between short rows: to add up its lanes would take as long
-/// as to sum a row.
+/// A word sum that is kept lane by lane between short rows or the parts of a tile: to add up its
+/// lanes would take as long as to sum a row.
 #[derive(Clone, Copy)]
 pub(crate) struct LaneSums {
     lanes: [f32; LANES_MAX],
@@ -84,12 +77,17 @@ impl LaneSums {
     /// Adds a row.
     #[inline(always)]
     pub(crate) fn add_row<S: Simd>(&mut self, simd: S, row: &[u8]) {
-        let lanes = &mut self.lanes[..S::LANES];
         let mut sum = WordSum::new(simd);
-        sum.chains[0] = simd.load(lanes);
         sum.add(simd, row);
-        simd.store(sum.lanes(simd), lanes);
-        self.rest = self.rest.wrapping_add(sum.rest);
+        self.add_lanes(simd, joined(simd, sum.chains));
+        self.add(sum.rest);
+    }
+
+    /// Adds the lanes of a vector.
+    #[inline(always)]
+    pub(crate) fn add_lanes<S: Simd>(&mut self, simd: S, words: S::F32) {
+        let lanes = &mut self.lanes[..S::LANES];
+        simd.store(simd.add_words(simd.load(lanes), words), lanes);
     }
 
     /// The sum.
@@ -98,10 +96,16 @@ impl LaneSums {
     }
 }
 
+/// The chains added up, lane by lane.
+#[inline(always)]
+fn joined<S: Simd>(simd: S, [a, b, c, d]: [S::F32; CHAINS]) -> S::F32 {
+    simd.add_words(simd.add_words(a, b), simd.add_words(c, d))
+}
+
 /// The sum of the words of all chains.
 #[inline(always)]
-pub(crate) fn of_chains<S: Simd>(simd: S, [a, b, c, d]: [S::F32; CHAINS]) -> u32 {
-    simd.reduce_words(simd.add_words(simd.add_words(a, b), simd.add_words(c, d)))
+pub(crate) fn of_chains<S: Simd>(simd: S, chains: [S::F32; CHAINS]) -> u32 {
+    simd.reduce_words(joined(simd, chains))
 }
 
 /// Rows of `width` elements, each `stride` after the last, with the chosen instruction set. A row

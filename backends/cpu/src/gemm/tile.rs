@@ -6,8 +6,6 @@
 
 use std::sync::atomic::Ordering;
 
-use pontoon_ops::sums::of_row;
-
 use super::expect::{self, Expecting, Promise, Weights};
 use super::pack::{PackColumns, PackRows, PackRowsAsColumns, Source};
 use super::verify::{self, Flip, LeftRows, SumDown, Suspect, Watch};
@@ -16,9 +14,9 @@ use crate::dealing::{Dealing, share};
 use crate::ffi::{Grid, Parts, Tile, Tiles};
 use crate::pool::{Pool, Tasks};
 use crate::scratch::Scratch;
-use crate::simd::micro::{LANES_MAX, LeftUnits, MicroTile, Start, micro_tile};
+use crate::simd::micro::{LeftUnits, MicroTile, Start, micro_tile};
 use crate::simd::{Element, Geometry, Isa, Kernel, Simd, dispatch};
-use crate::words::WordSum;
+use crate::words::{LaneSums, WordSum};
 
 /// Rows of a task's tile: a multiple of every set's register tile, small enough to share out
 /// evenly.
@@ -491,7 +489,7 @@ fn compute_as<C: Element>(
             let rows = rows_of(of);
             let (row, column) = (rows.start + place % rows.len(), place / rows.len());
             let (tile, at) = (tiles.take(row, column), (row * TILE_ROWS, column * TILE_COLUMNS));
-            let words = [[0.0; LANES_MAX]; 2];
+            let words = [LaneSums::NONE; 2];
             let mut task = TileTask { region, tile, row: at.0, column: at.1, sums, words };
             match &seen {
                 Some(seen) => task.watched(isa, seen.tile(row, column)),
@@ -515,8 +513,8 @@ struct TileTask<'a, C> {
     row: usize,
     column: usize,
     sums: &'a mut [f32],
-    /// Sums of a watched tile's words before and after, lane by lane, if it holds words.
-    words: [[f32; LANES_MAX]; 2],
+    /// Sums of a watched tile's words before and after, if it holds words.
+    words: [LaneSums; 2],
 }
 
 /// Computes a tile; `WATCHED` says whether the sums of its columns are added to `seen`.
@@ -576,7 +574,7 @@ impl<C: Element> TileTask<'_, C> {
             }
         }
         let [before, stored] = if Self::HOLDS_WORDS {
-            self.words.map(|lanes| of_row(bytemuck::bytes_of(&lanes)))
+            self.words.map(|sums| sums.total())
         } else {
             [before, dispatch(isa, TileWords(&mut self.tile))]
         };
@@ -675,9 +673,8 @@ impl<C: Element> TileTask<'_, C> {
         }
         if WATCHED {
             if Self::HOLDS_WORDS {
-                for (lanes, words) in self.words.iter_mut().zip(words) {
-                    let lanes = &mut lanes[..S::LANES];
-                    simd.store(simd.add_words(simd.load(lanes), words), lanes);
+                for (sums, words) in self.words.iter_mut().zip(words) {
+                    sums.add_lanes(simd, words);
                 }
             }
             // Of an even number of rows the even ones' chain is first again.
