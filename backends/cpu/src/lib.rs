@@ -278,6 +278,16 @@ impl Backend for CpuBackend {
         self.buffers.read(buffer, byte_offset, bytes)
     }
 
+    fn mapped(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: usize,
+    ) -> Result<Option<&mut [u8]>, DeviceError> {
+        self.reach(buffer, byte_offset, bytes)?;
+        self.buffers.part_mut(buffer, byte_offset, bytes).map(Some)
+    }
+
     fn digest(
         &mut self,
         buffer: BufferId,

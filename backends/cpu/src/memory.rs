@@ -90,9 +90,7 @@ impl Buffers {
         byte_offset: usize,
         bytes: &[u8],
     ) -> Result<(), DeviceError> {
-        let range = self.range(buffer, byte_offset, bytes.len())?;
-        let slot = self.slots[buffer.0 as usize].as_mut().expect("range has checked the slot");
-        slot.bytes_mut()[range].copy_from_slice(bytes);
+        self.part_mut(buffer, byte_offset, bytes.len())?.copy_from_slice(bytes);
         Ok(())
     }
 
@@ -103,9 +101,20 @@ impl Buffers {
         byte_offset: usize,
         bytes: &mut [u8],
     ) -> Result<(), DeviceError> {
-        let range = self.range(buffer, byte_offset, bytes.len())?;
-        bytes.copy_from_slice(&self.get(buffer)?.bytes()[range]);
+        bytes.copy_from_slice(self.part(buffer, byte_offset, bytes.len())?);
         Ok(())
+    }
+
+    /// The bytes of a part of a buffer, to be changed.
+    pub fn part_mut(
+        &mut self,
+        buffer: BufferId,
+        byte_offset: usize,
+        bytes: usize,
+    ) -> Result<&mut [u8], DeviceError> {
+        let range = self.range(buffer, byte_offset, bytes)?;
+        let slot = self.slots[buffer.0 as usize].as_mut().expect("range has checked the slot");
+        Ok(&mut slot.bytes_mut()[range])
     }
 
     /// The bytes of a part of a buffer.

@@ -197,6 +197,19 @@ fn whoever_uses_a_part_of_the_matrix_finds_it_in_rows() {
         assert!(changed[row * 512 + 24..][..4] == want[row * 512 + 24..][..4]);
     }
 
+    // The same in place: the host sees rows, and the product sees what it changed.
+    bench.device.prepack(&whole).unwrap();
+    let row = bench.device.mapped(b.buffer, 70 * 256, 256).unwrap().unwrap();
+    assert!(row == &stored[70 * 256..][..256]);
+    row.copy_from_slice(&stored[..256]);
+    let changed = bench.written(&whole, &c);
+    for row in 0..m {
+        assert!(
+            changed[row * 512 + 280..][..4] == want[row * 512..][..4],
+            "column 70 of row {row}"
+        );
+    }
+
     // The next buffer of that number begins without panels.
     bench.device.prepack(&whole).unwrap();
     bench.device.free(b.buffer).unwrap();

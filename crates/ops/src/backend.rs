@@ -70,6 +70,17 @@ pub trait Backend: Send {
         bytes: &mut [u8],
     ) -> Result<(), DeviceError>;
 
+    /// A part of a buffer where the host can read and write it in place, after all launched work
+    /// that uses it; none where the host reaches the device's memory by copies only.
+    fn mapped(
+        &mut self,
+        _buffer: BufferId,
+        _byte_offset: usize,
+        _bytes: usize,
+    ) -> Result<Option<&mut [u8]>, DeviceError> {
+        Ok(None)
+    }
+
     /// The digest of a part of a buffer, as [`digest::Blocks`] defines it, after all launched work
     /// that writes it. A device with the means computes it in place.
     fn digest(

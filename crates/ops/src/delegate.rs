@@ -53,6 +53,16 @@ macro_rules! delegate {
             self.$field.download(buffer, byte_offset, bytes)
         }
     };
+    (@mapped $field:ident) => {
+        fn mapped(
+            &mut self,
+            buffer: $crate::BufferId,
+            byte_offset: usize,
+            bytes: usize,
+        ) -> Result<Option<&mut [u8]>, $crate::DeviceError> {
+            self.$field.mapped(buffer, byte_offset, bytes)
+        }
+    };
     (@digest $field:ident) => {
         fn digest(
             &mut self,

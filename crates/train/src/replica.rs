@@ -3,10 +3,9 @@
 //! Gradients and state pass through the exchange in pieces. Read next: `step.rs`, what a device
 //! does in a step; `supervised.rs`, the other side.
 
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pontoon_fleet::exchange::{Exchange, Layout};
 use pontoon_fleet::protocol::{
@@ -16,7 +15,7 @@ use pontoon_fleet::snapshot::{Parts, SnapshotReader};
 use pontoon_fleet::worker::{Combined, Computed, Fault, Progress, Replayed, Replica};
 use pontoon_fleet::world::{Clock, Disk};
 use pontoon_models::{HostWeights, Model, Weights};
-use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
+use pontoon_ops::digest::{Blocks, of_digests};
 use pontoon_ops::sums::{Ask, Sums, of_row};
 use pontoon_ops::{Backend, BufferId, DeviceError, DeviceErrorKind, Op, View};
 use pontoon_program::{Class, TensorSlice};
@@ -27,11 +26,11 @@ use crate::digests::Part;
 use crate::error::TrainError;
 use crate::optimizer::changed;
 use crate::run_files::{classes_of, restore_moments, restore_weights, samples};
-use crate::step::{TakePiece, TrainingState};
+use crate::step::{STAGE, TrainingState, digest_gradient, digest_of_host, stages};
 use crate::trainer::{Data, model_of};
 
 /// Bytes moved at a time: a piece is a digest's block and stays in the cache from copy to digest.
-const PIECE: usize = BLOCK;
+const PIECE: usize = STAGE;
 
 /// Where the parts of a run's exchange lie.
 pub fn layout(model: &Model, config: &RunConfig) -> Layout {
@@ -196,10 +195,11 @@ impl<'a> TrainingReplica<'a> {
                     exchange.read(position, place).map_err(TrainError::Exchange)?;
                 }
                 None => {
-                    let read = |at: u64, piece: &mut [u8]| exchange.read(position + at, piece);
-                    published((&read, bytes), &mut self.piece, &mut |at, piece| {
-                        Ok(self.backend.upload(buffer, byte_offset + at, piece)?)
-                    })?;
+                    for at in (0..bytes).step_by(PIECE) {
+                        let piece = &mut self.piece[..PIECE.min(bytes - at)];
+                        exchange.read(position + at as u64, piece).map_err(TrainError::Exchange)?;
+                        self.backend.upload(buffer, byte_offset + at, piece)?;
+                    }
                 }
             }
             position += bytes as u64;
@@ -224,29 +224,15 @@ impl<'a> TrainingReplica<'a> {
         let mut of_leaves = Vec::new();
         let mut seen = |backend: &mut dyn Backend, leaf: usize, buffer: BufferId| {
             if digests.contains(&(leaf as u32)) {
-                of_leaves.push((leaf as u32, backend.digest(buffer, 0, bytes)?));
+                of_leaves.push((leaf as u32, digest_gradient(backend, buffer, bytes)?));
             }
             Ok(())
         };
         let losses = state.subtree(&mut self.backend, &self.batches.1, leaves, &mut seen)?;
-        let sum = (state.gradient_buffer(0), bytes);
         let digest = match publish {
             Publish::Local => 0,
             Publish::Shared => {
-                let slot = self.layout.slot(node.first);
-                let (mut digest, mut words) = (Blocks::default(), 0_u32);
-                pieces(&mut self.backend, sum, &mut self.piece, |at, piece| {
-                    digest.push(piece);
-                    words = words.wrapping_add(of_row(piece));
-                    self.run
-                        .exchange
-                        .write_gradient(slot + at as u64, piece)
-                        .map_err(TrainError::Exchange)
-                })?;
-                if state.gradient_sum().is_some_and(|sum| sum != words) {
-                    return Err(changed("the gradient", "it was published").into());
-                }
-                let digest = digest.finish();
+                let digest = self.publish(node)?;
                 self.held = Some(Held { step, node, digest });
                 digest
             }
@@ -255,15 +241,33 @@ impl<'a> TrainingReplica<'a> {
         Ok(Computed { digest, leaves: of_leaves, losses, seconds })
     }
 
+    /// Puts the gradient that was just computed into its place in the exchange; gives its digest.
+    fn publish(&mut self, node: Node) -> Result<u64, TrainError> {
+        let (state, slot) = (loaded(&mut self.state), self.layout.slot(node.first));
+        let buffer = state.gradient_buffer(0);
+        let (mut digests, mut words) = (Vec::new(), 0_u32);
+        for (at, size) in stages(self.layout.gradient as usize) {
+            // Of what lies on the device, and it is then near to be copied.
+            digests.push(self.backend.digest(buffer, at, size)?);
+            shown(&mut self.backend, (buffer, at), &mut self.piece[..size], |stage| {
+                words = words.wrapping_add(of_row(stage));
+                let written = self.run.exchange.write_gradient(slot + at as u64, stage);
+                written.map_err(TrainError::Exchange)
+            })?;
+        }
+        if state.gradient_sum().is_some_and(|sum| sum != words) {
+            return Err(changed("the gradient", "it was published").into());
+        }
+        Ok(of_digests(&digests))
+    }
+
     /// How far the gradient that was just computed is from the one in a leaf's place in the
     /// exchange, by the tensor that is furthest.
     fn compare_with_published(&mut self, leaf: u32) -> Result<Apart, TrainError> {
         let slot = self.layout.slot(leaf);
         let mine = loaded(&mut self.state).gradient_buffer(0);
-        let mut digest = Blocks::default();
         let mut theirs = vec![0_u8; self.layout.gradient as usize];
         self.run.exchange.read_gradient(slot, &mut theirs).map_err(TrainError::Exchange)?;
-        theirs.chunks(BLOCK).for_each(|block| digest.push(block));
         let mut worst = (0.0, String::new());
         for slice in &self.slices {
             let mut distance = Distance::default();
@@ -282,7 +286,7 @@ impl<'a> TrainingReplica<'a> {
             }
         }
         let (error, tensor) = (worst.0.into(), worst.1);
-        Ok(Apart { published: digest.finish(), error, tensor })
+        Ok(Apart { published: digest_of_host(&theirs), error, tensor })
     }
 
     fn sum_up(&mut self, step: u64, nodes: &[Node]) -> Result<Combined, TrainError> {
@@ -293,21 +297,18 @@ impl<'a> TrainingReplica<'a> {
         let held = self.held.take().filter(|held| held.step == step);
         let place = held.and_then(|held| held.place_among(nodes));
         let mut read = vec![held.map_or(0, |held| held.digest); nodes.len()];
-        let mut show = |index: usize, take: &mut TakePiece<'_>| {
-            let (mut digest, slot) = (Blocks::default(), self.layout.slot(nodes[index].first));
-            let from = |at: u64, to: &mut [u8]| self.run.exchange.read_gradient(slot + at, to);
-            published((&from, bytes), &mut self.piece, &mut |at, piece| {
-                digest.push(piece);
-                take(at, piece)
-            })?;
-            read[index] = digest.finish();
-            Ok(())
+        let mut from = |index: usize, at: usize, stage: &mut [u8]| {
+            let slot = self.layout.slot(nodes[index].first);
+            let found = self.run.exchange.read_gradient(slot + at as u64, stage);
+            found.map_err(TrainError::Exchange)
         };
+        let mut gradient = 0;
         // One that computes alone has nobody to compare its sum with.
-        let gradient = match nodes {
-            [] => 0,
-            _ => state.sum(&mut self.backend, &counts, place, bytes, &mut show)?,
-        };
+        if !nodes.is_empty() {
+            let sum = state.sum(&mut self.backend, &counts, place, bytes, &mut from)?;
+            sum.read.into_iter().for_each(|(index, digest)| read[index] = digest);
+            gradient = sum.digest;
+        }
         self.norm = state.gradient_norm(&mut self.backend)?;
         Ok(Combined { before, nodes: read, gradient, norm: self.norm })
     }
@@ -424,17 +425,21 @@ fn fault(error: TrainError) -> Fault {
     Fault { trouble, text }
 }
 
-/// Shows a buffer's bytes piece by piece, each with its place.
-fn pieces(
+/// Shows bytes of a buffer, as many as `copy` has: where they are, or copied to the host.
+fn shown(
     backend: &mut dyn Backend,
-    (buffer, bytes): (BufferId, usize),
-    piece: &mut [u8],
-    show: impl FnMut(usize, &[u8]) -> Result<(), TrainError>,
+    (buffer, at): (BufferId, usize),
+    copy: &mut [u8],
+    show: impl FnOnce(&[u8]) -> Result<(), TrainError>,
 ) -> Result<(), TrainError> {
-    ranges(backend, (buffer, 0, bytes), piece, show)
+    if let Some(bytes) = backend.mapped(buffer, at, copy.len())? {
+        return show(bytes);
+    }
+    backend.download(buffer, at, copy)?;
+    show(copy)
 }
 
-/// The same for the bytes from a place on.
+/// Shows a range of a buffer's bytes piece by piece, each with its place.
 fn ranges(
     backend: &mut dyn Backend,
     (buffer, from, bytes): (BufferId, usize, usize),
@@ -443,8 +448,7 @@ fn ranges(
 ) -> Result<(), TrainError> {
     for at in (from..from + bytes).step_by(PIECE) {
         let piece = &mut piece[..PIECE.min(from + bytes - at)];
-        backend.download(buffer, at, piece)?;
-        show(at, piece)?;
+        shown(backend, (buffer, at), piece, |piece| show(at, piece))?;
     }
     Ok(())
 }
@@ -475,23 +479,6 @@ impl Distance {
         let norm = self.mine.max(self.theirs);
         if norm == 0.0 { 0.0 } else { (self.apart / norm).sqrt() }
     }
-}
-
-/// Reads bytes that stand in the exchange from a place on.
-type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> io::Result<()> + 'a;
-
-/// Shows what `read` reads from the exchange piece by piece, each with its place.
-fn published(
-    (read, bytes): (&ReadAt<'_>, usize),
-    piece: &mut [u8],
-    take: &mut TakePiece<'_>,
-) -> Result<(), TrainError> {
-    for at in (0..bytes).step_by(PIECE) {
-        let piece = &mut piece[..PIECE.min(bytes - at)];
-        read(at as u64, piece).map_err(TrainError::Exchange)?;
-        take(at, piece)?;
-    }
-    Ok(())
 }
 
 /// A device that tells of its progress.
@@ -533,6 +520,16 @@ impl Backend for Watched<'_> {
         self.begin();
         let result = self.inner.download(buffer, at, bytes);
         self.tell(result)
+    }
+
+    fn mapped(
+        &mut self,
+        buffer: BufferId,
+        at: usize,
+        bytes: usize,
+    ) -> Result<Option<&mut [u8]>, DeviceError> {
+        self.progress.done(Duration::ZERO);
+        self.inner.mapped(buffer, at, bytes)
     }
 
     fn digest(&mut self, buffer: BufferId, at: usize, bytes: usize) -> Result<u64, DeviceError> {

@@ -24,7 +24,7 @@ use crate::error::TrainError;
 use crate::gradient_tree::{Move, buffers, moves};
 use crate::optimizer::{FIRST, GRADIENT, Optimizer, SECOND, changed, download};
 
-pub(crate) use combine::TakePiece;
+pub(crate) use combine::{STAGE, digest_gradient, digest_of_host, stages};
 
 /// No single operation takes longer on a device that works.
 const PROFILE_DEADLINE: Duration = Duration::from_secs(60);

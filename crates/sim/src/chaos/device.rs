@@ -226,7 +226,7 @@ impl<'a> ChaosDevice<'a> {
 }
 
 impl Backend for ChaosDevice<'_> {
-    pontoon_ops::delegate!(inner: info alloc free upload download digest supports);
+    pontoon_ops::delegate!(inner: info alloc free upload download mapped digest supports);
     pontoon_ops::delegate!(inner: sums_in_place sums wait memory_used);
 
     fn launch_summed(&mut self, op: &Op, ask: Ask) -> Result<Sums, DeviceError> {

@@ -1,11 +1,11 @@
-//! The sum of what several workers computed: published subtrees are read piece by piece and added
+//! The sum of what several workers computed: published subtrees are read stage by stage and added
 //! along the fixed tree.
 //!
 //! Memory is what this costs, so a subtree that would be added to the one below it at once is added
-//! as it is read, and one's own is not read back at all. Where pieces come from is the replica's
-//! business.
+//! as it is read, and one's own is not read back at all. A stage is digested where it then lies.
+//! Where stages come from is the replica's business.
 
-use pontoon_ops::digest::of_digests;
+use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
 use pontoon_ops::sums::of_row;
 use pontoon_ops::{Add, Backend, BufferId, DType, DeviceError, Op, View};
 
@@ -13,37 +13,77 @@ use super::{ADD_SUMS, TrainingState};
 use crate::error::TrainError;
 use crate::optimizer::changed;
 
-/// Takes a piece of a gradient, with the byte it begins at.
-pub(crate) type TakePiece<'a> = dyn FnMut(usize, &[u8]) -> Result<(), TrainError> + 'a;
+/// Fills memory with as many bytes of the gradient of the subtree of an index, from a byte on.
+pub(crate) type ReadStage<'a> = dyn FnMut(usize, usize, &mut [u8]) -> Result<(), TrainError> + 'a;
 
-/// Shows a subtree's gradient piece by piece, in order.
-pub(crate) type ReadPieces<'a> =
-    dyn FnMut(usize, &mut TakePiece<'_>) -> Result<(), TrainError> + 'a;
-
-/// Where pieces wait on the device until they are added.
+/// Where a stage waits on the device until it is added.
 const STAGED: &str = "gradients.staged";
-/// Its bytes: small enough for a cache, large enough for an operation to be worth its launch.
-const STAGED_BYTES: usize = 256 << 10;
+/// Bytes of a gradient that are moved and digested at a time: small enough for a cache, large
+/// enough for an operation to be worth its launch.
+pub(crate) const STAGE: usize = BLOCK;
+
+/// The stages of a gradient of so many bytes: where each begins, and its bytes.
+pub(crate) fn stages(bytes: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..bytes).step_by(STAGE).map(move |at| (at, STAGE.min(bytes - at)))
+}
+
+/// The digest of a gradient on a device: that of its stages' digests.
+pub(crate) fn digest_gradient(
+    backend: &mut dyn Backend,
+    buffer: BufferId,
+    bytes: usize,
+) -> Result<u64, DeviceError> {
+    let digests = stages(bytes).map(|(at, size)| backend.digest(buffer, at, size));
+    Ok(of_digests(&digests.collect::<Result<Vec<u64>, DeviceError>>()?))
+}
+
+/// The same of one in the host's memory.
+pub(crate) fn digest_of_host(gradient: &[u8]) -> u64 {
+    let digest = |stage| {
+        let mut blocks = Blocks::default();
+        blocks.push(stage);
+        blocks.finish()
+    };
+    of_digests(&gradient.chunks(STAGE).map(digest).collect::<Vec<u64>>())
+}
+
+/// What was learnt while subtrees were summed.
+#[derive(Debug)]
+pub(crate) struct Summed {
+    /// The digest of the sum.
+    pub digest: u64,
+    /// Those of the subtrees that were read, by index.
+    pub read: Vec<(usize, u64)>,
+}
 
 impl TrainingState {
     /// Sums subtrees, given in order with the number of their leaves, into the first gradient
-    /// buffer; `read` shows the pieces of the subtree of an index. `held` is the index of the one
-    /// that stands in the first buffer already: 0, or 1 where the first two have equally many
-    /// leaves and are added to each other, whose order makes no difference. Gives the digest of the
-    /// sum's `bytes`, which is formed while its pieces are near where that is possible.
+    /// buffer; `read` reads the subtree of an index. `held` is the index of the one that stands in
+    /// the first buffer already: 0, or 1 where the first two have equally many leaves and are added
+    /// to each other, whose order makes no difference. The digest of the sum's `bytes` is formed
+    /// while its stages are near where that is possible.
     pub(crate) fn sum(
         &mut self,
         backend: &mut dyn Backend,
         counts: &[u32],
         held: Option<usize>,
         bytes: usize,
-        read: &mut ReadPieces<'_>,
-    ) -> Result<u64, TrainError> {
+        read: &mut ReadStage<'_>,
+    ) -> Result<Summed, TrainError> {
         let mut stack: Vec<u32> = held.map(|held| counts[held]).into_iter().collect();
+        let mut sum = Summed { digest: 0, read: Vec::new() };
         let mut digests = Vec::new();
         let last = (0..counts.len()).rfind(|index| held != Some(*index));
         for index in (0..counts.len()).filter(|index| held != Some(*index)) {
             let (count, below) = (counts[index], stack.len());
+            let mut reading = Reading {
+                index,
+                bytes,
+                read: &mut *read,
+                copy: Vec::new(),
+                words: 0,
+                digests: Vec::new(),
+            };
             match stack.last_mut() {
                 // What would be added to the one below it at once need not be stored before.
                 Some(top) if *top == count => {
@@ -51,13 +91,14 @@ impl TrainingState {
                     // Only the addition that ends the sum is worth digesting.
                     let ends = below == 1 && last == Some(index);
                     let digests = ends.then_some(&mut digests);
-                    self.add_read(backend, below - 1, index, (read, digests))?;
+                    self.add_read(backend, below - 1, &mut reading, digests)?;
                 }
                 _ => {
-                    self.store_read(backend, below, index, read)?;
+                    self.store_read(backend, below, &mut reading)?;
                     stack.push(count);
                 }
             }
+            sum.read.push((index, of_digests(&reading.digests)));
             while let [.., left, right] = stack[..]
                 && left == right
             {
@@ -66,27 +107,26 @@ impl TrainingState {
                 self.add(backend, stack.len() - 1)?;
             }
         }
-        if digests.is_empty() {
-            let buffer = self.gradient_buffer(0);
-            for first in (0..bytes).step_by(STAGED_BYTES) {
-                digests.push(backend.digest(buffer, first, STAGED_BYTES.min(bytes - first))?);
-            }
-        }
-        Ok(of_digests(&digests))
+        sum.digest = match digests[..] {
+            [] => digest_gradient(backend, self.gradient_buffer(0), bytes)?,
+            _ => of_digests(&digests),
+        };
+        Ok(sum)
     }
 
-    /// Fills a gradient buffer with a subtree that was read.
+    /// Fills a gradient buffer with a subtree.
     fn store_read(
         &mut self,
         backend: &mut dyn Backend,
         place: usize,
-        index: usize,
-        read: &mut ReadPieces<'_>,
+        reading: &mut Reading<'_, '_>,
     ) -> Result<(), TrainError> {
         let buffer = self.gradient_buffer(place);
-        let words = summed(index, read, |at, piece| backend.upload(buffer, at, piece))?;
+        for (at, size) in stages(reading.bytes) {
+            reading.bring(backend, (at, size), (buffer, at))?;
+        }
         if let Some(sums) = &mut self.sums {
-            sums[place] = words;
+            sums[place] = reading.words;
         }
         Ok(())
     }
@@ -97,105 +137,78 @@ impl TrainingState {
         &mut self,
         backend: &mut dyn Backend,
         place: usize,
-        index: usize,
-        (read, digests): (&mut ReadPieces<'_>, Option<&mut Vec<u64>>),
+        reading: &mut Reading<'_, '_>,
+        mut digests: Option<&mut Vec<u64>>,
     ) -> Result<(), TrainError> {
-        let staged = self.memory.ensure(backend, STAGED, STAGED_BYTES)?;
-        let mut adding = Adding {
-            buffer: self.gradient_buffer(place),
-            staged,
-            checked: self.sums.is_some(),
-            first: 0,
-            bytes: 0,
-            sums: [0; 3],
-            digests,
-        };
-        let words = summed(index, read, |at, piece| adding.stage(backend, at, piece))?;
-        adding.add(backend)?;
-        if let Some(sums) = &mut self.sums {
-            let [before, read, after] = adding.sums;
-            if (before, read) != (sums[place], words) {
+        let staged = self.memory.ensure(backend, STAGED, STAGE)?;
+        let buffer = self.gradient_buffer(place);
+        // Word sums of the buffer as it was, of what was added, and of the buffer as it is.
+        let mut sums = [0_u32; 3];
+        for (at, size) in stages(reading.bytes) {
+            reading.bring(backend, (at, size), (staged, 0))?;
+            let view = |buffer, first| {
+                let elements = [size / size_of::<f32>()];
+                View::contiguous(buffer, DType::F32, elements).rebased(buffer, first)
+            };
+            let sum = view(buffer, at);
+            let op = Op::from(Add { a: sum, b: view(staged, 0), y: sum });
+            if self.sums.is_some() {
+                let found = backend.launch_summed(&op, ADD_SUMS)?;
+                let found = [found.read[0], found.read[1], found.written[2]];
+                sums.iter_mut().zip(found).for_each(|(sum, part)| *sum = sum.wrapping_add(part));
+            } else {
+                backend.launch(&op)?;
+            }
+            if let Some(digests) = &mut digests {
+                digests.push(backend.digest(buffer, at, size)?);
+            }
+        }
+        if let Some(of) = &mut self.sums {
+            let [before, read, after] = sums;
+            if (before, read) != (of[place], reading.words) {
                 return Err(changed("a gradient", "it was added to another").into());
             }
-            sums[place] = after;
+            of[place] = after;
         }
         Ok(())
     }
 }
 
-/// Hands on the pieces of a subtree; gives their word sum.
-fn summed(
+/// A subtree that is read.
+struct Reading<'a, 'b> {
     index: usize,
-    read: &mut ReadPieces<'_>,
-    mut take: impl FnMut(usize, &[u8]) -> Result<(), DeviceError>,
-) -> Result<u32, TrainError> {
-    let mut words = 0_u32;
-    read(index, &mut |at, piece| {
-        words = words.wrapping_add(of_row(piece));
-        Ok(take(at, piece)?)
-    })?;
-    Ok(words)
-}
-
-/// A gradient that is added to a buffer while it is read.
-struct Adding<'a> {
-    buffer: BufferId,
-    staged: BufferId,
-    checked: bool,
-    /// The byte of the buffer where what is staged belongs, and how much that is.
-    first: usize,
     bytes: usize,
-    /// Word sums of the buffer as it was, of what was added, and of the buffer as it is.
-    sums: [u32; 3],
-    /// Takes that of each stage of the buffer as it is.
-    digests: Option<&'a mut Vec<u64>>,
+    read: &'a mut ReadStage<'b>,
+    /// For devices whose memory the host does not reach.
+    copy: Vec<u8>,
+    /// The word sum of what was read.
+    words: u32,
+    /// The digests of its stages, as they lie on the device.
+    digests: Vec<u64>,
 }
 
-impl Adding<'_> {
-    /// Stages the piece from byte `at` on, which follows the last one.
-    fn stage(
+impl Reading<'_, '_> {
+    /// Brings a stage to a place on the device.
+    fn bring(
         &mut self,
         backend: &mut dyn Backend,
-        mut at: usize,
-        mut piece: &[u8],
-    ) -> Result<(), DeviceError> {
-        while !piece.is_empty() {
-            if self.bytes == 0 {
-                self.first = at;
+        (at, size): (usize, usize),
+        (buffer, byte_offset): (BufferId, usize),
+    ) -> Result<(), TrainError> {
+        let words = match backend.mapped(buffer, byte_offset, size)? {
+            Some(stage) => {
+                (self.read)(self.index, at, stage)?;
+                of_row(stage)
             }
-            let fitting = piece.len().min(STAGED_BYTES - self.bytes);
-            let (now, later) = piece.split_at(fitting);
-            backend.upload(self.staged, self.bytes, now)?;
-            self.bytes += fitting;
-            (at, piece) = (at + fitting, later);
-            if self.bytes == STAGED_BYTES {
-                self.add(backend)?;
+            None => {
+                self.copy.resize(size, 0);
+                (self.read)(self.index, at, &mut self.copy)?;
+                backend.upload(buffer, byte_offset, &self.copy)?;
+                of_row(&self.copy)
             }
-        }
-        Ok(())
-    }
-
-    /// Adds what is staged.
-    fn add(&mut self, backend: &mut dyn Backend) -> Result<(), DeviceError> {
-        let bytes = std::mem::take(&mut self.bytes);
-        let elements = bytes / size_of::<f32>();
-        if elements == 0 {
-            return Ok(());
-        }
-        let view =
-            |buffer, first| View::contiguous(buffer, DType::F32, [elements]).rebased(buffer, first);
-        let (sum, staged) = (view(self.buffer, self.first), view(self.staged, 0));
-        let op = Op::from(Add { a: sum, b: staged, y: sum });
-        if self.checked {
-            let found = backend.launch_summed(&op, ADD_SUMS)?;
-            let found = [found.read[0], found.read[1], found.written[2]];
-            self.sums.iter_mut().zip(found).for_each(|(sum, part)| *sum = sum.wrapping_add(part));
-        } else {
-            backend.launch(&op)?;
-        }
-        if let Some(digests) = &mut self.digests {
-            digests.push(backend.digest(self.buffer, self.first, bytes)?);
-        }
+        };
+        self.words = self.words.wrapping_add(words);
+        self.digests.push(backend.digest(buffer, byte_offset, size)?);
         Ok(())
     }
 }
@@ -209,9 +222,6 @@ mod tests {
     use crate::step::Checking;
     use pontoon_cpu::{CpuBackend, CpuOptions};
     use pontoon_models::{Model, preset};
-
-    /// More than one stage, and no whole number of pieces.
-    const PIECE: usize = 192 << 10;
 
     fn loaded(checking: Checking) -> (CpuBackend, TrainingState, usize) {
         let mut backend = CpuBackend::new(CpuOptions { threads: Some(2), isa: None }).unwrap();
@@ -243,13 +253,13 @@ mod tests {
         nodes: &[Vec<f32>],
         counts: &[u32],
         held: Option<usize>,
-    ) -> Result<u64, TrainError> {
+    ) -> Result<Summed, TrainError> {
         let size = 4 * nodes[0].len();
-        let mut read = |index: usize, take: &mut TakePiece<'_>| {
+        let mut read = |index: usize, at: usize, to: &mut [u8]| {
             assert_ne!(held, Some(index), "what is held is not read");
             let bytes: &[u8] = bytemuck::cast_slice(&nodes[index]);
-            let mut pieces = bytes.chunks(PIECE).enumerate();
-            pieces.try_for_each(|(piece, bytes)| take(piece * PIECE, bytes))
+            to.copy_from_slice(&bytes[at..][..to.len()]);
+            Ok(())
         };
         state.sum(backend, counts, held, size, &mut read)
     }
@@ -287,7 +297,12 @@ mod tests {
                         hold(&mut backend, &mut state, &nodes[held]);
                     }
                     let all = (&mut backend, &mut state);
-                    digests.push(combine(all, &nodes, counts, held).unwrap());
+                    let Summed { digest, read } = combine(all, &nodes, counts, held).unwrap();
+                    digests.push(digest);
+                    for (index, digest) in read {
+                        let node = bytemuck::cast_slice(&nodes[index]);
+                        assert_eq!(digest, digest_of_host(node), "{counts:?}, node {index}");
+                    }
                     let mut found = vec![0.0_f32; elements];
                     let to = bytemuck::cast_slice_mut(&mut found);
                     backend.download(state.gradient_buffer(0), 0, to).unwrap();
