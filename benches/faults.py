@@ -8,7 +8,7 @@ latency   every kind of fault in runs on three workers: found after, got over af
 hundred   a small model with a fault in every twentieth step at random, all kinds: the hash of the
           final weights must be that of an undisturbed run
 goodput   the same rate in a run whose steps take as long as a real one's
-overhead  fleets without faults against the plain loop, a step of each in turns
+overhead  fleets without faults against the plain loop, some steps of each in turns
 checks    a step with checks against one without, in turns in each of two processes, each of one
           thread and on a core of its own
 clean     10,000 steps of a tiny model with every check and with audits: nothing is accused
@@ -338,6 +338,13 @@ def sweep(count):
              "without_effect": int(harmless)} for model, what, all, caught, harmless in found]
 
 
+# Steps of some seconds: a snapshot in ten minutes or so.
+SNAPSHOT_EVERY = 100
+# The pause between two turns makes a worker with fewer micro-batches look slower: the second step of
+# a turn has none, and the next turn's shares follow from it.
+STEPS_PER_TURN = 2
+
+
 class Taking:
     """A run that works only while it is its turn: its processes are stopped between turns, all of
     them in the middle of their first micro-batch, so that none looks slower than another."""
@@ -350,23 +357,28 @@ class Taking:
         self.process = subprocess.Popen(command, cwd=folder, stdout=self.told, stderr=self.told,
                                         start_new_session=True)
 
-    def step(self):
-        """Goes on until a step is over and a little of the next is done; the step's time."""
+    def written(self):
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
+
+    def turn(self):
+        """Goes on until some steps are over and a little of the next is done; the time of one."""
         os.killpg(self.process.pid, signal.SIGCONT)
         begun = time.perf_counter()
-        while (size := self.metrics.stat().st_size if self.metrics.exists() else 0) == self.size:
-            if self.process.poll() is not None:
-                self.told.seek(0)
-                sys.exit(f"{self.metrics.parent.name} ended: {self.told.read().strip()}")
-            time.sleep(0.002)
+        for _ in range(STEPS_PER_TURN):
+            while (size := self.written()) == self.size:
+                if self.process.poll() is not None:
+                    self.told.seek(0)
+                    sys.exit(f"{self.metrics.parent.name} ended: {self.told.read().strip()}")
+                time.sleep(0.002)
+            self.size = size
         over = time.perf_counter()
         time.sleep(0.1)
         os.killpg(self.process.pid, signal.SIGSTOP)
-        if self.metrics.stat().st_size != size:
+        if self.written() != size:
             sys.exit("the next step was over before it could be stopped: more micro-batches")
-        step_s, self.size = over - begun + self.begun_s, size
+        turn_s = over - begun + self.begun_s
         self.begun_s = time.perf_counter() - over
-        return 1000 * step_s
+        return 1000 * turn_s / STEPS_PER_TURN
 
     def end(self):
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -375,7 +387,7 @@ class Taking:
 
 
 def overhead(folder: Path, model: str, micro_batches: int, turns: int, without: list):
-    """The plain loop and fleets without faults, a step of each in turns, while the others stand
+    """The plain loop and fleets without faults, some steps of each in turns, while the others stand
     still; one worker has all cores, two have half."""
     text = settings(model, 256, 1_000_000, 4, micro_batches, 1_000_000)
     prepare(folder, text, CONFIGS.get(model, TINY))
@@ -386,6 +398,9 @@ def overhead(folder: Path, model: str, micro_batches: int, turns: int, without: 
         "two workers without checks": ["--workers", 2, "--set", "fleet.checks=false"],
         "two workers": ["--workers", 2, "--set", "fleet.audit=0"],
         "two workers, audits of 1%": ["--workers", 2, "--set", "fleet.audit=0.01"],
+        "one worker, snapshots": ["--set", f"snapshot.every={SNAPSHOT_EVERY}"],
+        "two workers, audits of 1%, snapshots": [
+            "--workers", 2, "--set", "fleet.audit=0.01", "--set", f"snapshot.every={SNAPSHOT_EVERY}"],
     }
     kinds = {name: more for name, more in kinds.items() if name not in without}
     runs, times = {}, {name: [] for name in kinds}
@@ -393,13 +408,13 @@ def overhead(folder: Path, model: str, micro_batches: int, turns: int, without: 
         for name, more in kinds.items():
             runs[name] = Taking(folder, name.replace(" ", "-"), *more)
             # The first steps load and find out how fast the workers are.
-            for _ in range(2):
-                runs[name].step()
+            runs[name].turn()
         for turn in range(turns):
             # A shared machine is a fifth slower in some minutes: nobody always goes first.
             for name in list(kinds)[:: -1 if turn % 2 else 1]:
-                times[name].append(runs[name].step())
-        alarms = {name: faults_of(folder, name.replace(" ", "-")) for name in kinds}
+                times[name].append(runs[name].turn())
+        alarms = {name: [event["kind"] for event in faults_of(folder, name.replace(" ", "-"))]
+                  for name in kinds}
     finally:
         for run in runs.values():
             run.end()
@@ -408,14 +423,15 @@ def overhead(folder: Path, model: str, micro_batches: int, turns: int, without: 
     # Half of what lies between the quartiles is 0.67 standard deviations of one ratio.
     spread = lambda of: (of[2] - of[0]) / 1.35
     quartiles = {name: statistics.quantiles(of, n=4) for name, of in ratios.items()}
-    return {"model": f"{model}, {micro_batches} x 4 x 256 tokens a step, {turns} turns",
+    return {"model": f"{model}, {micro_batches} x 4 x 256 tokens a step, "
+                     f"{turns} turns of {STEPS_PER_TURN} steps",
             "what": "a step over the plain loop's of the same turn: the median (and so without steps "
                     "that are audited), its standard error, and the mean",
             "ratio": {name: of[1] for name, of in quartiles.items()},
             "standard_error": {name: 1.25 * spread(of) / len(ratios[name]) ** 0.5
                                for name, of in quartiles.items()},
             "mean_ratio": {name: statistics.mean(of) for name, of in ratios.items()},
-            "alarms": {name: len(of) for name, of in alarms.items()},
+            "alarms": alarms,
             "step_ms": times}
 
 
