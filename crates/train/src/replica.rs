@@ -29,9 +29,6 @@ use crate::run_files::{classes_of, restore_moments, restore_weights, samples};
 use crate::step::{STAGE, TrainingState, digest_gradient, digest_of_host, stages};
 use crate::trainer::{Data, model_of};
 
-/// Bytes moved at a time: a piece is a digest's block and stays in the cache from copy to digest.
-const PIECE: usize = STAGE;
-
 /// Where the parts of a run's exchange lie.
 pub fn layout(model: &Model, config: &RunConfig) -> Layout {
     let gradient = 4 * model.table.gradient_elements() as u64;
@@ -116,7 +113,7 @@ impl<'a> TrainingReplica<'a> {
             model,
             data,
             state: None,
-            piece: vec![0; PIECE],
+            piece: vec![0; STAGE],
             held: None,
             norm: 0.0,
             passed_over: Vec::new(),
@@ -195,8 +192,8 @@ impl<'a> TrainingReplica<'a> {
                     exchange.read(position, place).map_err(TrainError::Exchange)?;
                 }
                 None => {
-                    for at in (0..bytes).step_by(PIECE) {
-                        let piece = &mut self.piece[..PIECE.min(bytes - at)];
+                    for (at, size) in stages(bytes) {
+                        let piece = &mut self.piece[..size];
                         exchange.read(position + at as u64, piece).map_err(TrainError::Exchange)?;
                         self.backend.upload(buffer, byte_offset + at, piece)?;
                     }
@@ -446,9 +443,8 @@ fn ranges(
     piece: &mut [u8],
     mut show: impl FnMut(usize, &[u8]) -> Result<(), TrainError>,
 ) -> Result<(), TrainError> {
-    for at in (from..from + bytes).step_by(PIECE) {
-        let piece = &mut piece[..PIECE.min(from + bytes - at)];
-        shown(backend, (buffer, at), piece, |piece| show(at, piece))?;
+    for (at, size) in stages(bytes).map(|(at, size)| (from + at, size)) {
+        shown(backend, (buffer, at), &mut piece[..size], |piece| show(at, piece))?;
     }
     Ok(())
 }

@@ -24,7 +24,7 @@ use pontoon_fleet::supervisor::{
 };
 use pontoon_fleet::world::{Disk, Launcher, Launching, Link};
 use pontoon_models::Model;
-use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
+use pontoon_ops::digest::{Blocks, of_digests};
 use serde_json::{Value, json};
 
 use crate::config::{HangSetting, NonFiniteName, RunConfig};
@@ -34,7 +34,7 @@ use crate::error::TrainError;
 use crate::replica::layout;
 use crate::requests::Requests;
 use crate::run_files::{Saving, SnapshotFrame, Values, expect_own, samples};
-use crate::step::{fits, model_flops};
+use crate::step::{STAGE, fits, model_flops, stages};
 use crate::tensorboard::TensorBoard;
 use crate::trainer::{
     Beginning, Data, Metrics, Observer, Run, Start, Summary, model_of, refuse_old_run,
@@ -250,12 +250,12 @@ impl Saver<'_> {
         // Frozen tensors that a model has not are no part either.
         let frozen = Some(table.frozen_elements()).filter(|elements| *elements > 0);
         let parts = (0..TRAINABLE_BUFFERS).flat_map(|_| trainable.clone()).chain(frozen);
-        let mut block = vec![0; BLOCK];
+        let mut block = vec![0; STAGE];
         let mut digests = Vec::new();
         for bytes in parts.map(|elements| 4 * elements) {
             let mut check = Blocks::default();
-            for at in (0..bytes).step_by(BLOCK) {
-                let block = &mut block[..BLOCK.min(bytes - at)];
+            for (_, size) in stages(bytes) {
+                let block = &mut block[..size];
                 self.exchange.read(position, block)?;
                 check.push(block);
                 position += block.len() as u64;

@@ -121,7 +121,7 @@ impl<T: Unit, C: Element> Range<'_, T, C> {
         let wide = S::LANES >= 16;
         // What is converted is not streamed.
         if DOT || size_of::<T>() == 4 {
-            self.stretch.open(simd, S::LANES);
+            self.stretch.open(S::LANES);
         }
         match self.tile.rows() {
             1 if wide => self.columns::<S, DOT, 1, 1>(simd),

@@ -263,7 +263,7 @@ impl<W: Stored> Sums<'_, W> {
         let Part { rows, stretch, .. } = self.part;
         let columns = stretch.rows;
         let vectors = if rows <= 2 { 2 } else { 1 };
-        stretch.open(simd, vectors * S::LANES);
+        stretch.open(vectors * S::LANES);
         let mut column = 0;
         while column < columns {
             if rows <= 2 && columns - column >= 2 * S::LANES {

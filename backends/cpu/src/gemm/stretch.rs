@@ -2,8 +2,8 @@
 //! that memory never rests: products of few rows and those with small integers stream alike.
 
 use crate::pool::Pool;
+use crate::simd::Isa;
 use crate::simd::micro::{Ahead, fetch};
-use crate::simd::{Isa, Simd};
 
 /// Stretches per thread: a few, so that a thread that is held up can be helped out.
 const PER_THREAD: usize = 4;
@@ -48,11 +48,11 @@ impl<'a> Stretch<'a> {
 
     /// Asks for the first rows, where nobody has.
     #[inline(always)]
-    pub fn open<S: Simd>(&self, simd: S, rows: usize) {
+    pub fn open(&self, rows: usize) {
         if self.cold {
             let rest = &self.matrix[self.first * self.row_bytes..];
             let begin = self.rows.min(rows) * self.row_bytes;
-            fetch(simd, &rest[..begin.min(rest.len())]);
+            fetch(&rest[..begin.min(rest.len())]);
         }
     }
 

@@ -116,10 +116,10 @@ pub(super) struct CachedTile<'a, T> {
 impl<T: Unit> CachedTile<'_, T> {
     /// Asks for some rows: those of a head lie far apart, which the hardware does not foresee.
     #[inline(always)]
-    fn fetch<S: Simd>(&self, simd: S, rows: Rows<'_, T>, slots: &[u32], width: usize) {
+    fn fetch(&self, rows: Rows<'_, T>, slots: &[u32], width: usize) {
         for slot in slots {
             let row = &rows.data[*slot as usize * rows.stride..][..width];
-            fetch(simd, bytemuck::cast_slice(row));
+            fetch(bytemuck::cast_slice(row));
         }
     }
 
@@ -129,9 +129,9 @@ impl<T: Unit> CachedTile<'_, T> {
     pub fn scores<S: Simd, const DOT: bool>(&self, simd: S, q: &[u32], at: usize) -> S::F32 {
         let (CachedHead { k, v, .. }, v_width) = (self.of.head, self.of.v_width);
         let width = q.len() * 4 / size_of::<T>();
-        self.fetch(simd, self.next_of.k, self.next.some(at, S::LANES), width);
+        self.fetch(self.next_of.k, self.next.some(at, S::LANES), width);
         if self.cold {
-            self.fetch(simd, v, self.here.some(at, S::LANES), v_width);
+            self.fetch(v, self.here.some(at, S::LANES), v_width);
         }
         let row_bytes = k.stride * size_of::<T>();
         let stream = Stream {

@@ -152,9 +152,10 @@ impl<C: Element> Adam<'_, C> {
         let len = weight.len();
         for start in (0..len).step_by(PIECE) {
             let range = start..len.min(start + PIECE);
+            // Pieces are too short for the hardware to foresee the next.
             let next = range.end..len.min(range.end + PIECE);
             for of in [&*weight, &*m, &*v, grad] {
-                dispatch(isa, Fetching(bytemuck::cast_slice(&of[next.clone()])));
+                fetch(bytemuck::cast_slice(&of[next.clone()]));
             }
             let (before, after) = digests.split_at_mut(3);
             let state = [&weight[range.clone()], &m[range.clone()], &v[range.clone()]];
@@ -181,17 +182,6 @@ impl<C: Element> Adam<'_, C> {
                 }
             }
         }
-    }
-}
-
-/// Asks for memory that is used next: pieces are too short for the hardware to foresee.
-struct Fetching<'a>(&'a [u8]);
-
-impl Kernel for Fetching<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        fetch(simd, self.0);
     }
 }
 

@@ -5,7 +5,7 @@
 //! whatever the number of rows, so the result's bits do not depend on how the matrix was tiled.
 //! Packing, blocking and the rounding of results are in `gemm/`.
 
-use super::Simd;
+use super::{Simd, prefetch};
 
 /// Left operand: a window of `ROWS` rows of units inside `bytes`.
 #[derive(Clone, Copy)]
@@ -274,8 +274,8 @@ impl Ahead {
 
 /// Asks for memory that will be streamed, where no earlier rows have asked for it.
 #[inline(always)]
-pub(crate) fn fetch<S: Simd>(simd: S, bytes: &[u8]) {
-    bytes.chunks(LINE_BYTES).for_each(|line| simd.prefetch(line.as_ptr()));
+pub(crate) fn fetch(bytes: &[u8]) {
+    bytes.chunks(LINE_BYTES).for_each(|line| prefetch(line.as_ptr()));
 }
 
 /// Whole squares of a right operand that is streamed in place, with few rows on the left.

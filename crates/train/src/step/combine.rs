@@ -5,7 +5,7 @@
 //! as it is read, and one's own is not read back at all. A stage is digested where it then lies.
 //! Where stages come from is the replica's business.
 
-use pontoon_ops::digest::{BLOCK, Blocks, of_digests};
+use pontoon_ops::digest::{BLOCK, Digest, of_digests};
 use pontoon_ops::sums::of_row;
 use pontoon_ops::{Add, Backend, BufferId, DType, DeviceError, Op, View};
 
@@ -18,11 +18,11 @@ pub(crate) type ReadStage<'a> = dyn FnMut(usize, usize, &mut [u8]) -> Result<(),
 
 /// Where a stage waits on the device until it is added.
 const STAGED: &str = "gradients.staged";
-/// Bytes of a gradient that are moved and digested at a time: small enough for a cache, large
+/// Bytes that are moved and digested at a time, a digest's block: small enough for a cache, large
 /// enough for an operation to be worth its launch.
 pub(crate) const STAGE: usize = BLOCK;
 
-/// The stages of a gradient of so many bytes: where each begins, and its bytes.
+/// The stages of so many bytes: where each begins, and its bytes.
 pub(crate) fn stages(bytes: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..bytes).step_by(STAGE).map(move |at| (at, STAGE.min(bytes - at)))
 }
@@ -39,11 +39,7 @@ pub(crate) fn digest_gradient(
 
 /// The same of one in the host's memory.
 pub(crate) fn digest_of_host(gradient: &[u8]) -> u64 {
-    let digest = |stage| {
-        let mut blocks = Blocks::default();
-        blocks.push(stage);
-        blocks.finish()
-    };
+    let digest = |stage| of_digests(&[Digest::of(stage)]);
     of_digests(&gradient.chunks(STAGE).map(digest).collect::<Vec<u64>>())
 }
 
